@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `fastconv.kernels`. Nothing here imports the rest of fastconv."""
