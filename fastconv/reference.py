@@ -1,13 +1,86 @@
-"""The lecture's classifier in plain PyTorch: the oracle that everything is checked against, and the baseline.
+"""The lecture's classifier and its operations in plain PyTorch: the oracle for every check, and the baseline.
 
-Nothing here is fused, and nothing here imports the rest of fastconv.
+Nothing here is fused, and nothing here imports the rest of fastconv. The functions are the definitions of the
+public operations, composed of PyTorch's own; `fastconv.functional` documents their arguments.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def layer_norm(
+    x: Tensor,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    if norm == "tensor":
+        x = F.layer_norm(x, x.shape, eps=eps)
+    elif norm == "sample":
+        x = F.layer_norm(x, x.shape[1:], eps=eps)
+    else:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+    if norm_weight is not None:
+        x = x * norm_weight[:, None, None]
+    if norm_bias is not None:
+        x = x + norm_bias[:, None, None]
+    return x
+
+
+def depthwise_conv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    x = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
+    return layer_norm(x, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
+
+
+def pointwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+) -> Tensor:
+    return F.gelu(F.conv2d(x, weight, bias), approximate=approximate)
+
+
+def convnext_block(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    projection_weight: Tensor,
+    projection_bias: Tensor | None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    approximate: str = "none",
+) -> Tensor:
+    y = depthwise_conv_layer_norm(
+        x.to(depthwise_weight.dtype),
+        depthwise_weight,
+        depthwise_bias,
+        norm=norm,
+        eps=eps,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
+    return x + F.conv2d(y, projection_weight, projection_bias)
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, stride=weight.shape[-2:])
 
 
 class ConvNextBlock(nn.Module):

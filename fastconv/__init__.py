@@ -1,0 +1,15 @@
+"""Fused convolution modules for PyTorch: depthwise convolution + layer norm, pointwise convolution + GELU."""
+
+from fastconv import functional
+from fastconv.backends import BackendUnavailable, backend
+from fastconv.modules import Classifier, ConvNextBlock, DepthwiseConvLayerNorm, PointwiseConvGELU
+
+__all__ = [
+    "BackendUnavailable",
+    "Classifier",
+    "ConvNextBlock",
+    "DepthwiseConvLayerNorm",
+    "PointwiseConvGELU",
+    "backend",
+    "functional",
+]

@@ -1,0 +1,421 @@
+"""The fused operations as PyTorch matrix products, for any device; on a CPU this is the fast path.
+
+Three ideas carry the speed.
+
+*Toeplitz products.* On a small map a depthwise convolution is a matrix product per input channel: a [P, P]
+banded Toeplitz matrix of the taps times the P pixels of each image, with the images of the batch as columns.
+Its input gradient is the product with the transposed matrix, and its tap gradient is a product folded back
+onto the taps.
+
+*Columns.* All work happens on "columns", a [channels, A, B] view of a map in which A * B flattens without a
+copy, so that a pointwise convolution is one matrix product of [out, in] with [in, A * B]. Two memory layouts
+allow it: batch-last (A = pixels, B = images), which the Toeplitz products read and write as it is, and
+channels-last (A = images, B = pixels), which PyTorch's convolution is fastest in. A layout travels with its
+tensor from operation to operation, as channels-last does in PyTorch.
+
+*The norm folds into the pointwise convolution.* With h the convolution's output less its mean, and
+r = 1 / sqrt(mean(h^2) + eps), the normalised tensor is r h, and W (r h) = r (W h): it is never written.
+Subtracting the mean before the product, rather than correcting after it, keeps the result accurate when the
+mean is much larger than the standard deviation.
+
+The signatures are those of `fastconv.reference`; `fastconv.functional` documents them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Measured with `python -m bench.crossover`: see bench/NOTES.md. The Toeplitz matrix has P^2 entries for each
+# output channel, so it loses to the convolution on large maps, and has to be paid for by enough images.
+TOEPLITZ_MAX_PIXELS = 144
+TOEPLITZ_MAX_PIXELS_PER_IMAGE = 8
+
+
+class Geometry(NamedTuple):
+    """What turns columns back into maps: the map's sides, and which layout the columns are in."""
+
+    height: int
+    width: int
+    batch_last: bool
+
+
+def choose_geometry(shape: Sequence[int]) -> Geometry:
+    """For maps (N, C, H, W): batch-last if they are small and many enough, else channels-last."""
+    images, _, height, width = shape
+    pixels = height * width
+    batch_last = pixels <= TOEPLITZ_MAX_PIXELS and pixels <= TOEPLITZ_MAX_PIXELS_PER_IMAGE * images
+    return Geometry(height, width, batch_last)
+
+
+def to_columns(x: Tensor, geometry: Geometry) -> Tensor:
+    """(N, C, H, W) -> [C, P, N] if batch-last, else [C, N, P]; a view if `x` is already laid out so."""
+    if geometry.batch_last:
+        return x.permute(1, 2, 3, 0).contiguous().flatten(1, 2)
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2).permute(2, 0, 1)
+
+
+def lay_out(columns: Tensor, geometry: Geometry) -> Tensor:
+    """Columns of any strides, such as an expanded gradient's, in the strides that `to_columns` gives."""
+    if geometry.batch_last:
+        return columns.contiguous()
+    return columns.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+def from_columns(columns: Tensor, geometry: Geometry) -> Tensor:
+    """The inverse of `to_columns`, always a view."""
+    if geometry.batch_last:
+        return columns.unflatten(1, (geometry.height, geometry.width)).permute(3, 0, 1, 2)
+    return columns.unflatten(2, (geometry.height, geometry.width)).permute(1, 0, 2, 3)
+
+
+def restore_format(y: Tensor, x: Tensor) -> Tensor:
+    """Give `y` the memory format of `x`, so that a caller who passes plain tensors may `view` the result."""
+    if x.is_contiguous():
+        return y.contiguous()
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return y.contiguous(memory_format=torch.channels_last)
+    return y
+
+
+def tap_index(height: int, width: int, kernel: torch.Size, device: torch.device) -> Tensor:
+    """The tap that joins output pixel p to input pixel q, int64 [P * P] with q fastest.
+
+    Pairs that no tap joins get one more than the last tap, where `toeplitz_matrix` keeps a zero.
+    """
+    kernel_height, kernel_width = kernel
+    taps = torch.arange(kernel_height * kernel_width, device=device).view(kernel_height, kernel_width)
+    # [2 * height - 1, 2 * width - 1], by the displacement from the output pixel: (0, 0) is in the middle.
+    pad_height, pad_width = height - 1 - kernel_height // 2, width - 1 - kernel_width // 2
+    taps = F.pad(taps, (pad_width, pad_width, pad_height, pad_height), value=kernel_height * kernel_width)
+    # The window of the last output pixel comes first.
+    return taps.unfold(0, height, 1).unfold(1, width, 1).flip((0, 1)).flatten()
+
+
+def toeplitz_matrix(weight: Tensor, channels: int, geometry: Geometry) -> Tensor:
+    """weight [K, 1, kh, kw] -> [C, M * P, P]: per input channel, the pixels of its M outputs from its own."""
+    taps = F.pad(weight.flatten(1), (0, 1))
+    index = tap_index(geometry.height, geometry.width, weight.shape[2:], weight.device)
+    return taps.index_select(1, index).view(channels, -1, geometry.height * geometry.width)
+
+
+def fold_onto_taps(matrix: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The transpose of `toeplitz_matrix`: sums the gradient of the matrix over the entries of each tap."""
+    entries = matrix.reshape(weight.shape[0], -1).to(_accumulator(matrix))
+    taps = entries.new_zeros(weight.shape[0], weight.shape[2] * weight.shape[3] + 1)
+    index = tap_index(geometry.height, geometry.width, weight.shape[2:], weight.device)
+    taps.index_add_(1, index, entries)
+    return taps[:, :-1].reshape(weight.shape).to(weight.dtype)
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
+    """The depthwise convolution: [C, A, B] -> [K, A, B], newly written; and the Toeplitz matrix if used."""
+    channels = x.shape[0]
+    if not geometry.batch_last:
+        y = F.conv2d(from_columns(x, geometry), weight, padding="same", groups=channels)
+        return to_columns(y, geometry), None
+    matrix = toeplitz_matrix(weight, channels, geometry)
+    return torch.bmm(matrix, x).view(-1, *x.shape[1:]), matrix
+
+
+def convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    matrix: Tensor | None,
+    geometry: Geometry,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `convolve`'s x and weight, those that are needed, from that of its columns."""
+    if matrix is None:
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            from_columns(grad, geometry),
+            from_columns(x, geometry),
+            weight,
+            None,
+            stride=[1, 1],
+            padding=[weight.shape[2] // 2, weight.shape[3] // 2],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=x.shape[0],
+            output_mask=[needs_x, needs_weight, False],
+        )
+        return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
+    grad_rows = grad.view(x.shape[0], -1, x.shape[2])  # [C, M * P, N]
+    grad_x = torch.bmm(matrix.transpose(1, 2), grad_rows) if needs_x else None
+    grad_weight = None
+    if needs_weight:
+        grad_weight = fold_onto_taps(torch.bmm(grad_rows, x.transpose(1, 2)), weight, geometry)
+    return grad_x, grad_weight
+
+
+def mix_channels(weight: Tensor, columns: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
+    """The pointwise convolution: weight [O, I] times columns [I, A, B] plus bias [O], in the same layout."""
+    flat = columns.flatten(1)
+    if geometry.batch_last:
+        y = weight @ flat if bias is None else torch.addmm(bias[:, None], weight, flat)
+    else:
+        y = F.linear(flat.t(), weight, bias).t()
+    return y.unflatten(1, columns.shape[1:])
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
+    """The dimensions of columns [K, A, B] over which a norm takes its mean and variance."""
+    if norm == "tensor":
+        return (0, 1, 2)
+    if norm == "sample":
+        return (0, 1) if geometry.batch_last else (0, 2)
+    return (0,)
+
+
+def mean_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.mean(dims, keepdim=True, dtype=_accumulator(x))
+
+
+def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """The mean of squares, keeping `dims`, in float32 or better."""
+    contiguous_dim = 2 if geometry.batch_last else 0
+    if contiguous_dim in dims:
+        # By rows: vector_norm squares and sums in one pass, but over a long row it loses digits (1e-5 in a
+        # million elements), and along a dimension that is not contiguous it is slow.
+        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True, dtype=_accumulator(x))
+        return mean_over(rows.square(), dims) / x.shape[contiguous_dim]
+    return mean_over(x.to(_accumulator(x)).square(), dims)
+
+
+def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, geometry: Geometry) -> Tensor:
+    """Add the bias [K] and subtract the mean, in place; return 1 / sqrt(variance + eps), keeping `dims`."""
+    # Every statistic spans all channels. Where the mean is large so is the rounding of its sum, and a second
+    # mean, of what the first leaves over, takes it away.
+    over_channels = mean_over(h, (0,))
+    mean = mean_over(over_channels, dims)
+    mean = mean + mean_over(over_channels - mean, dims)
+    if bias is None:
+        h.sub_(mean)
+    else:
+        bias = bias.to(mean.dtype)
+        bias = bias - bias.mean()
+        h.add_((bias - bias.mean())[:, None, None] - mean)
+    return (mean_square(h, dims, geometry) + eps).rsqrt()
+
+
+def normalise_backward(grad: Tensor, normalised: Tensor, scale: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The gradient of a layer norm's input: scale * (grad - mean(grad) - x^ * mean(grad * x^))."""
+    slope = mean_over(grad * normalised, dims)
+    return (grad - mean_over(grad, dims)).addcmul_(normalised, slope, value=-1).mul_(scale)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, geometry: Geometry, norm: str, eps: float) -> Tensor:
+        ctx.geometry, ctx.dims = geometry, statistics_dims(norm, geometry)
+        normalised = x.clone()
+        scale = centre(normalised, None, ctx.dims, eps, geometry)
+        normalised.mul_(scale)
+        ctx.save_for_backward(normalised, scale)
+        return normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        normalised, scale = ctx.saved_tensors
+        grad = lay_out(grad, ctx.geometry)
+        grad_x = normalise_backward(grad, normalised, scale, ctx.dims).to(grad.dtype)
+        return grad_x, None, None, None
+
+
+class _DepthwiseConvLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: str, eps: float
+    ) -> Tensor:
+        ctx.geometry, ctx.dims = geometry, statistics_dims(norm, geometry)
+        normalised, matrix = convolve(x, weight, geometry)
+        scale = centre(normalised, bias, ctx.dims, eps, geometry)
+        normalised.mul_(scale)
+        ctx.save_for_backward(x, weight, matrix, normalised, scale)
+        return normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, matrix, normalised, scale = ctx.saved_tensors
+        grad_h = normalise_backward(lay_out(grad, ctx.geometry), normalised, scale, ctx.dims)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_bias = grad_h.sum((1, 2)).to(weight.dtype) if needs_bias else None
+        grad_h = grad_h.to(x.dtype)
+        grads = convolve_backward(grad_h, x, weight, matrix, ctx.geometry, needs_x, needs_weight)
+        return *grads, grad_bias, None, None, None
+
+
+class _DepthwiseConvLayerNormPointwiseConvGELU(torch.autograd.Function):
+    """The first half of a ConvNextBlock; the normalised tensor, its widest, is never written."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [C, A, B]
+        depthwise_weight: Tensor,  # [K, 1, kh, kw]
+        depthwise_bias: Tensor | None,  # [K]
+        weight: Tensor,  # [O, K]
+        bias: Tensor | None,  # [O]
+        geometry: Geometry,
+        norm: str,
+        eps: float,
+        approximate: str,
+    ) -> Tensor:
+        dims = statistics_dims(norm, geometry)
+        h, matrix = convolve(x, depthwise_weight, geometry)
+        scale = centre(h, depthwise_bias, dims, eps, geometry)
+        product = mix_channels(weight, h, geometry)
+        ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
+        ctx.save_for_backward(x, depthwise_weight, matrix, h, scale, weight, bias, product)
+        return F.gelu(scale_and_shift(product, scale, bias), approximate=approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, depthwise_weight, matrix, h, scale, weight, bias, product = ctx.saved_tensors
+        needs_x, needs_taps, needs_shift, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        geometry, dims = ctx.geometry, ctx.dims
+        grad_z = torch.ops.aten.gelu_backward(
+            lay_out(grad, geometry), scale_and_shift(product, scale, bias), approximate=ctx.approximate
+        )
+        grad_bias = grad_z.sum((1, 2)) if needs_bias else None
+        # The norm's backward needs the means over K channels of W^T dz and of x^ * (W^T dz). They are taken
+        # on the narrow side of W, its O channels: sum_k (W^T dz)_k = sum_o dz_o sum_k W_ok, and
+        # sum_k x^_k (W^T dz)_k = sum_o dz_o (W x^)_o.
+        narrowing = weight.shape[0] / weight.shape[1]
+        weight_sum = weight.sum(1, keepdim=True).t() / weight.shape[1]
+        mean = mean_over(mix_channels(weight_sum, grad_z, geometry), dims)
+        slope = mean_over(grad_z * product, dims) * scale * narrowing
+        grad_z.mul_(scale)
+        grad_weight = grad_z.flatten(1) @ h.flatten(1).t() if needs_weight else None
+        if not (needs_x or needs_taps or needs_shift):
+            return None, None, None, grad_weight, grad_bias, None, None, None, None
+        # The bias's gradient, a sum of terms that almost cancel, is taken before these are rounded to half.
+        grad_h = mix_channels(weight.t(), grad_z, geometry).to(scale.dtype)
+        grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
+        grad_shift = grad_h.sum((1, 2)).to(h.dtype) if needs_shift else None
+        grad_h = grad_h.to(h.dtype)
+        grads = convolve_backward(grad_h, x, depthwise_weight, matrix, geometry, needs_x, needs_taps)
+        return *grads, grad_shift, grad_weight, grad_bias, None, None, None, None
+
+
+def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """W x^ + b from W h: one scale serves all the channels that W mixes, so W (scale h) = scale (W h)."""
+    z = product * scale
+    if bias is not None:
+        z.add_(bias[:, None, None])
+    return z.to(product.dtype)
+
+
+def _affine(columns: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        columns = columns * weight[:, None, None]
+    return columns if bias is None else columns + bias[:, None, None]
+
+
+def layer_norm(
+    x: Tensor,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    geometry = choose_geometry(x.shape)
+    columns = _LayerNorm.apply(to_columns(x, geometry), geometry, norm, eps)
+    return restore_format(from_columns(_affine(columns, norm_weight, norm_bias), geometry), x)
+
+
+def depthwise_conv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    geometry = choose_geometry(x.shape)
+    columns = _DepthwiseConvLayerNorm.apply(to_columns(x, geometry), weight, bias, geometry, norm, eps)
+    return restore_format(from_columns(_affine(columns, norm_weight, norm_bias), geometry), x)
+
+
+def pointwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+) -> Tensor:
+    geometry = choose_geometry(x.shape)
+    columns = mix_channels(weight.flatten(1), to_columns(x, geometry), geometry, bias)
+    return restore_format(from_columns(F.gelu(columns, approximate=approximate), geometry), x)
+
+
+def convnext_block(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    projection_weight: Tensor,
+    projection_bias: Tensor | None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    approximate: str = "none",
+) -> Tensor:
+    geometry = choose_geometry(x.shape)
+    columns = to_columns(x, geometry)
+    # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
+    mixing, bias = pointwise_weight.flatten(1), pointwise_bias
+    if norm_bias is not None:
+        shift = mixing @ norm_bias
+        bias = shift if bias is None else bias + shift
+    if norm_weight is not None:
+        mixing = mixing * norm_weight
+    y = _DepthwiseConvLayerNormPointwiseConvGELU.apply(
+        columns.to(depthwise_weight.dtype),
+        depthwise_weight,
+        depthwise_bias,
+        mixing,
+        bias,
+        geometry,
+        norm,
+        eps,
+        approximate,
+    )
+    if projection_bias is not None:
+        columns = columns + projection_bias[:, None, None]
+    y = columns + mix_channels(projection_weight.flatten(1), y, geometry)
+    return restore_format(from_columns(y, geometry), x)
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    images, channels, height, width = x.shape
+    patch_height, patch_width = weight.shape[2:]
+    geometry = choose_geometry((images, weight.shape[0], height // patch_height, width // patch_width))
+    # What is left over beyond whole patches is ignored, as by a strided convolution.
+    x = x[:, :, : geometry.height * patch_height, : geometry.width * patch_width]
+    rows, columns = (geometry.height, patch_height), (geometry.width, patch_width)
+    patch_size, pixels = channels * patch_height * patch_width, geometry.height * geometry.width
+    if geometry.batch_last:
+        patches = x.permute(1, 2, 3, 0).unflatten(2, columns).unflatten(1, rows)  # [C, H, kh, W, kw, N]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(patch_size, pixels, images)
+    else:
+        patches = x.permute(0, 2, 3, 1).unflatten(2, columns).unflatten(1, rows)  # [N, H, kh, W, kw, C]
+        patches = patches.permute(0, 1, 3, 5, 2, 4).reshape(images, pixels, patch_size).permute(2, 0, 1)
+    return from_columns(mix_channels(weight.flatten(1), patches, geometry, bias), geometry)

@@ -1,0 +1,491 @@
+"""Every operation, forward and each gradient, against its definition in float64."""
+
+import functools
+
+import pytest
+import torch
+from oracle import assert_accurate, outputs_and_grads
+from torch.nn import functional as F
+
+import fastconv
+from fastconv import functional, portable, reference
+
+# images, channels, height, width, multiplier, kernel
+SHAPES = {
+    "lecture 8x8": (16, 4, 8, 8, 4, (7, 7)),
+    "lecture 4x4": (16, 5, 4, 4, 4, (7, 7)),
+    "map smaller than the kernel": (7, 5, 2, 3, 3, (9, 5)),
+    "one pixel": (2, 7, 1, 1, 4, (7, 7)),
+    "one row": (3, 5, 1, 5, 1, (3, 3)),
+    "one image": (1, 4, 7, 7, 4, (7, 7)),
+    "odd and prime": (3, 7, 13, 11, 2, (5, 5)),
+    "large map": (2, 5, 20, 17, 1, (7, 7)),
+    "one tap": (5, 6, 6, 4, 3, (1, 1)),
+}
+TOEPLITZ = {
+    "lecture 8x8",
+    "lecture 4x4",
+    "map smaller than the kernel",
+    "one pixel",
+    "one row",
+    "one tap",
+}
+FORMATS = ("contiguous", "channels_last", "batch_last", "sliced")
+
+
+def in_format(x, name):
+    if name == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if name == "batch_last":
+        return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    if name == "sliced":
+        holder = torch.full(
+            (x.shape[0], x.shape[1] + 1, x.shape[2] * 2, x.shape[3] + 3), torch.nan, dtype=x.dtype
+        )
+        holder[:, 1:, ::2, 2:-1] = x
+        return holder[:, 1:, ::2, 2:-1]
+    return x
+
+
+def random_block(shape, affine=True, bias=True, dtype=torch.float64):
+    """x and the parameters of a convnext_block."""
+    images, channels, height, width, multiplier, kernel = shape
+    wide = channels * multiplier
+    sizes = [
+        (images, channels, height, width),
+        (wide, 1, *kernel),
+        (wide,) if bias else None,
+        (channels, wide, 1, 1),
+        (channels,) if bias else None,
+        (channels, channels, 1, 1),
+        (channels,) if bias else None,
+        (wide,) if affine else None,
+        (wide,) if affine else None,
+    ]
+    # Float32 values, so that all precisions compute with the same numbers.
+    return [None if size is None else torch.randn(size).to(dtype) for size in sizes]
+
+
+NAMES = (
+    "x",
+    "depthwise_weight",
+    "depthwise_bias",
+    "pointwise_weight",
+    "pointwise_bias",
+    "projection_weight",
+    "projection_bias",
+    "norm_weight",
+    "norm_bias",
+)
+
+
+def as_dtype(inputs, dtype):
+    return [None if x is None else x.to(dtype) for x in inputs]
+
+
+def block(module, norm="tensor", approximate="none", eps=1e-5):
+    def call(*inputs):
+        *positional, norm_weight, norm_bias = inputs
+        return module.convnext_block(
+            *positional,
+            norm=norm,
+            eps=eps,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            approximate=approximate,
+        )
+
+    return call
+
+
+def depthwise(module, norm="tensor", eps=1e-5):
+    def call(x, weight, bias, norm_weight, norm_bias):
+        return module.depthwise_conv_layer_norm(
+            x, weight, bias, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias
+        )
+
+    return call
+
+
+def norm_alone(module, norm="tensor"):
+    def call(x, norm_weight, norm_bias):
+        return module.layer_norm(x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias)
+
+    return call
+
+
+def compare(ours, definition, inputs, names, layout="contiguous", dtype=torch.float32, autocast=False):
+    """{name: (ours, PyTorch's in `dtype`, exact)} of the output and of each gradient."""
+    inputs = as_dtype(as_dtype(inputs, dtype), torch.float64)
+    grad = torch.randn(definition(*inputs).shape).to(dtype).double()
+    exact = outputs_and_grads(definition, inputs, grad)
+    low = as_dtype(inputs, dtype)
+    laid_out = [in_format(low[0], layout), *low[1:]]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mine = outputs_and_grads(ours, laid_out, in_format(grad, layout))
+        other = outputs_and_grads(definition, low, grad)
+    names = ["output", *(name for name, x in zip(names, inputs, strict=True) if x is not None)]
+    return dict(zip(names, zip(mine, other, exact, strict=True), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _portable():
+    with fastconv.backend("portable"):
+        yield
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_cover_both_forms_of_the_convolution(name):
+    images, channels, height, width, _, _ = SHAPES[name]
+    assert portable.choose_geometry((images, channels, height, width)).batch_last == (name in TOEPLITZ)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_convnext_block(name, norm, affine):
+    def sample():
+        return compare(
+            block(functional, norm), block(reference, norm), random_block(SHAPES[name], affine), NAMES
+        )
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_depthwise_conv_layer_norm(name, norm, affine):
+    def sample():
+        x, weight, bias, *_, norm_weight, norm_bias = random_block(SHAPES[name], affine)
+        inputs = [x, weight, bias, norm_weight, norm_bias]
+        names = ["x", "weight", "bias", "norm_weight", "norm_bias"]
+        return compare(depthwise(functional, norm), depthwise(reference, norm), inputs, names)
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("approximate", functional.APPROXIMATIONS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_pointwise_conv_gelu(name, approximate):
+    images, channels, height, width, multiplier, _ = SHAPES[name]
+    outputs = channels * multiplier + 1
+    ours = functools.partial(functional.pointwise_conv_gelu, approximate=approximate)
+    definition = functools.partial(reference.pointwise_conv_gelu, approximate=approximate)
+
+    def sample():
+        sizes = (images, channels, height, width), (outputs, channels, 1, 1), (outputs,)
+        inputs = [torch.randn(size) for size in sizes]
+        return compare(ours, definition, inputs, ["x", "weight", "bias"])
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_layer_norm(name, norm, affine):
+    images, channels, height, width, _, _ = SHAPES[name]
+
+    def sample():
+        affine_map = torch.randn(2, channels).unbind() if affine else (None, None)
+        inputs = [torch.randn(images, channels, height, width), *affine_map]
+        names = ["x", "norm_weight", "norm_bias"]
+        return compare(norm_alone(functional, norm), norm_alone(reference, norm), inputs, names)
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(
+    ("size", "weight_size"),
+    [
+        ((16, 3, 32, 32), (8, 3, 4, 4)),
+        ((16, 6, 8, 8), (12, 6, 2, 2)),
+        ((3, 2, 11, 13), (5, 2, 3, 2)),
+        ((1, 3, 64, 64), (4, 3, 4, 4)),
+        ((8, 4, 3, 3), (10, 4, 1, 1)),
+    ],
+    ids=str,
+)
+def test_patch_conv(size, weight_size, layout):
+    def definition(x, weight, bias):
+        return F.conv2d(x, weight, bias, stride=weight_size[2:])
+
+    def sample():
+        inputs = [torch.randn(size), torch.randn(weight_size), torch.randn(weight_size[0])]
+        return compare(functional.patch_conv, definition, inputs, ["x", "weight", "bias"], layout)
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_memory_formats_of_the_input(name, layout):
+    def sample():
+        return compare(block(functional), block(reference), random_block(SHAPES[name]), NAMES, layout)
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_the_output_has_the_memory_format_of_the_input(name, layout):
+    x, *parameters = random_block(SHAPES[name])
+    x = in_format(x, layout)
+    for y in (
+        block(functional)(x, *parameters),
+        depthwise(functional)(x, *parameters[:2], *parameters[-2:]),
+        functional.layer_norm(x),
+        functional.pointwise_conv_gelu(x, parameters[4]),
+    ):
+        assert y.is_contiguous() == (layout == "contiguous")
+        assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+@pytest.mark.parametrize("name", ["lecture 4x4", "one image"])
+def test_without_biases(name):
+    def sample():
+        inputs = random_block(SHAPES[name], affine=False, bias=False)
+        return compare(block(functional), block(reference), inputs, NAMES)
+
+    assert_accurate(sample)
+
+
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_mean_a_thousand_times_the_standard_deviation(name, norm):
+    def sample_block():
+        x, weight, bias, *rest = random_block(SHAPES[name], affine=False)
+        inputs = [x, weight * 0.1, bias + 1000, *rest]
+        return compare(block(functional, norm), block(reference, norm), inputs, NAMES)
+
+    def sample_norm():
+        x = torch.randn(SHAPES[name][:4]) + 1000
+        names = ["x", "norm_weight", "norm_bias"]
+        return compare(norm_alone(functional, norm), norm_alone(reference, norm), [x, None, None], names)
+
+    assert_accurate(sample_block)
+    assert_accurate(sample_norm)
+
+
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_expanded_gradient(name):
+    inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    for operation, arguments in [
+        (block(functional), leaves),
+        (depthwise(functional), [*leaves[:3], *leaves[-2:]]),
+    ]:
+        y = operation(*arguments)
+        weights = torch.randn(y.shape[1])[:, None, None].expand(y.shape)
+        dense = torch.autograd.grad(y, arguments, weights.clone())
+        expanded = torch.autograd.grad(operation(*arguments), arguments, weights)
+        for a, b in zip(expanded, dense, strict=True):
+            torch.testing.assert_close(a, b)
+        # The gradient of a sum: all ones, of stride 0.
+        torch.autograd.grad(operation(*arguments).sum(), arguments)
+
+
+@pytest.mark.parametrize("norm", functional.NORMS)
+def test_empty_batch(norm):
+    inputs = as_dtype(random_block((0, 3, 8, 8, 4, (7, 7))), torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    for operation, arguments, channels in [
+        (block(functional, norm), leaves, 3),
+        (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]], 12),
+    ]:
+        y = operation(*arguments)
+        assert y.shape == (0, channels, 8, 8)
+        for x, grad in zip(arguments, torch.autograd.grad(y.sum(), arguments), strict=True):
+            assert grad.shape == x.shape
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize(
+    "shape", [(4, 2, 3, 4, 2, (3, 5)), (1, 2, 3, 4, 2, (3, 3))], ids=["toeplitz", "direct"]
+)
+def test_gradcheck(shape, norm):
+    leaves = [x.requires_grad_() for x in random_block(shape)]
+    assert torch.autograd.gradcheck(block(functional, norm), leaves)
+    assert torch.autograd.gradcheck(depthwise(functional, norm), [*leaves[:3], *leaves[-2:]])
+    assert torch.autograd.gradcheck(norm_alone(functional, norm), [leaves[0], *torch.randn(2, 2).double()])
+    assert torch.autograd.gradcheck(functional.pointwise_conv_gelu, [leaves[0], leaves[5], leaves[6]])
+    assert torch.autograd.gradcheck(functional.patch_conv, [leaves[0], torch.randn(3, 2, 3, 2).double()])
+
+
+def test_each_gradient_by_itself():
+    inputs = random_block(SHAPES["lecture 4x4"])
+    grad = torch.randn(inputs[0].shape).double()
+    all_at_once = outputs_and_grads(block(functional), inputs, grad)[1:]
+    for i, expected in enumerate(all_at_once):
+        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        (found,) = torch.autograd.grad(block(functional)(*alone), [alone[i]], grad)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_repeat_and_do_not_change_what_was_given():
+    leaves = [x.requires_grad_() for x in as_dtype(random_block(SHAPES["lecture 8x8"]), torch.float32)]
+    y = block(functional)(*leaves)
+    grad = torch.randn(y.shape)
+    before = grad.clone()
+    first = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, grad)
+    assert torch.equal(grad, before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_raises_clearly():
+    leaves = [x.requires_grad_() for x in random_block(SHAPES["lecture 4x4"])]
+    (grad,) = torch.autograd.grad(block(functional)(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_without_gradients_the_values_are_the_same(name, mode):
+    inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
+    expected = block(functional)(*[x.detach().requires_grad_() for x in inputs])
+    with mode():
+        y = block(functional)(*inputs)
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_half_precision(name, norm, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+
+    def sample():
+        inputs = random_block(SHAPES[name])
+        ours, definition = block(functional, norm), block(reference, norm)
+        return compare(ours, definition, inputs, NAMES, dtype=dtype, autocast=autocast)
+
+    assert_accurate(sample, torch.bfloat16)
+
+
+def test_autocast_dtypes():
+    inputs = as_dtype(random_block(SHAPES["lecture 8x8"]), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert depthwise(functional)(*inputs[:3], *inputs[-2:]).dtype == torch.bfloat16
+        assert functional.pointwise_conv_gelu(inputs[0], inputs[5]).dtype == torch.bfloat16
+        assert functional.patch_conv(inputs[0], inputs[5]).dtype == torch.bfloat16
+        assert functional.layer_norm(inputs[0].bfloat16()).dtype == torch.float32
+        # The residual stream stays as it is.
+        assert block(functional)(*inputs).dtype == torch.float32
+        assert block(functional)(*as_dtype(inputs, torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("norm", functional.NORMS)
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+def test_compile_without_graph_breaks(name, norm):
+    inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
+    grad = torch.randn(inputs[0].shape)
+    compiled = torch.compile(block(functional, norm), fullgraph=True, backend="aot_eager")
+    expected = outputs_and_grads(block(functional, norm), inputs, grad)
+    for a, b in zip(outputs_and_grads(compiled, inputs, grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def zeros(*size, **options):
+    return torch.zeros(size, **options)
+
+
+X = zeros(2, 3, 8, 8)
+BAD_INPUTS = {
+    "not a tensor": (lambda: functional.layer_norm([1.0]), TypeError, "x is a list; expected a tensor"),
+    "integers": (lambda: functional.layer_norm(X.int()), TypeError, r"torch.int32; expected floating point"),
+    "no batch": (
+        lambda: functional.layer_norm(X[0]),
+        ValueError,
+        r"shape \(3, 8, 8\); expected \(N, C, H, W\)",
+    ),
+    "no pixels": (
+        lambda: functional.layer_norm(X[:, :, :0]),
+        ValueError,
+        "at least one channel and one pixel",
+    ),
+    "unknown norm": (
+        lambda: functional.layer_norm(X, norm="batch"),
+        ValueError,
+        "'batch'; expected one of tensor",
+    ),
+    "negative eps": (
+        lambda: functional.layer_norm(X, eps=-1.0),
+        ValueError,
+        r"eps is -1.0; expected at least 0",
+    ),
+    "norm_weight of the wrong length": (
+        lambda: functional.layer_norm(X, norm_weight=zeros(4)),
+        ValueError,
+        r"norm_weight has shape \(4,\); expected \(3,\)",
+    ),
+    "channels that do not divide": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(8, 1, 7, 7)),
+        ValueError,
+        r"weight has shape \(8, 1, 7, 7\); expected \(3 \* multiplier, 1, height, width\)",
+    ),
+    "a full convolution's weight": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(12, 3, 7, 7)),
+        ValueError,
+        r"weight has shape \(12, 3, 7, 7\)",
+    ),
+    "even kernel": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(12, 1, 7, 4)),
+        ValueError,
+        "kernel of 7 x 4; expected odd sides",
+    ),
+    "bias of the wrong length": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(12, 1, 7, 7), zeros(3)),
+        ValueError,
+        r"bias has shape \(3,\); expected \(12,\)",
+    ),
+    "mixed dtypes": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(12, 1, 7, 7, dtype=torch.float64)),
+        TypeError,
+        "weight has dtype torch.float64, x torch.float32; convert one",
+    ),
+    "mixed devices": (
+        lambda: functional.depthwise_conv_layer_norm(X, zeros(12, 1, 7, 7, device="meta")),
+        ValueError,
+        "weight is on meta, x on cpu; move them to one device",
+    ),
+    "pointwise inputs": (
+        lambda: functional.pointwise_conv_gelu(X, zeros(5, 4, 1, 1)),
+        ValueError,
+        r"weight has shape \(5, 4, 1, 1\); expected \(outputs, 3, 1, 1\)",
+    ),
+    "unknown approximation": (
+        lambda: functional.pointwise_conv_gelu(X, zeros(5, 3, 1, 1), approximate="sigmoid"),
+        ValueError,
+        "'sigmoid'; expected one of none, tanh",
+    ),
+    "projection outputs": (
+        lambda: functional.convnext_block(
+            X, zeros(12, 1, 7, 7), None, zeros(5, 12, 1, 1), None, zeros(4, 5, 1, 1), None
+        ),
+        ValueError,
+        "projection_weight has 4 outputs; expected the 3 channels of x",
+    ),
+    "patch larger than the image": (
+        lambda: functional.patch_conv(X, zeros(4, 3, 9, 9)),
+        ValueError,
+        "x is 8 x 8 pixels; expected at least one patch of 9 x 9",
+    ),
+    "patch inputs": (
+        lambda: functional.patch_conv(X, zeros(4, 1, 2, 2)),
+        ValueError,
+        r"weight has shape \(4, 1, 2, 2\); expected \(outputs, 3, height, width\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input(name):
+    call, error, message = BAD_INPUTS[name]
+    with pytest.raises(error, match=message):
+        call()
