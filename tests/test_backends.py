@@ -1,0 +1,97 @@
+"""Forcing a backend, and what importing fastconv costs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastconv
+from fastconv import backends, functional, portable, reference
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_auto_takes_the_portable_path_without_a_gpu():
+    with fastconv.backend("auto"):
+        for operation in backends.OPERATIONS:
+            assert backends.select(operation, torch.zeros(1, 1, 1, 1)) is portable
+
+
+def test_forced_backends_run(monkeypatch):
+    called = []
+    for module in (portable, reference):
+        monkeypatch.setattr(module, "layer_norm", lambda x, _m=module, **_: called.append(_m) or x)
+    with fastconv.backend("reference"):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+    with fastconv.backend("portable"):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+    assert called == [reference, portable]
+
+
+def test_the_context_manager_restores_and_the_function_stays():
+    before = backends.current()
+    with fastconv.backend("reference"):
+        assert backends.current() == "reference"
+        with fastconv.backend("portable"):
+            assert backends.current() == "portable"
+        assert backends.current() == "reference"
+        fastconv.backend("auto")
+        assert backends.current() == "auto"
+    assert backends.current() == before
+
+
+def test_an_error_inside_restores_too():
+    before = backends.current()
+    with pytest.raises(ZeroDivisionError), fastconv.backend("reference"):
+        _ = 1 / 0
+    assert backends.current() == before
+
+
+def test_unknown_backend_changes_nothing():
+    before = backends.current()
+    with pytest.raises(
+        ValueError, match="backend is 'cuda'; expected one of triton, portable, reference, auto"
+    ):
+        fastconv.backend("cuda")
+    assert backends.current() == before
+
+
+def test_forcing_triton_says_why_it_cannot_run():
+    with (
+        fastconv.backend("triton"),
+        pytest.raises(
+            fastconv.BackendUnavailable, match=r"cannot run layer_norm: .* no Triton kernels yet; use"
+        ),
+    ):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+
+
+def test_the_environment_variable_forces_one():
+    code = "from fastconv import backends; print(backends.current())"
+    assert run_python(code, FASTCONV_BACKEND="reference").stdout.strip() == "reference"
+    assert run_python(code, FASTCONV_BACKEND="").stdout.strip() == "auto"
+    wrong = run_python(code, FASTCONV_BACKEND="fast")
+    assert "FASTCONV_BACKEND is 'fast'; expected one of" in wrong.stderr
+
+
+def test_import_brings_in_no_triton_no_torchvision_and_no_cuda_context():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastconv
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print(torch.cuda.is_initialized())
+"""
+    added, initialized = run_python(code).stdout.splitlines()
+    assert added == "['fastconv']"
+    assert initialized == "False"
