@@ -41,9 +41,7 @@ def make_call(channels: int, multiplier: int, side: int, batch: int, batch_last:
 
 def main() -> None:
     print(f"{timing.provenance()}\n")
-    print(
-        "| channels | multiplier | map | batch | Toeplitz ms | convolution ms | taken | its time / the best |"
-    )
+    print("| channels | multiplier | map | batch | Toeplitz ms | convolution ms | taken | its time / the best |")
     print("|---:|---:|---|---:|---:|---:|---|---:|")
     for channels, multiplier, side, batch in WORKLOADS:
         calls = {

@@ -21,9 +21,7 @@ class Percentiles(NamedTuple):
     p80: float
 
 
-def interleave(
-    calls: Mapping[str, Callable[[int], object]], rounds: int, warmup: int
-) -> dict[str, Percentiles]:
+def interleave(calls: Mapping[str, Callable[[int], object]], rounds: int, warmup: int) -> dict[str, Percentiles]:
     """Time calls in turns, one of each per round.
 
     Args:

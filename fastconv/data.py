@@ -6,7 +6,6 @@ no loader processes, host copies or transforms stand between two training steps.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
+
+from fastconv.extras import import_extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,7 +130,8 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
 
     Raises:
         DataError: there is no such data set, or it is incomplete, altered or unreadable, or its download
-            failed, or a package to read it with is missing.
+            failed.
+        MissingPackage: a package to read it with is not installed.
     """
     place = directory or cache or Path(os.environ.get("FASTCONV_CACHE") or "~/.cache/fastconv")
     # Path.expanduser raises for the home of a user there is not; this leaves such a path to be found missing.
@@ -158,10 +160,10 @@ def read_image(path: Path) -> Image:
     EXIF orientation is applied, transparent pixels lie over white, and 16-bit grey is scaled down.
 
     Raises:
-        DataError: `path` is missing, not an image, incomplete, or grey with floats or more than 16 bits; or
-            Pillow is missing.
+        DataError: `path` is missing, not an image, incomplete, or grey with floats or more than 16 bits.
+        MissingPackage: Pillow is not installed.
     """
-    pillow, pillow_ops = _import_extra("PIL.Image"), _import_extra("PIL.ImageOps")
+    pillow, pillow_ops = import_extra("PIL.Image"), import_extra("PIL.ImageOps")
     try:
         # An open file, because a path may be mapped into memory, and then Pillow turns TIFF images wrongly.
         with open(path, "rb") as file, pillow.open(file) as stored:
@@ -172,9 +174,7 @@ def read_image(path: Path) -> Image:
     except Exception as error:
         # An error of the system names the path once more; its strerror does not.
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{path} cannot be read as an image: {reason}; expected a complete image file"
-        ) from error
+        raise DataError(f"{path} cannot be read as an image: {reason}; expected a complete image file") from error
     white = pillow.new("RGBA", image.size, "white")
     rgb: Image = pillow.alpha_composite(white, image).convert("RGB")
     return rgb
@@ -205,22 +205,12 @@ def _find_version(directory: Path, name: str, suffix: str) -> Path | None:
     return None
 
 
-def _import_extra(module: str) -> Any:
-    """Import a module of the `train` extra, only when it is needed: torchvision takes seconds."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f'{module} cannot be imported ({error}); install it with: pip install "fastconv[train]"'
-        ) from error
-
-
 def _download(cache: Path) -> None:
     """Download CIFAR-10's Python version into `cache`, unless its folder is there."""
     folder = cache / _PYTHON_FOLDER
     if folder.is_dir():
         return
-    cifar10 = _import_extra("torchvision.datasets").CIFAR10
+    cifar10 = import_extra("torchvision.datasets").CIFAR10
     print(f"downloading CIFAR-10 (170 MB) into {cache}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -251,7 +241,7 @@ def _publish(finished: Path, folder: Path) -> None:
 
 
 def _load_python_version(folder: Path) -> Dataset:
-    cifar10 = _import_extra("torchvision.datasets").CIFAR10
+    cifar10 = import_extra("torchvision.datasets").CIFAR10
     # With no base folder of its own the class reads `folder` whatever its name.
     in_place: Any = type("CIFAR10InPlace", (cifar10,), {"base_folder": ""})
     try:
@@ -272,7 +262,7 @@ def _load_python_version(folder: Path) -> Dataset:
 
 def _rejected_files(folder: Path, cifar10: Any) -> str:
     """Say which files torchvision refused and why; its own message does not."""
-    check_integrity = _import_extra("torchvision.datasets.utils").check_integrity
+    check_integrity = import_extra("torchvision.datasets.utils").check_integrity
     expected = [*cifar10.train_list, *cifar10.test_list, (cifar10.meta["filename"], cifar10.meta["md5"])]
     return ", ".join(
         f"{name} has the wrong checksum" if (folder / name).is_file() else f"{name} is missing"
@@ -301,9 +291,7 @@ def _load_binary_version(folder: Path) -> Dataset:
 
 def _read_binary_batch(path: Path) -> ImageSet:
     if not path.is_file():
-        raise DataError(
-            f"{path} is missing; expected data_batch_1.bin to data_batch_5.bin and test_batch.bin"
-        )
+        raise DataError(f"{path} is missing; expected data_batch_1.bin to data_batch_5.bin and test_batch.bin")
     size, expected = path.stat().st_size, _BINARY_RECORDS * _BINARY_RECORD_BYTES
     if size != expected:
         raise DataError(
@@ -401,10 +389,10 @@ def _grey_to_8_bits(image: Any) -> Any:
     """Scale 16-bit grey down, whose levels Pillow itself would clip; return other images as they are."""
     if not image.mode.startswith(("I", "F")):
         return image
-    numpy = _import_extra("numpy")
+    numpy = import_extra("numpy")
     levels = numpy.asarray(image)
     if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"mode {image.mode} with levels {levels.min()} to {levels.max()} is not 16-bit grey")
     # A PNG may name one level as transparent, and scaling would merge it with its neighbours.
     levels = numpy.where(levels == image.info.get("transparency"), 65535, levels)
-    return _import_extra("PIL.Image").fromarray(numpy.rint(levels / 257).astype(numpy.uint8))
+    return import_extra("PIL.Image").fromarray(numpy.rint(levels / 257).astype(numpy.uint8))

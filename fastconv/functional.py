@@ -271,9 +271,7 @@ def _check_vector(name: str, x: Tensor, vector: Tensor | None, length: int) -> N
         return
     _check_tensor(name, vector, x)
     if vector.shape != (length,):
-        raise ValueError(
-            f"{name} has shape {_shape(vector)}; expected ({length},), one for each output channel"
-        )
+        raise ValueError(f"{name} has shape {_shape(vector)}; expected ({length},), one for each output channel")
 
 
 def _check_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:

@@ -77,9 +77,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
-        )
+        return f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
 class PointwiseConvGELU(nn.Conv2d):
@@ -198,9 +196,7 @@ class Classifier(nn.Module):
         norm: str = "tensor",
     ) -> None:
         super().__init__()
-        _check_positive(
-            width=width, depth=depth, patch=patch, in_channels=in_channels, num_classes=num_classes
-        )
+        _check_positive(width=width, depth=depth, patch=patch, in_channels=in_channels, num_classes=num_classes)
         self.norm = norm
         self.stem = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.conv_block_1 = nn.Sequential(*(ConvNextBlock(width, norm=norm) for _ in range(depth)))

@@ -59,9 +59,7 @@ def test_an_error_inside_restores_too():
 
 def test_unknown_backend_changes_nothing():
     before = backends.current()
-    with pytest.raises(
-        ValueError, match="backend is 'cuda'; expected one of triton, portable, reference, auto"
-    ):
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of triton, portable, reference, auto"):
         fastconv.backend("cuda")
     assert backends.current() == before
 
@@ -69,9 +67,7 @@ def test_unknown_backend_changes_nothing():
 def test_forcing_triton_says_why_it_cannot_run():
     with (
         fastconv.backend("triton"),
-        pytest.raises(
-            fastconv.BackendUnavailable, match=r"cannot run layer_norm: .* no Triton kernels yet; use"
-        ),
+        pytest.raises(fastconv.BackendUnavailable, match=r"cannot run layer_norm: .* no Triton kernels yet; use"),
     ):
         functional.layer_norm(torch.zeros(1, 1, 1, 1))
 

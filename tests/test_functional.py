@@ -39,9 +39,7 @@ def in_format(x, name):
     if name == "batch_last":
         return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     if name == "sliced":
-        holder = torch.full(
-            (x.shape[0], x.shape[1] + 1, x.shape[2] * 2, x.shape[3] + 3), torch.nan, dtype=x.dtype
-        )
+        holder = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] * 2, x.shape[3] + 3), torch.nan, dtype=x.dtype)
         holder[:, 1:, ::2, 2:-1] = x
         return holder[:, 1:, ::2, 2:-1]
     return x
@@ -145,9 +143,7 @@ def test_shapes_cover_both_forms_of_the_convolution(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_convnext_block(name, norm, affine):
     def sample():
-        return compare(
-            block(functional, norm), block(reference, norm), random_block(SHAPES[name], affine), NAMES
-        )
+        return compare(block(functional, norm), block(reference, norm), random_block(SHAPES[name], affine), NAMES)
 
     assert_accurate(sample)
 
@@ -303,9 +299,7 @@ def test_empty_batch(norm):
 
 
 @pytest.mark.parametrize("norm", functional.NORMS)
-@pytest.mark.parametrize(
-    "shape", [(4, 2, 3, 4, 2, (3, 5)), (1, 2, 3, 4, 2, (3, 3))], ids=["toeplitz", "direct"]
-)
+@pytest.mark.parametrize("shape", [(4, 2, 3, 4, 2, (3, 5)), (1, 2, 3, 4, 2, (3, 3))], ids=["toeplitz", "direct"])
 def test_gradcheck(shape, norm):
     leaves = [x.requires_grad_() for x in random_block(shape)]
     assert torch.autograd.gradcheck(block(functional, norm), leaves)

@@ -84,9 +84,7 @@ def test_separate_modules_compose_to_the_block():
 
 
 def test_depthwise_conv_layer_norm_is_convolution_then_norm():
-    module = fastconv.DepthwiseConvLayerNorm(
-        5, multiplier=2, kernel_size=3, norm="channel", eps=1e-6, affine=True
-    )
+    module = fastconv.DepthwiseConvLayerNorm(5, multiplier=2, kernel_size=3, norm="channel", eps=1e-6, affine=True)
     nn.init.normal_(module.norm_weight)
     nn.init.normal_(module.norm_bias)
     x = torch.randn(3, 5, 7, 6)

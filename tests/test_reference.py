@@ -101,13 +101,8 @@ def test_each_gradient_is_numpys_difference_quotient(small):
     for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
         change = rng.standard_normal(state[name].shape)
         values = [
-            (
-                numpy_classifier({**state, name: state[name] + sign * step * change}, x.numpy(), 2)
-                * direction
-            ).sum()
+            (numpy_classifier({**state, name: state[name] + sign * step * change}, x.numpy(), 2) * direction).sum()
             for sign in (1, -1)
         ]
         quotient = (values[0] - values[1]) / (2 * step)
-        np.testing.assert_allclose(
-            (grad.numpy() * change).sum(), quotient, rtol=1e-6, atol=1e-8, err_msg=name
-        )
+        np.testing.assert_allclose((grad.numpy() * change).sum(), quotient, rtol=1e-6, atol=1e-8, err_msg=name)

@@ -1,0 +1,41 @@
+"""A picture of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastconv.extras import import_extra
+
+SETS = {"train": "training", "validation": "validation"}
+
+
+def plot(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Draw loss and accuracy against the epoch, of training and of validation, as a PNG.
+
+    Args:
+        history: the metrics of each epoch, as in `metrics.jsonl`; at least one.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+    """
+    figure: Any = import_extra("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
+    integers = import_extra("matplotlib.ticker").MaxNLocator(integer=True)
+    epochs = [metrics["epoch"] for metrics in history]
+    for axes, quantity, scale, label in zip(
+        figure.subplots(1, 2),
+        ("loss", "accuracy"),
+        (1, 100),
+        ("cross-entropy loss", "accuracy, %"),
+        strict=True,
+    ):
+        for prefix, name in SETS.items():
+            values = [scale * metrics[f"{prefix}_{quantity}"] for metrics in history]
+            axes.plot(epochs, values, marker="o", markersize=4, label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(integers)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
