@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,8 +71,12 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give the checkpoint.pt of a training run")
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums that torch.save writes.
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}); train again") from error
     if not isinstance(state, dict) or "format" not in state:

@@ -7,6 +7,7 @@ with a learning rate of 1e-3, cross-entropy, five epochs.
 from __future__ import annotations
 
 import math
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,9 @@ def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Class
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images, int64 [images]: a function of seed and epoch, so nothing to save."""
-    return torch.randperm(images, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
+    # PyTorch's CPU generator looks at 32 bits of its seed only; Python's looks at all.
+    mixed = random.Random(seed + (epoch << 32)).getrandbits(32)
+    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
