@@ -135,8 +135,8 @@ def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Class
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     """The order of the training images, int64 [images]: a function of seed and epoch, so nothing to save."""
-    # PyTorch's CPU generator looks at 32 bits of its seed only; Python's looks at all.
-    mixed = random.Random(seed + (epoch << 32)).getrandbits(32)
+    # PyTorch's CPU generator looks at 32 bits of its seed only. Python's hashes a string to seed itself.
+    mixed = random.Random(f"seed {seed} epoch {epoch}").getrandbits(32)
     return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
 
 
