@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import fastconv
 from bench import timing
 from fastconv import reference
+from fastconv.training import keep_freed_memory
 
 CONTENDERS = ("reference", "reference, channels_last", "torch.compile(reference)", "fastconv")
 DIRECTIONS = ("forward", "forward + backward")
@@ -111,6 +112,7 @@ def main(
 ) -> None:
     """Print the table of the README."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     print(f"Batch of {batch_size}; {timing.provenance()}\n")
     columns = [
         "",

@@ -12,6 +12,7 @@ import torch
 
 from bench import timing
 from fastconv import portable
+from fastconv.training import keep_freed_memory
 
 # channels, multiplier, side of the map, batch
 WORKLOADS = [
@@ -40,6 +41,7 @@ def make_call(channels: int, multiplier: int, side: int, batch: int, batch_last:
 
 
 def main() -> None:
+    keep_freed_memory()
     print(f"{timing.provenance()}\n")
     print("| channels | multiplier | map | batch | Toeplitz ms | convolution ms | taken | its time / the best |")
     print("|---:|---:|---|---:|---:|---:|---|---:|")
