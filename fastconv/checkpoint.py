@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write the checkpoint to `path`, which at any moment holds either the old one or the new."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
-        write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load(path: Path) -> Checkpoint:
@@ -91,11 +91,12 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**{name: state[name] for name in expected})
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place in one step."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place in one step."""
     # Always the same name, so that a run killed while writing leaves at most one such file.
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -68,7 +68,8 @@ PatchOption = Annotated[int, typer.Option(help="Side of the stem's patches, pixe
 
 def main() -> None:
     """Run the command line. Known errors become one line on standard error and exit code 2."""
-    known = (data.DataError, checkpoint.CheckpointError, backends.BackendUnavailable, MissingPackage)
+    # OSError is what a full disk or a directory without permission raises; its text names the file.
+    known = (data.DataError, checkpoint.CheckpointError, backends.BackendUnavailable, MissingPackage, OSError)
     try:
         app()
     except known as error:
@@ -181,7 +182,8 @@ def train(
         "data": dataset.source,
         "versions": versions(),
     }
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    checkpoint.write_atomically(out / "config.json", lambda file: file.write(text.encode()))
 
     display = Display(console, recipe.epochs, out / "metrics.jsonl", json_output)
     try:
@@ -198,7 +200,7 @@ def train(
         )
         raise typer.Exit(1) from error
     display.write_metrics(final.history)
-    curves.plot(final.history, out / "curves.png")
+    checkpoint.write_atomically(out / "curves.png", lambda file: curves.plot(final.history, file))
     display.finished(final, out)
 
 
@@ -418,7 +420,3 @@ def package_version(package: str) -> str:
 def versions() -> dict[str, str]:
     packages = ("fastconv", "torch", "triton", "torchvision")
     return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
-
-
-def write_text(path: Path, text: str) -> None:
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text))

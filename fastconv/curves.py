@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastconv.extras import import_extra
 
 SETS = {"train": "training", "validation": "validation"}
 
 
-def plot(history: Sequence[dict[str, float]], path: Path) -> None:
+def plot(history: Sequence[dict[str, float]], file: BinaryIO) -> None:
     """Draw loss and accuracy against the epoch, of training and of validation, as a PNG.
 
     Args:
         history: the metrics of each epoch, as in `metrics.jsonl`; at least one.
+        file: to write to.
 
     Raises:
         MissingPackage: matplotlib is not installed.
@@ -38,4 +38,4 @@ def plot(history: Sequence[dict[str, float]], path: Path) -> None:
         axes.xaxis.set_major_locator(integers)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)

@@ -73,7 +73,7 @@ class Display:
 
     def write_metrics(self, history: Sequence[dict[str, float]]) -> None:
         lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-        write_atomically(self.metrics, lambda temporary: temporary.write_text(lines))
+        write_atomically(self.metrics, lambda file: file.write(lines.encode()))
 
     def finished(self, final: Checkpoint, out: Path) -> None:
         assert final.test is not None

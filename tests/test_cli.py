@@ -191,6 +191,19 @@ def test_bad_input(run, folder, tmp_path, monkeypatch, arguments, message):
     assert os.listdir(tmp_path) == [], "something was left behind"
 
 
+def test_a_directory_that_cannot_be_written(run, folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(run("train", "--data", folder, "--out", tmp_path / "file/run", *SMALL), "Not a directory: .*file/run")
+
+
+def test_a_full_disk(run, folder, tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "No space left on device")
+
+
 @pytest.mark.parametrize("package", ["torchinfo", "matplotlib"])
 def test_a_missing_package_is_named_before_training(run, folder, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
