@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastconv.checkpoint import Checkpoint, CheckpointError
-from fastconv.data import Dataset, ImageSet, split_indices
+from fastconv.data import DataError, Dataset, ImageSet, split_indices
 from fastconv.modules import Classifier
 
 PRECISIONS = ("fp32", "bf16")
@@ -104,7 +104,16 @@ class Sets:
 
 
 def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
+    """Split the training images by the recipe.
+
+    Raises:
+        DataError: there are too few to validate on.
+    """
     train, validation = split_indices(len(dataset.train), recipe.split_seed)
+    if len(validation) == 0:
+        raise DataError(
+            f"{dataset.source}: {len(train)} training images leave none to validate on; expected 5 or more"
+        )
     return Sets(
         dataset.train.subset(train[: recipe.limit]).to(device),
         dataset.train.subset(validation[: recipe.limit]).to(device),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastconv import checkpoint, reference, training
 from fastconv.checkpoint import CheckpointError
-from fastconv.data import Dataset, ImageSet
+from fastconv.data import DataError, Dataset, ImageSet
 from fastconv.training import Recipe
 
 CPU = torch.device("cpu")
@@ -144,6 +144,13 @@ def test_limit_takes_the_first_images_of_each_set(dataset):
     for name in ("train", "validation", "test"):
         assert torch.equal(getattr(some, name).images, getattr(whole, name).images[:12])
         assert torch.equal(getattr(some, name).labels, getattr(whole, name).labels[:12])
+
+
+def test_too_few_images_to_validate_on(dataset, tmp_path):
+    few = Dataset(dataset.train.subset(torch.arange(4)), dataset.test, dataset.classes, "few")
+    with pytest.raises(DataError, match="few: 4 training images leave none to validate on; expected 5 or more"):
+        run(few, tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 class Killed(BaseException):
