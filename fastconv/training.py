@@ -109,11 +109,11 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
     Raises:
         DataError: there are too few to validate on.
     """
-    train, validation = split_indices(len(dataset.train), recipe.split_seed)
-    if len(validation) == 0:
-        raise DataError(
-            f"{dataset.source}: {len(train)} training images leave none to validate on; expected 5 or more"
-        )
+    count = len(dataset.train)
+    # A fifth of them, rounded down.
+    if count < 5:
+        raise DataError(f"{dataset.source}: {count} training images leave none to validate on; expected 5 or more")
+    train, validation = split_indices(count, recipe.split_seed)
     return Sets(
         dataset.train.subset(train[: recipe.limit]).to(device),
         dataset.train.subset(validation[: recipe.limit]).to(device),
