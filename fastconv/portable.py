@@ -60,13 +60,6 @@ def to_columns(x: Tensor, geometry: Geometry) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2).permute(2, 0, 1)
 
 
-def lay_out(columns: Tensor, geometry: Geometry) -> Tensor:
-    """Columns of any strides, such as an expanded gradient's, in the strides that `to_columns` gives."""
-    if geometry.batch_last:
-        return columns.contiguous()
-    return columns.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
 def from_columns(columns: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of `to_columns`, always a view."""
     if geometry.batch_last:
@@ -167,7 +160,7 @@ def mix_channels(weight: Tensor, columns: Tensor, geometry: Geometry, bias: Tens
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
@@ -218,79 +211,107 @@ def normalise_backward(grad: Tensor, normalised: Tensor, scale: Tensor, dims: tu
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, geometry: Geometry, norm: str, eps: float) -> Tensor:
-        ctx.geometry, ctx.dims = geometry, statistics_dims(norm, geometry)
-        normalised = x.clone()
-        scale = centre(normalised, None, ctx.dims, eps, geometry)
+    def forward(ctx: Any, x: Tensor, norm: str, eps: float) -> Tensor:
+        geometry = choose_geometry(x.shape)
+        dims = statistics_dims(norm, geometry)
+        normalised = to_columns(x, geometry).clone()
+        scale = centre(normalised, None, dims, eps, geometry)
         normalised.mul_(scale)
+        ctx.geometry, ctx.dims = geometry, dims
         ctx.save_for_backward(normalised, scale)
-        return normalised
+        return restore_format(from_columns(normalised, geometry), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normalised, scale = ctx.saved_tensors
-        grad = lay_out(grad, ctx.geometry)
-        grad_x = normalise_backward(grad, normalised, scale, ctx.dims).to(grad.dtype)
-        return grad_x, None, None, None
+        grad_x = normalise_backward(to_columns(grad, ctx.geometry), normalised, scale, ctx.dims)
+        return from_columns(grad_x.to(grad.dtype), ctx.geometry), None, None
 
 
 class _DepthwiseConvLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: str, eps: float
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, 1, kh, kw)
+        bias: Tensor | None,  # (K,)
+        norm: str,
+        eps: float,
     ) -> Tensor:
-        ctx.geometry, ctx.dims = geometry, statistics_dims(norm, geometry)
-        normalised, matrix = convolve(x, weight, geometry)
-        scale = centre(normalised, bias, ctx.dims, eps, geometry)
+        geometry = choose_geometry(x.shape)
+        dims = statistics_dims(norm, geometry)
+        columns = to_columns(x, geometry)
+        normalised, matrix = convolve(columns, weight, geometry)
+        scale = centre(normalised, bias, dims, eps, geometry)
         normalised.mul_(scale)
-        ctx.save_for_backward(x, weight, matrix, normalised, scale)
-        return normalised
+        ctx.geometry, ctx.dims = geometry, dims
+        ctx.save_for_backward(columns, weight, matrix, normalised, scale)
+        return restore_format(from_columns(normalised, geometry), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, matrix, normalised, scale = ctx.saved_tensors
-        grad_h = normalise_backward(lay_out(grad, ctx.geometry), normalised, scale, ctx.dims)
+        columns, weight, matrix, normalised, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        geometry = ctx.geometry
+        grad_h = normalise_backward(to_columns(grad, geometry), normalised, scale, ctx.dims)
         grad_bias = grad_h.sum((1, 2)).to(weight.dtype) if needs_bias else None
-        grad_h = grad_h.to(x.dtype)
-        grads = convolve_backward(grad_h, x, weight, matrix, ctx.geometry, needs_x, needs_weight)
-        return *grads, grad_bias, None, None, None
+        grad_h = grad_h.to(columns.dtype)
+        grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
+        return None if grad_x is None else from_columns(grad_x, geometry), grad_weight, grad_bias, None, None
 
 
-class _DepthwiseConvLayerNormPointwiseConvGELU(torch.autograd.Function):
-    """The first half of a ConvNextBlock; the normalised tensor, its widest, is never written."""
+class _ConvNextBlock(torch.autograd.Function):
+    """The whole block as one node, in which the normalised tensor, the widest, is never written."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # [C, A, B]
-        depthwise_weight: Tensor,  # [K, 1, kh, kw]
-        depthwise_bias: Tensor | None,  # [K]
-        weight: Tensor,  # [O, K]
-        bias: Tensor | None,  # [O]
-        geometry: Geometry,
+        x: Tensor,  # (N, C, H, W)
+        depthwise_weight: Tensor,  # (K, 1, kh, kw)
+        depthwise_bias: Tensor | None,  # (K,)
+        weight: Tensor,  # (O, K)
+        bias: Tensor | None,  # (O,)
+        projection: Tensor,  # (C, O)
+        projection_bias: Tensor | None,  # (C,)
         norm: str,
         eps: float,
         approximate: str,
     ) -> Tensor:
+        geometry = choose_geometry(x.shape)
         dims = statistics_dims(norm, geometry)
-        h, matrix = convolve(x, depthwise_weight, geometry)
+        residual = to_columns(x, geometry)
+        columns = residual.to(weight.dtype)
+        h, matrix = convolve(columns, depthwise_weight, geometry)
         scale = centre(h, depthwise_bias, dims, eps, geometry)
         product = mix_channels(weight, h, geometry)
+        activation = F.gelu(scale_and_shift(product, scale, bias), approximate=approximate)
+        y = residual + mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
-        ctx.save_for_backward(x, depthwise_weight, matrix, h, scale, weight, bias, product)
-        return F.gelu(scale_and_shift(product, scale, bias), approximate=approximate)
+        ctx.save_for_backward(
+            columns, depthwise_weight, matrix, h, scale, weight, bias, product, activation, projection
+        )
+        return restore_format(from_columns(y, geometry), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, depthwise_weight, matrix, h, scale, weight, bias, product = ctx.saved_tensors
-        needs_x, needs_taps, needs_shift, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        columns, depthwise_weight, matrix, h, scale, weight, bias, product, activation, projection = (
+            ctx.saved_tensors
+        )
+        needs_x, needs_taps, needs_shift, needs_weight, needs_bias, needs_projection, needs_offset = (
+            ctx.needs_input_grad[:7]
+        )
         geometry, dims = ctx.geometry, ctx.dims
+        grad_residual = to_columns(grad, geometry)
+        grad_y = grad_residual.to(columns.dtype)
+        grad_projection = grad_y.flatten(1) @ activation.flatten(1).t() if needs_projection else None
+        grad_offset = grad_y.sum((1, 2)) if needs_offset else None
         grad_z = torch.ops.aten.gelu_backward(
-            lay_out(grad, geometry), scale_and_shift(product, scale, bias), approximate=ctx.approximate
+            mix_channels(projection.t(), grad_y, geometry),
+            scale_and_shift(product, scale, bias),
+            approximate=ctx.approximate,
         )
         grad_bias = grad_z.sum((1, 2)) if needs_bias else None
         # The norm's backward needs the means over K channels of W^T dz and of x^ * (W^T dz). They are taken
@@ -302,15 +323,20 @@ class _DepthwiseConvLayerNormPointwiseConvGELU(torch.autograd.Function):
         slope = mean_over(grad_z * product, dims) * scale * narrowing
         grad_z.mul_(scale)
         grad_weight = grad_z.flatten(1) @ h.flatten(1).t() if needs_weight else None
-        if not (needs_x or needs_taps or needs_shift):
-            return None, None, None, grad_weight, grad_bias, None, None, None, None
-        # The bias's gradient, a sum of terms that almost cancel, is taken before these are rounded to half.
-        grad_h = mix_channels(weight.t(), grad_z, geometry).to(scale.dtype)
-        grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
-        grad_shift = grad_h.sum((1, 2)).to(h.dtype) if needs_shift else None
-        grad_h = grad_h.to(h.dtype)
-        grads = convolve_backward(grad_h, x, depthwise_weight, matrix, geometry, needs_x, needs_taps)
-        return *grads, grad_shift, grad_weight, grad_bias, None, None, None, None
+        grad_x = grad_taps = grad_shift = None
+        if needs_x or needs_taps or needs_shift:
+            grad_h = mix_channels(weight.t(), grad_z, geometry).to(scale.dtype)
+            grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
+            # A sum of terms that almost cancel, taken before they are rounded to half precision.
+            grad_shift = grad_h.sum((1, 2)).to(h.dtype) if needs_shift else None
+            grad_h = grad_h.to(h.dtype)
+            grad_x, grad_taps = convolve_backward(
+                grad_h, columns, depthwise_weight, matrix, geometry, needs_x, needs_taps
+            )
+        if grad_x is not None:
+            grad_x = from_columns(grad_x + grad_residual, geometry)
+        grads = grad_x, grad_taps, grad_shift, grad_weight, grad_bias, grad_projection, grad_offset
+        return *grads, None, None, None
 
 
 def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -321,12 +347,6 @@ def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     return z.to(product.dtype)
 
 
-def _affine(columns: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        columns = columns * weight[:, None, None]
-    return columns if bias is None else columns + bias[:, None, None]
-
-
 def layer_norm(
     x: Tensor,
     *,
@@ -335,9 +355,7 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    geometry = choose_geometry(x.shape)
-    columns = _LayerNorm.apply(to_columns(x, geometry), geometry, norm, eps)
-    return restore_format(from_columns(_affine(columns, norm_weight, norm_bias), geometry), x)
+    return _affine(_LayerNorm.apply(x, norm, eps), norm_weight, norm_bias)
 
 
 def depthwise_conv_layer_norm(
@@ -350,9 +368,13 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    geometry = choose_geometry(x.shape)
-    columns = _DepthwiseConvLayerNorm.apply(to_columns(x, geometry), weight, bias, geometry, norm, eps)
-    return restore_format(from_columns(_affine(columns, norm_weight, norm_bias), geometry), x)
+    return _affine(_DepthwiseConvLayerNorm.apply(x, weight, bias, norm, eps), norm_weight, norm_bias)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        x = x * weight[:, None, None]
+    return x if bias is None else x + bias[:, None, None]
 
 
 def pointwise_conv_gelu(
@@ -378,30 +400,26 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
-    geometry = choose_geometry(x.shape)
-    columns = to_columns(x, geometry)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
-    mixing, bias = pointwise_weight.flatten(1), pointwise_bias
+    weight, bias = pointwise_weight.flatten(1), pointwise_bias
     if norm_bias is not None:
-        shift = mixing @ norm_bias
+        shift = weight @ norm_bias
         bias = shift if bias is None else bias + shift
     if norm_weight is not None:
-        mixing = mixing * norm_weight
-    y = _DepthwiseConvLayerNormPointwiseConvGELU.apply(
-        columns.to(depthwise_weight.dtype),
+        weight = weight * norm_weight
+    projection = projection_weight.flatten(1)
+    return _ConvNextBlock.apply(
+        x,
         depthwise_weight,
         depthwise_bias,
-        mixing,
+        weight,
         bias,
-        geometry,
+        projection,
+        projection_bias,
         norm,
         eps,
         approximate,
     )
-    if projection_bias is not None:
-        columns = columns + projection_bias[:, None, None]
-    y = columns + mix_channels(projection_weight.flatten(1), y, geometry)
-    return restore_format(from_columns(y, geometry), x)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
