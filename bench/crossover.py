@@ -3,7 +3,7 @@
     python -m bench.crossover
 
 times both, forward and backward, each in the layout it likes best, and compares the winner with what
-`fastconv.portable.choose_geometry` takes.
+`fastconv.columns.choose_geometry` takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from bench import timing
-from fastconv import portable
+from fastconv import columns
 from fastconv.training import keep_freed_memory
 
 # channels, multiplier, side of the map, batch
@@ -28,14 +28,14 @@ WORKLOADS = [
 
 
 def make_call(channels: int, multiplier: int, side: int, batch: int, batch_last: bool):
-    geometry = portable.Geometry(side, side, batch_last)
+    geometry = columns.Geometry(side, side, batch_last)
     weight = torch.randn(channels * multiplier, 1, 7, 7)
-    x = portable.to_columns(torch.randn(batch, channels, side, side), geometry)
-    grad = portable.to_columns(torch.randn(batch, channels * multiplier, side, side), geometry)
+    x = columns.to_columns(torch.randn(batch, channels, side, side), geometry)
+    grad = columns.to_columns(torch.randn(batch, channels * multiplier, side, side), geometry)
 
     def call(_: int) -> None:
-        _, matrix = portable.convolve(x, weight, geometry)
-        portable.convolve_backward(grad, x, weight, matrix, geometry, needs_x=True, needs_weight=True)
+        _, matrix = columns.convolve(x, weight, geometry)
+        columns.convolve_backward(grad, x, weight, matrix, geometry, needs_x=True, needs_weight=True)
 
     return call
 
@@ -51,7 +51,7 @@ def main() -> None:
             "convolution": make_call(channels, multiplier, side, batch, batch_last=False),
         }
         times = {name: t.p50 for name, t in timing.interleave(calls, rounds=9, warmup=2).items()}
-        geometry = portable.choose_geometry((batch, channels, side, side))
+        geometry = columns.choose_geometry((batch, channels, side, side))
         taken = "Toeplitz" if geometry.batch_last else "convolution"
         print(
             f"| {channels} | {multiplier} | {side} x {side} | {batch} | {times['Toeplitz']:.2f} | "

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastconv import backends, checkpoint, curves, data, prediction, reference, training
+from fastconv import backends, checkpoint, curves, data, environment, prediction, reference, training
 from fastconv.display import Display
 from fastconv.extras import MissingPackage, import_extra
 from fastconv.training import Recipe
@@ -82,7 +80,7 @@ def callback(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if show_version:
-        print(f"fastconv {package_version('fastconv')}")
+        print(f"fastconv {environment.package_version('fastconv')}")
         raise typer.Exit
 
 
@@ -161,8 +159,8 @@ def train(
             recipe = Recipe(**{field.name: context.params[field.name] for field in fields(Recipe)})
         else:
             recipe = resumed_recipe(context, resumed)
-        place = choose_device(device)
-        choose_backend(backend, place)
+        place = environment.choose_device(device)
+        environment.choose_backend(backend, place)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -180,7 +178,7 @@ def train(
         "device": str(place),
         "backend": backend,
         "data": dataset.source,
-        "versions": versions(),
+        "versions": environment.versions(),
     }
     text = json.dumps(config, indent=2) + "\n"
     checkpoint.write_atomically(out / "config.json", lambda file: file.write(text.encode()))
@@ -251,8 +249,8 @@ def evaluate(
     """Measure a checkpoint's loss and accuracy on its validation images and on the test images."""
     state = checkpoint.load(checkpoint_path)
     with usage_errors():
-        place = choose_device(device)
-        choose_backend(backend, place)
+        place = environment.choose_device(device)
+        environment.choose_backend(backend, place)
     model = prediction.load_model(state, place)
     dataset, recipe = data.load(data_directory), Recipe(**state.recipe)
     sets = training.make_sets(dataset, recipe, place)
@@ -285,8 +283,8 @@ def predict(
     """
     state = checkpoint.load(checkpoint_path)
     with usage_errors():
-        place = choose_device(device)
-        choose_backend(backend, place)
+        place = environment.choose_device(device)
+        environment.choose_backend(backend, place)
     model = prediction.load_model(state, place)
     # All are read before any is answered: a wrong name is found at once.
     inputs = [prediction.read_input(path, state.image_size) for path in images]
@@ -318,37 +316,18 @@ def summary(
 @app.command()
 def info(json_output: JsonOption = False) -> None:
     """Tell the versions, the devices, and which backend runs each operation, and why."""
-    devices = available_devices()
-    chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for device in devices:
-        x = torch.empty(1, 1, 1, 1, device=device)
-        chosen[device] = {}
-        for operation in backends.OPERATIONS:
-            refused = {name: backends.can_run(name, operation, x) for name in backends.BACKENDS}
-            runs = next(name for name, reason in refused.items() if reason is None)
-            chosen[device][operation] = {
-                "runs": runs,
-                "refused": {name: reason for name, reason in refused.items() if reason is not None},
-            }
-    facts = {
-        "versions": versions(),
-        "devices": devices,
-        "threads": torch.get_num_threads(),
-        "forced_backend": backends.current(),
-        "operations": chosen,
-    }
+    facts = environment.describe()
     if json_output:
         print(json.dumps(facts, indent=2))
         return
     console = Console()
-    for name, found in versions().items():
+    for name, found in facts["versions"].items():
         console.print(f"{name:<12}{found}", highlight=False)
-    console.print(
-        f"{'devices':<12}{', '.join(devices.values())}; {torch.get_num_threads()} threads", highlight=False
-    )
+    devices = ", ".join(facts["devices"].values())
+    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads", highlight=False)
     console.print(f"{'backend':<12}{backends.current()}\n", highlight=False)
     table = Table("device", "operation", "runs on", "because")
-    for device, operations in chosen.items():
+    for device, operations in facts["operations"].items():
         for operation, choice in operations.items():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["refused"].items())
             table.add_row(device, operation, choice["runs"], reasons)
@@ -362,36 +341,6 @@ def usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def available_devices() -> dict[str, str]:
-    """The devices that PyTorch can use, with their names."""
-    devices = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    if torch.backends.mps.is_available():
-        devices["mps"] = "mps"
-    return {**devices, "cpu": "cpu"}
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises ValueError if there is no such device."""
-    devices = available_devices()
-    if name == "auto":
-        return torch.device(next(iter(devices)))
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected auto, {', '.join(devices)}") from error
-    if name not in devices and not (name == "cuda" and "cuda:0" in devices):
-        raise ValueError(f"device is {name!r}; this machine has {', '.join(devices)}")
-    return device
-
-
-def choose_backend(name: str, device: torch.device) -> None:
-    """Force a backend; raises BackendUnavailable if it cannot run on `device`."""
-    if name != "auto":
-        backends.backend(name)
-    for operation in backends.OPERATIONS:
-        backends.select(operation, torch.empty(1, 1, 1, 1, device=device))
 
 
 def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth: int) -> str:
@@ -408,15 +357,3 @@ def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth
             verbose=0,
         )
     )
-
-
-def package_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def versions() -> dict[str, str]:
-    packages = ("fastconv", "torch", "triton", "torchvision")
-    return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}

@@ -1,19 +1,9 @@
 """The fused operations as PyTorch matrix products, for any device; on a CPU this is the fast path.
 
-Three ideas carry the speed.
+Two ideas carry the speed. On small maps convolutions are matrix products over "columns", in a memory layout that
+travels with its tensor from operation to operation, as channels-last does in PyTorch: see `fastconv.columns`.
 
-*Toeplitz products.* On a small map a depthwise convolution is a matrix product per input channel: a [P, P]
-banded Toeplitz matrix of the taps times the P pixels of each image, with the images of the batch as columns.
-Its input gradient is the product with the transposed matrix, and its tap gradient is a product folded back
-onto the taps.
-
-*Columns.* All work happens on "columns", a [channels, A, B] view of a map in which A * B flattens without a
-copy, so that a pointwise convolution is one matrix product of [out, in] with [in, A * B]. Two memory layouts
-allow it: batch-last (A = pixels, B = images), which the Toeplitz products read and write as it is, and
-channels-last (A = images, B = pixels), which PyTorch's convolution is fastest in. A layout travels with its
-tensor from operation to operation, as channels-last does in PyTorch.
-
-*The norm folds into the pointwise convolution.* With h the convolution's output less its mean, and
+And the norm folds into the pointwise convolution. With h the depthwise convolution's output less its mean, and
 r = 1 / sqrt(mean(h^2) + eps), the normalised tensor is r h, and W (r h) = r (W h): it is never written.
 Subtracting the mean before the product, rather than correcting after it, keeps the result accurate when the
 mean is much larger than the standard deviation.
@@ -23,144 +13,24 @@ The signatures are those of `fastconv.reference`; `fastconv.functional` document
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Measured with `python -m bench.crossover`: see bench/NOTES.md. The Toeplitz matrix has P^2 entries for each
-# output channel, so it loses to the convolution on large maps, and has to be paid for by enough images.
-TOEPLITZ_MAX_PIXELS = 144
-TOEPLITZ_MAX_PIXELS_PER_IMAGE = 8
-
-
-class Geometry(NamedTuple):
-    """What turns columns back into maps: the map's sides, and which layout the columns are in."""
-
-    height: int
-    width: int
-    batch_last: bool
-
-
-def choose_geometry(shape: Sequence[int]) -> Geometry:
-    """For maps (N, C, H, W): batch-last if they are small and many enough, else channels-last."""
-    images, _, height, width = shape
-    pixels = height * width
-    batch_last = pixels <= TOEPLITZ_MAX_PIXELS and pixels <= TOEPLITZ_MAX_PIXELS_PER_IMAGE * images
-    return Geometry(height, width, batch_last)
-
-
-def to_columns(x: Tensor, geometry: Geometry) -> Tensor:
-    """(N, C, H, W) -> [C, P, N] if batch-last, else [C, N, P]; a view if `x` is already laid out so."""
-    if geometry.batch_last:
-        return x.permute(1, 2, 3, 0).contiguous().flatten(1, 2)
-    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2).permute(2, 0, 1)
-
-
-def from_columns(columns: Tensor, geometry: Geometry) -> Tensor:
-    """The inverse of `to_columns`, always a view."""
-    if geometry.batch_last:
-        return columns.unflatten(1, (geometry.height, geometry.width)).permute(3, 0, 1, 2)
-    return columns.unflatten(2, (geometry.height, geometry.width)).permute(1, 0, 2, 3)
-
-
-def restore_format(y: Tensor, x: Tensor) -> Tensor:
-    """Give `y` the memory format of `x`, so that a caller who passes plain tensors may `view` the result."""
-    if x.is_contiguous():
-        return y.contiguous()
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
-
-
-def tap_index(height: int, width: int, kernel: torch.Size, device: torch.device) -> Tensor:
-    """The tap that joins output pixel p to input pixel q, int64 [P * P] with q fastest.
-
-    Pairs that no tap joins get one more than the last tap, where `toeplitz_matrix` keeps a zero.
-    """
-    kernel_height, kernel_width = kernel
-    taps = torch.arange(kernel_height * kernel_width, device=device).view(kernel_height, kernel_width)
-    # [2 * height - 1, 2 * width - 1], by the displacement from the output pixel: (0, 0) is in the middle.
-    pad_height, pad_width = height - 1 - kernel_height // 2, width - 1 - kernel_width // 2
-    taps = F.pad(taps, (pad_width, pad_width, pad_height, pad_height), value=kernel_height * kernel_width)
-    # The window of the last output pixel comes first.
-    return taps.unfold(0, height, 1).unfold(1, width, 1).flip((0, 1)).flatten()
-
-
-def toeplitz_matrix(weight: Tensor, channels: int, geometry: Geometry) -> Tensor:
-    """weight [K, 1, kh, kw] -> [C, M * P, P]: per input channel, the pixels of its M outputs from its own."""
-    taps = F.pad(weight.flatten(1), (0, 1))
-    index = tap_index(geometry.height, geometry.width, weight.shape[2:], weight.device)
-    return taps.index_select(1, index).view(channels, -1, geometry.height * geometry.width)
-
-
-def fold_onto_taps(matrix: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The transpose of `toeplitz_matrix`: sums the gradient of the matrix over the entries of each tap."""
-    entries = matrix.reshape(weight.shape[0], -1).to(_accumulator(matrix))
-    taps = entries.new_zeros(weight.shape[0], weight.shape[2] * weight.shape[3] + 1)
-    index = tap_index(geometry.height, geometry.width, weight.shape[2:], weight.device)
-    taps.index_add_(1, index, entries)
-    return taps[:, :-1].reshape(weight.shape).to(weight.dtype)
-
-
-def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
-    """The depthwise convolution: [C, A, B] -> [K, A, B], newly written; and the Toeplitz matrix if used."""
-    channels = x.shape[0]
-    if not geometry.batch_last:
-        y = F.conv2d(from_columns(x, geometry), weight, padding="same", groups=channels)
-        return to_columns(y, geometry), None
-    matrix = toeplitz_matrix(weight, channels, geometry)
-    return torch.bmm(matrix, x).view(-1, *x.shape[1:]), matrix
-
-
-def convolve_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    matrix: Tensor | None,
-    geometry: Geometry,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `convolve`'s x and weight, those that are needed, from that of its columns."""
-    if matrix is None:
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            from_columns(grad, geometry),
-            from_columns(x, geometry),
-            weight,
-            None,
-            stride=[1, 1],
-            padding=[weight.shape[2] // 2, weight.shape[3] // 2],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=x.shape[0],
-            output_mask=[needs_x, needs_weight, False],
-        )
-        return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
-    grad_rows = grad.view(x.shape[0], -1, x.shape[2])  # [C, M * P, N]
-    grad_x = torch.bmm(matrix.transpose(1, 2), grad_rows) if needs_x else None
-    grad_weight = None
-    if needs_weight:
-        grad_weight = fold_onto_taps(torch.bmm(grad_rows, x.transpose(1, 2)), weight, geometry)
-    return grad_x, grad_weight
-
-
-def mix_channels(weight: Tensor, columns: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-    """The pointwise convolution: weight [O, I] times columns [I, A, B] plus bias [O], in the same layout."""
-    flat = columns.flatten(1)
-    if geometry.batch_last:
-        y = weight @ flat if bias is None else torch.addmm(bias[:, None], weight, flat)
-    else:
-        y = F.linear(flat.t(), weight, bias).t()
-    return y.unflatten(1, columns.shape[1:])
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from fastconv.columns import (
+    Geometry,
+    accumulator,
+    choose_geometry,
+    convolve,
+    convolve_backward,
+    from_columns,
+    mix_channels,
+    restore_format,
+    to_columns,
+)
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
@@ -173,7 +43,7 @@ def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
 
 
 def mean_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.mean(dims, keepdim=True, dtype=_accumulator(x))
+    return x.mean(dims, keepdim=True, dtype=accumulator(x))
 
 
 def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
@@ -182,9 +52,9 @@ def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
     if contiguous_dim in dims:
         # By rows: vector_norm squares and sums in one pass, but over a long row it loses digits (1e-5 in a
         # million elements), and along a dimension that is not contiguous it is slow.
-        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True, dtype=_accumulator(x))
+        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True, dtype=accumulator(x))
         return mean_over(rows.square(), dims) / x.shape[contiguous_dim]
-    return mean_over(x.to(_accumulator(x)).square(), dims)
+    return mean_over(x.to(accumulator(x)).square(), dims)
 
 
 def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, geometry: Geometry) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastconv
-from fastconv import backends, checkpoint, cli, data, prediction, training
+from fastconv import backends, checkpoint, cli, data, environment, prediction, training
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
 
@@ -334,7 +334,7 @@ def test_info(run):
 
 def test_help_and_version(run):
     code, out, _ = run("--version")
-    assert (code, out) == (0, f"fastconv {cli.package_version('fastconv')}\n")
+    assert (code, out) == (0, f"fastconv {environment.package_version('fastconv')}\n")
     for command in ("train", "evaluate", "predict", "summary", "info"):
         assert command in run("--help")[1]
         code, out, _ = run(command, "--help")

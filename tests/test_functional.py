@@ -8,7 +8,7 @@ from oracle import assert_accurate, outputs_and_grads
 from torch.nn import functional as F
 
 import fastconv
-from fastconv import functional, portable, reference
+from fastconv import columns, functional, reference
 
 # images, channels, height, width, multiplier, kernel
 SHAPES = {
@@ -135,7 +135,7 @@ def _portable():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_cover_both_forms_of_the_convolution(name):
     images, channels, height, width, _, _ = SHAPES[name]
-    assert portable.choose_geometry((images, channels, height, width)).batch_last == (name in TOEPLITZ)
+    assert columns.choose_geometry((images, channels, height, width)).batch_last == (name in TOEPLITZ)
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])

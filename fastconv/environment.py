@@ -1,0 +1,78 @@
+"""What this machine has: versions, devices, and which backend runs each operation on them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fastconv import backends
+
+
+def package_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    packages = ("fastconv", "torch", "triton", "torchvision")
+    return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
+
+
+def available_devices() -> dict[str, str]:
+    """The devices that PyTorch can use, with their names."""
+    devices = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if torch.backends.mps.is_available():
+        devices["mps"] = "mps"
+    return {**devices, "cpu": "cpu"}
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ValueError if there is no such device."""
+    devices = available_devices()
+    if name == "auto":
+        return torch.device(next(iter(devices)))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected auto, {', '.join(devices)}") from error
+    if name not in devices and not (name == "cuda" and "cuda:0" in devices):
+        raise ValueError(f"device is {name!r}; this machine has {', '.join(devices)}")
+    return device
+
+
+def choose_backend(name: str, device: torch.device) -> None:
+    """Force a backend; raises BackendUnavailable if it cannot run on `device`."""
+    if name != "auto":
+        backends.backend(name)
+    for operation in backends.OPERATIONS:
+        backends.select(operation, torch.empty(1, 1, 1, 1, device=device))
+
+
+def describe() -> dict[str, Any]:
+    """Everything that `fastconv info` tells, as JSON can hold it."""
+    devices = available_devices()
+    return {
+        "versions": versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "forced_backend": backends.current(),
+        "operations": {device: choices(torch.device(device)) for device in devices},
+    }
+
+
+def choices(device: torch.device) -> dict[str, dict[str, Any]]:
+    """For each operation the backend that "auto" takes on `device`, and why not those preferred to it."""
+    x = torch.empty(1, 1, 1, 1, device=device)
+    found = {}
+    for operation in backends.OPERATIONS:
+        reasons = {name: backends.can_run(name, operation, x) for name in backends.BACKENDS}
+        found[operation] = {
+            "runs": next(name for name, reason in reasons.items() if reason is None),
+            "refused": {name: reason for name, reason in reasons.items() if reason is not None},
+        }
+    return found
