@@ -24,16 +24,20 @@ class Percentiles(NamedTuple):
 def interleave(calls: Mapping[str, Callable[[int], object]], rounds: int, warmup: int) -> dict[str, Percentiles]:
     """Time calls in turns, one of each per round.
 
+    A turn is two calls, of which the second is timed: in a training step follows step, and what the first would
+    measure is how the contender before it left the caches.
+
     Args:
-        calls: each is given the number of the round, by which to rotate its inputs.
+        calls: each is given a number, by which to rotate its inputs.
         rounds: how often each is timed.
         warmup: rounds before that, not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(-warmup, rounds):
         for name, call in calls.items():
+            call(2 * i)
             start = time.perf_counter()
-            call(i)
+            call(2 * i + 1)
             elapsed = time.perf_counter() - start
             if i >= 0:
                 samples[name].append(elapsed * 1e3)
