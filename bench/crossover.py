@@ -16,9 +16,13 @@ from fastconv.training import keep_freed_memory
 
 # channels, multiplier, side of the map, batch
 WORKLOADS = [
-    *((32, 4, 8, n) for n in (1, 4, 8, 16, 32, 128, 512)),
+    *((32, 4, 8, n) for n in (1, 4, 8, 11, 16, 32, 128, 512)),
     *((64, 4, 4, n) for n in (1, 2, 4, 16, 128, 512)),
-    *((32, 4, 12, n) for n in (8, 16, 32, 128)),
+    *((32, 4, 10, n) for n in (13, 25)),
+    *((32, 4, 11, n) for n in (16, 37)),
+    *((32, 4, 12, n) for n in (8, 18, 32, 52, 128)),
+    *((384, 1, 12, n) for n in (18, 52)),
+    *((64, 4, 7, n) for n in (1, 4)),
     *((64, 4, 16, n) for n in (16, 32, 128)),
     *((64, 1, 16, n) for n in (16, 32, 128)),
     *((768, 1, 7, n) for n in (1, 4, 8, 32)),
@@ -28,7 +32,7 @@ WORKLOADS = [
 
 
 def make_call(channels: int, multiplier: int, side: int, batch: int, batch_last: bool):
-    geometry = columns.Geometry(side, side, batch_last)
+    geometry = columns.Geometry(channels, side, side, batch_last)
     weight = torch.randn(channels * multiplier, 1, 7, 7)
     x = columns.to_columns(torch.randn(batch, channels, side, side), geometry)
     grad = columns.to_columns(torch.randn(batch, channels * multiplier, side, side), geometry)

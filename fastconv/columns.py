@@ -20,14 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Measured with `python -m bench.crossover`: see bench/NOTES.md. The Toeplitz matrix has P^2 entries for each
-# output channel, so it loses to the convolution on large maps, and has to be paid for by enough images.
+# output channel, so it loses to the convolution on large maps, and but for the smallest has to be paid for by
+# enough images.
 TOEPLITZ_MAX_PIXELS = 144
-TOEPLITZ_MAX_PIXELS_PER_IMAGE = 8
+TOEPLITZ_ALWAYS_PIXELS = 49
+TOEPLITZ_MAX_ENTRIES_PER_IMAGE = 400
 
 
 class Geometry(NamedTuple):
-    """What turns columns back into maps: the map's sides, and which layout the columns are in."""
+    """What turns columns back into maps: the map's sides, and which layout the columns are in.
 
+    The backward takes the channels from here and not from a tensor's shape: torch.compile with dynamic shapes may
+    read them from a stride that it wrongly assumes of the gradient.
+    """
+
+    channels: int
     height: int
     width: int
     batch_last: bool
@@ -35,10 +42,11 @@ class Geometry(NamedTuple):
 
 def choose_geometry(shape: Sequence[int]) -> Geometry:
     """For maps (N, C, H, W): batch-last if they are small and many enough, else channels-last."""
-    images, _, height, width = shape
+    images, channels, height, width = shape
     pixels = height * width
-    batch_last = pixels <= TOEPLITZ_MAX_PIXELS and pixels <= TOEPLITZ_MAX_PIXELS_PER_IMAGE * images
-    return Geometry(height, width, batch_last)
+    paid_for = pixels <= TOEPLITZ_ALWAYS_PIXELS or pixels**2 <= TOEPLITZ_MAX_ENTRIES_PER_IMAGE * images
+    batch_last = pixels <= TOEPLITZ_MAX_PIXELS and paid_for
+    return Geometry(channels, height, width, batch_last)
 
 
 def to_columns(x: Tensor, geometry: Geometry) -> Tensor:
@@ -53,6 +61,16 @@ def from_columns(columns: Tensor, geometry: Geometry) -> Tensor:
     if geometry.batch_last:
         return columns.unflatten(1, (geometry.height, geometry.width)).permute(3, 0, 1, 2)
     return columns.unflatten(2, (geometry.height, geometry.width)).permute(1, 0, 2, 3)
+
+
+def in_memory_order(columns: Tensor, geometry: Geometry) -> Tensor:
+    """The same columns with their dimensions as they lie in memory, contiguous: [C, P, N] or [N, P, C]."""
+    return columns if geometry.batch_last else columns.permute(1, 2, 0)
+
+
+def from_memory_order(x: Tensor, geometry: Geometry) -> Tensor:
+    """The inverse of `in_memory_order`; `x` may have any strides."""
+    return x.contiguous() if geometry.batch_last else x.contiguous().permute(2, 0, 1)
 
 
 def restore_format(y: Tensor, x: Tensor) -> Tensor:
@@ -125,11 +143,11 @@ def convolve_backward(
             dilation=[1, 1],
             transposed=False,
             output_padding=[0, 0],
-            groups=x.shape[0],
+            groups=geometry.channels,
             output_mask=[needs_x, needs_weight, False],
         )
         return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
-    grad_rows = grad.view(x.shape[0], -1, x.shape[2])  # [C, M * P, N]
+    grad_rows = grad.unflatten(0, (geometry.channels, -1)).flatten(1, 2)  # [C, M * P, N]
     grad_x = torch.bmm(matrix.transpose(1, 2), grad_rows) if needs_x else None
     grad_weight = None
     if needs_weight:

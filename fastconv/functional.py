@@ -32,7 +32,7 @@ def depthwise_conv_layer_norm(
     Output channel c * M + m of the convolution reads input channel c, as with `groups=C` in PyTorch. The norm
     is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the
     dtype and the memory format of `x`; under autocast it has the autocast dtype. Statistics are float32 or
-    better.
+    better. On small maps a NaN or an infinity in `x` may spread over its map, not only as far as the kernel.
 
     Args:
         x: floating point (N, C, H, W), of any strides.
@@ -228,7 +228,7 @@ def _run(
     """Run an operation on the chosen backend; under autocast, as PyTorch's convolutions, in its dtype."""
     run: Callable[..., Tensor] = getattr(backends.select(operation, x), operation)
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(x):
         return run(x, *parameters, **options)
     dtype = autocast_dtype or torch.get_autocast_dtype(device)
 
@@ -242,6 +242,12 @@ def _run(
             *(cast(parameter) for parameter in parameters),
             **{name: cast(value) for name, value in options.items()},
         )
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    # Asking whether it is enabled is an error on the meta device, which has no autocast.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_maps(x: Tensor) -> None:
@@ -262,7 +268,7 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move them to one device")
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if tensor.dtype != x.dtype and not _autocasts(x):
         raise TypeError(f"{name} has dtype {tensor.dtype}, x {x.dtype}; convert one, or use torch.autocast")
 
 

@@ -13,11 +13,11 @@ The signatures are those of `fastconv.reference`; `fastconv.functional` document
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastconv.columns import (
@@ -27,6 +27,8 @@ from fastconv.columns import (
     convolve,
     convolve_backward,
     from_columns,
+    from_memory_order,
+    in_memory_order,
     mix_channels,
     restore_format,
     to_columns,
@@ -73,10 +75,33 @@ def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, ge
     return (mean_square(h, dims, geometry) + eps).rsqrt()
 
 
-def normalise_backward(grad: Tensor, normalised: Tensor, scale: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The gradient of a layer norm's input: scale * (grad - mean(grad) - x^ * mean(grad * x^))."""
-    slope = mean_over(grad * normalised, dims)
-    return (grad - mean_over(grad, dims)).addcmul_(normalised, slope, value=-1).mul_(scale)
+def normalised(h: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
+    return (in_memory_order(h, geometry) * in_memory_order(scale, geometry)).to(h.dtype)
+
+
+def normalise_backward(grad: Tensor, h: Tensor, scale: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The gradient of a layer norm's input: scale * (grad - mean(grad) - x^ * mean(grad * x^)), x^ = scale * h."""
+    slope = mean_over(grad * h, dims) * scale.square()
+    return (grad - mean_over(grad, dims)).addcmul_(h, slope, value=-1).mul_(scale)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse `create_graph=True` in a backward that has no derivative itself.
+
+    PyTorch's `once_differentiable` refuses only if the incoming gradient requires grad. That of `y.sum()` does
+    not, and a gradient penalty would silently be constant.
+    """
+
+    def call(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
+                'use fastconv.backend("reference")'
+            )
+        with torch.no_grad():
+            return backward(ctx, from_memory_order(grad, ctx.geometry))
+
+    return call
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -84,18 +109,17 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: str, eps: float) -> Tensor:
         geometry = choose_geometry(x.shape)
         dims = statistics_dims(norm, geometry)
-        normalised = to_columns(x, geometry).clone()
-        scale = centre(normalised, None, dims, eps, geometry)
-        normalised.mul_(scale)
+        h = to_columns(x, geometry).clone()
+        scale = centre(h, None, dims, eps, geometry)
         ctx.geometry, ctx.dims = geometry, dims
-        ctx.save_for_backward(normalised, scale)
-        return restore_format(from_columns(normalised, geometry), x)
+        ctx.save_for_backward(h, scale)
+        return normalised(h, scale, geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        normalised, scale = ctx.saved_tensors
-        grad_x = normalise_backward(to_columns(grad, ctx.geometry), normalised, scale, ctx.dims)
+        h, scale = ctx.saved_tensors
+        grad_x = normalise_backward(grad, h, scale, ctx.dims)
         return from_columns(grad_x.to(grad.dtype), ctx.geometry), None, None
 
 
@@ -112,20 +136,19 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
         geometry = choose_geometry(x.shape)
         dims = statistics_dims(norm, geometry)
         columns = to_columns(x, geometry)
-        normalised, matrix = convolve(columns, weight, geometry)
-        scale = centre(normalised, bias, dims, eps, geometry)
-        normalised.mul_(scale)
+        h, matrix = convolve(columns, weight, geometry)
+        scale = centre(h, bias, dims, eps, geometry)
         ctx.geometry, ctx.dims = geometry, dims
-        ctx.save_for_backward(columns, weight, matrix, normalised, scale)
-        return restore_format(from_columns(normalised, geometry), x)
+        ctx.save_for_backward(columns, weight, matrix, h, scale)
+        return normalised(h, scale, geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        columns, weight, matrix, normalised, scale = ctx.saved_tensors
+        columns, weight, matrix, h, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         geometry = ctx.geometry
-        grad_h = normalise_backward(to_columns(grad, geometry), normalised, scale, ctx.dims)
+        grad_h = normalise_backward(grad, h, scale, ctx.dims)
         grad_bias = grad_h.sum((1, 2)).to(weight.dtype) if needs_bias else None
         grad_h = grad_h.to(columns.dtype)
         grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
@@ -157,15 +180,15 @@ class _ConvNextBlock(torch.autograd.Function):
         scale = centre(h, depthwise_bias, dims, eps, geometry)
         product = mix_channels(weight, h, geometry)
         activation = F.gelu(scale_and_shift(product, scale, bias), approximate=approximate)
-        y = residual + mix_channels(projection, activation, geometry, projection_bias)
+        branch = mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
         ctx.save_for_backward(
             columns, depthwise_weight, matrix, h, scale, weight, bias, product, activation, projection
         )
-        return restore_format(from_columns(y, geometry), x)
+        return in_memory_order(residual, geometry) + in_memory_order(branch, geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns, depthwise_weight, matrix, h, scale, weight, bias, product, activation, projection = (
             ctx.saved_tensors
@@ -174,8 +197,7 @@ class _ConvNextBlock(torch.autograd.Function):
             ctx.needs_input_grad[:7]
         )
         geometry, dims = ctx.geometry, ctx.dims
-        grad_residual = to_columns(grad, geometry)
-        grad_y = grad_residual.to(columns.dtype)
+        grad_y = grad.to(columns.dtype)
         grad_projection = grad_y.flatten(1) @ activation.flatten(1).t() if needs_projection else None
         grad_offset = grad_y.sum((1, 2)) if needs_offset else None
         grad_z = torch.ops.aten.gelu_backward(
@@ -204,7 +226,7 @@ class _ConvNextBlock(torch.autograd.Function):
                 grad_h, columns, depthwise_weight, matrix, geometry, needs_x, needs_taps
             )
         if grad_x is not None:
-            grad_x = from_columns(grad_x + grad_residual, geometry)
+            grad_x = from_columns(grad_x + grad, geometry)
         grads = grad_x, grad_taps, grad_shift, grad_weight, grad_bias, grad_projection, grad_offset
         return *grads, None, None, None
 
@@ -225,7 +247,7 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    return _affine(_LayerNorm.apply(x, norm, eps), norm_weight, norm_bias)
+    return _affine(_to_maps(_LayerNorm.apply(x, norm, eps), x), norm_weight, norm_bias)
 
 
 def depthwise_conv_layer_norm(
@@ -238,7 +260,18 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    return _affine(_DepthwiseConvLayerNorm.apply(x, weight, bias, norm, eps), norm_weight, norm_bias)
+    y = _DepthwiseConvLayerNorm.apply(x, weight, bias, norm, eps)
+    return _affine(_to_maps(y, x), norm_weight, norm_bias)
+
+
+def _to_maps(y: Tensor, x: Tensor) -> Tensor:
+    """Maps in the format of `x` from what a Function returned: columns in memory order, and not a view.
+
+    A view that a Function returns may not be changed in place; and torch.compile expects gradients with the
+    strides of the output, but hands over contiguous ones.
+    """
+    geometry = choose_geometry(x.shape)
+    return restore_format(from_columns(from_memory_order(y, geometry), geometry), x)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -278,7 +311,7 @@ def convnext_block(
     if norm_weight is not None:
         weight = weight * norm_weight
     projection = projection_weight.flatten(1)
-    return _ConvNextBlock.apply(
+    y = _ConvNextBlock.apply(
         x,
         depthwise_weight,
         depthwise_bias,
@@ -290,6 +323,7 @@ def convnext_block(
         eps,
         approximate,
     )
+    return _to_maps(y, x)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ TOEPLITZ = {
     "map smaller than the kernel",
     "one pixel",
     "one row",
+    "one image",
     "one tap",
 }
 FORMATS = ("contiguous", "channels_last", "batch_last", "sliced")
@@ -330,11 +331,41 @@ def test_gradients_repeat_and_do_not_change_what_was_given():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_double_backward_raises_clearly():
-    leaves = [x.requires_grad_() for x in random_block(SHAPES["lecture 4x4"])]
-    (grad,) = torch.autograd.grad(block(functional)(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+DIFFERENTIABLE_ONCE = {
+    "convnext_block": lambda p: block(functional)(*p),
+    "depthwise_conv_layer_norm": lambda p: depthwise(functional)(*p[:3], *p[7:]),
+    "layer_norm": lambda p: norm_alone(functional)(p[0], None, None),
+}
+
+
+@pytest.mark.parametrize("loss", [lambda y: y.sum(), lambda y: y.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("operation", DIFFERENTIABLE_ONCE)
+def test_double_backward_raises_clearly(operation, loss):
+    parameters = random_block(SHAPES["lecture 4x4"])
+    parameters[0].requires_grad_()
+    y = DIFFERENTIABLE_ONCE[operation](parameters)
+    with pytest.raises(RuntimeError, match=r"differentiated once.*create_graph=True"):
+        torch.autograd.grad(loss(y), parameters[:1], create_graph=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+@pytest.mark.parametrize("operation", DIFFERENTIABLE_ONCE)
+def test_results_may_be_changed_in_place(operation, name, layout):
+    parameters = as_dtype(random_block(SHAPES[name]), torch.float32)
+    grads = []
+    for change in (F.relu_, F.relu):
+        x = parameters[0].detach().requires_grad_()
+        y = DIFFERENTIABLE_ONCE[operation]([in_format(x, layout), *parameters[1:]])
+        grads.append(torch.autograd.grad(change(y).square().sum(), x)[0])
+    assert torch.equal(*grads)
+
+
+def test_meta_tensors_have_the_shapes_of_real_ones():
+    parameters = [x.to("meta") for x in random_block(SHAPES["lecture 8x8"])]
+    y = block(functional)(*parameters)
+    assert y.is_meta
+    assert y.shape == parameters[0].shape
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -374,15 +405,27 @@ def test_autocast_dtypes():
         assert block(functional)(*as_dtype(inputs, torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("norm", functional.NORMS)
-@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
-def test_compile_without_graph_breaks(name, norm):
-    inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
-    grad = torch.randn(inputs[0].shape)
+@pytest.mark.parametrize(
+    ("norm", "names"),
+    [
+        # To the second, sizes that differ are symbols.
+        ("tensor", ["lecture 8x8", "lecture 4x4"]),
+        ("tensor", ["odd and prime", "large map"]),
+        ("sample", ["lecture 8x8"]),
+        ("sample", ["odd and prime"]),
+        ("channel", ["lecture 8x8"]),
+        ("channel", ["odd and prime"]),
+    ],
+)
+def test_compile_without_graph_breaks(norm, names):
+    torch.compiler.reset()
     compiled = torch.compile(block(functional, norm), fullgraph=True, backend="aot_eager")
-    expected = outputs_and_grads(block(functional, norm), inputs, grad)
-    for a, b in zip(outputs_and_grads(compiled, inputs, grad), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for name in names:
+        inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
+        grad = torch.randn(inputs[0].shape)
+        expected = outputs_and_grads(block(functional, norm), inputs, grad)
+        for a, b in zip(outputs_and_grads(compiled, inputs, grad), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def zeros(*size, **options):
