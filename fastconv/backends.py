@@ -26,13 +26,9 @@ class BackendUnavailable(RuntimeError):
     """A forced backend cannot run an operation; the message says why and what to do."""
 
 
-def _validated(name: str, source: str) -> str:
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"{source} is {name!r}; expected one of {', '.join((*BACKENDS, 'auto'))}")
-    return name
-
-
-_forced = _validated(os.environ.get("FASTCONV_BACKEND") or "auto", "FASTCONV_BACKEND")
+_NAMES = (*BACKENDS, "auto")
+# What the environment says is checked when it is used: importing a package should not fail for it.
+_forced = os.environ.get("FASTCONV_BACKEND") or "auto"
 
 
 def current() -> str:
@@ -56,17 +52,31 @@ class backend:
 
     def __init__(self, name: str) -> None:
         global _forced
-        self._previous = _forced
-        _forced = _validated(name, "backend")
+        if name not in _NAMES:
+            raise ValueError(f"backend is {name!r}; expected one of {', '.join(_NAMES)}")
+        self._name, self._previous = name, _forced
+        _forced = name
 
     def __enter__(self) -> None:
-        pass
+        global _forced
+        _forced = self._name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _forced
         _forced = self._previous
+
+
+def candidates() -> tuple[str, ...]:
+    """The backends that may run, in order of preference.
+
+    Raises:
+        BackendUnavailable: the environment variable FASTCONV_BACKEND names none.
+    """
+    if _forced not in _NAMES:
+        raise BackendUnavailable(f"FASTCONV_BACKEND is {_forced!r}; expected one of {', '.join(_NAMES)}")
+    return BACKENDS if _forced == "auto" else (_forced,)
 
 
 def can_run(backend: str, operation: str, x: Tensor) -> str | None:
@@ -82,10 +92,10 @@ def select(operation: str, x: Tensor) -> ModuleType:
     Raises:
         BackendUnavailable: a forced backend cannot.
     """
-    if _forced != "auto":
-        if reason := can_run(_forced, operation, x):
-            raise BackendUnavailable(
-                f'backend "{_forced}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
-            )
-        return _MODULES[_forced]
-    return next(_MODULES[name] for name in BACKENDS if can_run(name, operation, x) is None)
+    for name in candidates():
+        reason = can_run(name, operation, x)
+        if reason is None:
+            return _MODULES[name]
+    raise BackendUnavailable(
+        f'backend "{name}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
+import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -62,6 +63,24 @@ class Checkpoint:
         write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict,
+    "classes": list,
+    "image_size": list,
+    "train_images": int,
+    "model": dict,
+    "optimizer": dict,
+    "rng": dict,
+    "epoch": int,
+    "step": int,
+    "losses": Tensor,
+    "correct": int,
+    "history": list,
+    "test": (dict, NoneType),
+    "seconds": float,
+}
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
@@ -76,8 +95,9 @@ def load(path: Path) -> Checkpoint:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+    # Damaged files make the readers of zip archives and pickles raise nearly anything.
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 100)
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}); train again") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} was not written by fastconv; give the checkpoint.pt of a training run")
@@ -88,7 +108,14 @@ def load(path: Path) -> Checkpoint:
     expected = {field.name for field in fields(Checkpoint)}
     if missing := expected - set(state):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; train again")
-    return Checkpoint(**{name: state[name] for name in expected})
+    found = Checkpoint(**{name: state[name] for name in expected})
+    if wrong := [name for name, kind in TYPES.items() if not isinstance(state[name], kind)]:
+        raise CheckpointError(f"{path} has no proper {', '.join(wrong)}; train again")
+    if found.losses.shape != (found.step,):
+        raise CheckpointError(
+            f"{path} has losses of shape {tuple(found.losses.shape)}, not of its {found.step} steps"
+        )
+    return found
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

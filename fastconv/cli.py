@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from fastconv.training import Recipe
 CHECKPOINT = "checkpoint.pt"
 # The exit code of a program that Ctrl-C stopped.
 INTERRUPTED = 130
+RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
 DEFAULTS = Recipe()
 
 app = typer.Typer(
@@ -68,6 +71,10 @@ def main() -> None:
     """Run the command line. Known errors become one line on standard error and exit code 2."""
     # OSError is what a full disk or a directory without permission raises; its text names the file.
     known = (data.DataError, checkpoint.CheckpointError, backends.BackendUnavailable, MissingPackage, OSError)
+    for stream in (sys.stdout, sys.stderr):
+        # Tables and file names have characters that not every terminal's encoding has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except known as error:
@@ -90,7 +97,7 @@ def train(
     data_directory: DataOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to save the run.  [default: runs/<date>-<time>]", show_default=False),
+        typer.Option(help="Where to save the run.  \\[default: runs/<date>-<time>]", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
     json_output: JsonOption = False,
@@ -150,6 +157,8 @@ def train(
     if resume and out is None:
         raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
     out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out is {out}, a file; give a directory")
     path = out / CHECKPOINT
     resumed = checkpoint.load(path) if resume else None
     if resumed is None and path.exists():
@@ -176,7 +185,7 @@ def train(
     config = {
         "recipe": asdict(recipe),
         "device": str(place),
-        "backend": backend,
+        "backend": backends.current(),
         "data": dataset.source,
         "versions": environment.versions(),
     }
@@ -188,13 +197,15 @@ def train(
         with display:
             final = training.train(recipe, dataset, place, path, display, resumed)
     except (training.Interrupted, KeyboardInterrupt) as error:
-        console.print(
-            f"\n{error or 'stopped at once'}; go on with:\n  {resume_command(context, out)}", soft_wrap=True
-        )
+        console.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
+        if path.exists():
+            console.print(f"go on with:\n  {resume_command(context, out)}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from error
     except training.NonFiniteLoss as error:
         console.print(
-            f"\n{error}; {path} is from before that. A smaller --lr may help.", style="red", soft_wrap=True
+            f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
+            style="red",
+            soft_wrap=True,
         )
         raise typer.Exit(1) from error
     display.write_metrics(final.history)
@@ -235,7 +246,8 @@ def resume_command(context: typer.Context, out: Path) -> str:
     for name, option in [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]:
         if is_typed(context, name):
             words += [option, str(context.params[name])]
-    return " ".join(f"'{word}'" if " " in word else word for word in words)
+    words += [option for name, option in RESUMED_FLAGS if context.params[name]]
+    return shlex.join(words)
 
 
 @app.command()
@@ -330,7 +342,7 @@ def info(json_output: JsonOption = False) -> None:
     for device, operations in facts["operations"].items():
         for operation, choice in operations.items():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["refused"].items())
-            table.add_row(device, operation, choice["runs"], reasons)
+            table.add_row(device, operation, choice["runs"] or "nothing", reasons)
     console.print(table)
 
 
@@ -345,11 +357,15 @@ def usage_errors() -> Iterator[None]:
 
 def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth: int) -> str:
     """torchinfo's summary of the layers, which are those of the lecture's model: the fused modules merge them."""
-    model = reference.Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
+    # It runs the model. On the meta device that takes no memory, however wide the model or large the batch.
+    with torch.device("meta"):
+        model = reference.Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
+        images = torch.empty(recipe.batch_size, *image_size)
     return str(
         import_extra("torchinfo").summary(
             model,
-            (recipe.batch_size, *image_size),
+            input_data=images,
+            device="meta",
             depth=depth,
             col_names=("output_size", "num_params", "mult_adds"),
             col_width=18,

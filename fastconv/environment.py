@@ -66,13 +66,13 @@ def describe() -> dict[str, Any]:
 
 
 def choices(device: torch.device) -> dict[str, dict[str, Any]]:
-    """For each operation the backend that "auto" takes on `device`, and why not those preferred to it."""
+    """For each operation the backend that runs it on `device`, None if none can, and why not the others."""
     x = torch.empty(1, 1, 1, 1, device=device)
     found = {}
     for operation in backends.OPERATIONS:
-        reasons = {name: backends.can_run(name, operation, x) for name in backends.BACKENDS}
+        reasons = {name: backends.can_run(name, operation, x) for name in backends.candidates()}
         found[operation] = {
-            "runs": next(name for name, reason in reasons.items() if reason is None),
+            "runs": next((name for name, reason in reasons.items() if reason is None), None),
             "refused": {name: reason for name, reason in reasons.items() if reason is not None},
         }
     return found

@@ -1,6 +1,7 @@
 """The public operations: check the arguments, apply autocast, run the chosen backend.
 
-Each is defined by the function of the same name in `fastconv.reference`.
+Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
+reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check_maps(x)
     _check_tensor("weight", weight, x)
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {_shape(weight)}; expected (outputs, {x.shape[1]}, height, width), "
             f"for the {x.shape[1]} channels of x"

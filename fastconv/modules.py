@@ -44,6 +44,8 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         _check_positive(in_channels=in_channels, multiplier=multiplier, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; expected an odd number")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}; expected at least 0")
         if norm not in functional.NORMS:
             raise ValueError(f"norm is {norm!r}; expected one of {', '.join(functional.NORMS)}")
         super().__init__(
@@ -143,11 +145,15 @@ class ConvNextBlock(nn.Module):
         norm: str = "tensor",
         eps: float = 1e-5,
         affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = DepthwiseConvLayerNorm(in_channels, multiplier, kernel_size, norm, eps, affine)
-        self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels)
-        self.conv3 = nn.Conv2d(in_channels, in_channels, 1)
+        self.conv1 = DepthwiseConvLayerNorm(
+            in_channels, multiplier, kernel_size, norm, eps, affine, device=device, dtype=dtype
+        )
+        self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels, device=device, dtype=dtype)
+        self.conv3 = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return functional.convnext_block(
@@ -220,5 +226,7 @@ class Classifier(nn.Module):
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; expected one integer")
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")

@@ -28,6 +28,9 @@ PRECISIONS = ("fp32", "bf16")
 # Between these, an epoch's losses stay on the device: reading one makes the host wait for it.
 REPORT_SECONDS = 0.2
 SAVE_SECONDS = 30.0
+# Their product, and the first divided by 1e-3, are scalars in AdamW that must not overflow float32.
+LARGEST_LR = 1e30
+LARGEST_WEIGHT_DECAY = 1e6
 
 
 class NonFiniteLoss(RuntimeError):
@@ -76,10 +79,10 @@ class Recipe:
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2**32 - 1")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; expected a positive number")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 or a positive number")
+        if not 0 < self.lr <= LARGEST_LR:
+            raise ValueError(f"lr is {self.lr}; expected a positive number, at most {LARGEST_LR:g}")
+        if not 0 <= self.weight_decay <= LARGEST_WEIGHT_DECAY:
+            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 to {LARGEST_WEIGHT_DECAY:g}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
 
@@ -236,9 +239,9 @@ def train(
         state.save(path)
         return state
 
-    if resumed is None:
-        save()
     with interruption() as interrupted:
+        if resumed is None:
+            save()
         while epoch < recipe.epochs:
             order = epoch_order(len(sets.train), recipe.seed, epoch).to(device)
             epoch_started, epoch_step, reported = time.monotonic(), step, 0.0
@@ -314,8 +317,8 @@ def check_data(resumed: Checkpoint, classes: list[str], image_size: list[int], t
     ]:
         if trained_on != given:
             raise CheckpointError(
-                f"the data has another {what} than the run to resume: {given}, expected {trained_on}; "
-                "give the data that it was started with"
+                f"the data has another {what} than the checkpoint: {given}, expected {trained_on}; "
+                "give the data that it was trained on"
             )
 
 

@@ -115,8 +115,13 @@ def test_damaged_files_are_refused_and_not_executed(tmp_path, how):
         ({"state_dict": {}}, "was not written by fastconv"),
         ({"format": 99}, "has format 99; this fastconv reads 1"),
         ({"format": 1, "model": {}}, "lacks classes, correct, epoch"),
+        ({"format": 1, **vars(example(epoch="2", losses=[]))}, "has no proper epoch, losses; train again"),
+        (
+            {"format": 1, **vars(example(step=3, losses=torch.ones(2)))},
+            r"losses of shape \(2,\), not of its 3 steps",
+        ),
     ],
-    ids=["list", "other program", "newer", "incomplete"],
+    ids=["list", "other program", "newer", "incomplete", "wrong types", "wrong count"],
 )
 def test_foreign_checkpoints_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "checkpoint.pt")

@@ -178,6 +178,7 @@ def test_more_epochs_on_resume(run, folder, tmp_path):
             "patch is 20, for images of 8 x 8 pixels; expected at most 4",
         ),
         (["train", "--no-such-option"], "No such option: --no-such-option"),
+        (["train", "--out", "FILE"], "--out is .*0.png, a file; give a directory"),
         (["summary", "--patch", "17"], "patch is 17, for images of 32 x 32 pixels"),
         (["evaluate", "--checkpoint", "nowhere.pt"], r"nowhere\.pt is not a file"),
         (["predict", "--checkpoint", "nowhere.pt", "image.png"], r"nowhere\.pt is not a file"),
@@ -187,7 +188,8 @@ def test_more_epochs_on_resume(run, folder, tmp_path):
 )
 def test_bad_input(run, folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    refused(run(*[folder if a == "FOLDER" else a for a in arguments]), message)
+    paths = {"FOLDER": folder, "FILE": folder / "train/dark/0.png"}
+    refused(run(*[paths.get(a, a) for a in arguments]), message)
     assert os.listdir(tmp_path) == [], "something was left behind"
 
 
@@ -216,7 +218,7 @@ def test_a_loss_that_is_not_finite(run, folder, tmp_path):
     code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, "--lr", "1e30")
     assert code == 1
     assert "in epoch 1, step 2; " in out
-    assert "is from before that. A smaller --lr may help." in out
+    assert "is from before that. For a smaller --lr start a new run in another --out." in out
     assert checkpoint.load(tmp_path / "run/checkpoint.pt").step == 0
 
 
@@ -317,6 +319,10 @@ def test_summary(run):
     assert "Total params: 235,434" in out
     assert re.search(r"Conv2d \(conv1\) +\[128, 256, 4, 4\] +12,800", out)
     assert "Total params: 235,434" not in run("summary", "--width", "16")[1]
+    # More than any machine could hold.
+    code, out, _ = run("summary", "--width", "9000", "--batch-size", "1000000")
+    assert code == 0
+    assert "[1000000, 9000, 8, 8]" in out
 
 
 def test_info(run):
@@ -332,6 +338,22 @@ def test_info(run):
     assert all(operation in table for operation in backends.OPERATIONS)
 
 
+def test_the_environment_forces_a_backend_and_sets_the_encoding():
+    def info(*options, **environment):
+        command = [sys.executable, "-m", "fastconv", "info", *options]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, check=False, capture_output=True, text=True
+        )
+
+    forced = json.loads(info("--json", FASTCONV_BACKEND="reference").stdout)
+    assert {choice["runs"] for choice in forced["operations"]["cpu"].values()} == {"reference"}
+    assert "nothing" in info(FASTCONV_BACKEND="triton").stdout
+    wrong = info(FASTCONV_BACKEND="fast")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("fastconv: FASTCONV_BACKEND is 'fast'; expected one of triton")
+    assert info(PYTHONIOENCODING="ascii").returncode == 0
+
+
 def test_help_and_version(run):
     code, out, _ = run("--version")
     assert (code, out) == (0, f"fastconv {environment.package_version('fastconv')}\n")
@@ -340,6 +362,7 @@ def test_help_and_version(run):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"fastconv {command}" in out
+    assert "[default: runs/<date>-<time>]" in run("train", "--help")[1]
 
 
 def start(folder, out, *options):
@@ -358,6 +381,17 @@ def wait_for(path, process):
 
 
 LONG = ["--epochs", "300", *SMALL[2:]]
+
+
+def test_stopped_before_the_first_save(run, folder, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastconv.training.make_sets", stop)
+    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
+    assert code == 130
+    assert "stopped at once" in out
+    assert "go on with" not in out
 
 
 @pytest.mark.slow
