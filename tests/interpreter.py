@@ -47,7 +47,6 @@ def install():
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma"):
         _replace(builder, name, _in_float32)
     _replace(builder, "cast_impl", _cast)
-    _replace(builder, "create_fp_to_fp", _cast_with_rounding)
     _replace(builder, "create_dot", _dot)
     if not hasattr(builder, "get_bf16"):  # triton < 3.9
         builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
@@ -173,20 +172,6 @@ def _cast(cast_impl):
     return corrected
 
 
-def _cast_with_rounding(create_fp_to_fp):
-    def corrected(self, value, dtype, rounding):
-        # The original truncates to bf16 whatever the rounding.
-        if (
-            value.dtype.scalar == tl.float32
-            and dtype.scalar == tl.bfloat16
-            and rounding != interpreter._ir.ROUNDING_MODE.RTZ
-        ):
-            return self.cast_impl(value, dtype)
-        return create_fp_to_fp(self, value, dtype, rounding)
-
-    return corrected
-
-
 def _reduce_by_halves(_):
     # In the place of a Python loop over the elements. A GPU too combines in a tree, of an order of its own.
     def generic_reduce(self, inputs):
@@ -308,9 +293,8 @@ class Region:
         self.names = ", ".join(name for name, _ in tensors)
         self.start, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         self.itemsize = min(tensor.element_size() for _, tensor in tensors)
-        self.loaded = np.zeros(
-            storage.nbytes() // self.itemsize, np.int32
-        )  # the number of a program, or 0 for none
+        # The number of the program that did, or 0 for none.
+        self.loaded = np.zeros(storage.nbytes() // self.itemsize, np.int32)
         self.stored = np.zeros_like(self.loaded)
         self.is_stored = False
 
