@@ -1,0 +1,187 @@
+"""The depthwise convolution as matrix products, with the statistics of the norm that follows; and its gradients.
+
+For each input channel, the pixels of an output map are a banded Toeplitz matrix of the taps times the pixels of the
+input map: with the images of the batch as rows these are products of tensor-core shape. The matrix is gathered from
+the taps inside the kernel. A NaN or an infinity in one pixel spreads over its map (0 x Inf), where a sliding window
+would keep it near; the norm spreads it further anyway.
+
+P is the number of pixels, K = C * M the number of output channels.
+"""
+
+import triton
+import triton.language as tl
+
+from .product import product, widen
+from .statistics import merge_moments, merge_sums, store_moments
+
+
+@triton.jit
+def load_toeplitz(
+    taps,  # [KERNEL_HEIGHT * KERNEL_WIDTH], of one output channel
+    q,  # [BLOCK], pixels of the input
+    p,  # [BLOCK], pixels of the output
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+):
+    """[q, p]: the tap through which output pixel p sees input pixel q, or 0."""
+    row = (q // WIDTH)[:, None] - (p // WIDTH)[None, :] + KERNEL_HEIGHT // 2
+    column = (q % WIDTH)[:, None] - (p % WIDTH)[None, :] + KERNEL_WIDTH // 2
+    inside = (row >= 0) & (row < KERNEL_HEIGHT) & (column >= 0) & (column < KERNEL_WIDTH)
+    inside &= (q < HEIGHT * WIDTH)[:, None] & (p < HEIGHT * WIDTH)[None, :]
+    return tl.load(taps + row * KERNEL_WIDTH + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def depthwise_forward(
+    x,  # (N, C, P), of any strides
+    weight,  # [K, KERNEL_HEIGHT * KERNEL_WIDTH]
+    bias,  # [K]
+    h,  # [N, K, P]
+    moments,  # [groups, 3, parts]
+    images,
+    outputs,
+    parts,
+    x_image_stride,
+    x_channel_stride,
+    x_pixel_stride,
+    MULTIPLIER: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_IMAGES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """One program: BLOCK_IMAGES images, one output channel, BLOCK_PIXELS output pixels."""
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
+    program = tl.program_id(0).to(tl.int64)
+    k = program % outputs
+    pixel_block = program // outputs % PIXEL_BLOCKS
+    image_block = program // outputs // PIXEL_BLOCKS
+    n = image_block * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+    p = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    x_rows = x + n[:, None] * x_image_stride + k // MULTIPLIER * x_channel_stride
+    taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
+
+    for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
+        q = first + tl.arange(0, BLOCK_PIXELS)
+        inside = (n < images)[:, None] & (q < PIXELS)[None, :]
+        x_tile = tl.load(x_rows + q[None, :] * x_pixel_stride, mask=inside, other=0.0)
+        matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
+        partial = product(x_tile.to(matrix.dtype), matrix, PRECISION)
+        if first == 0:
+            values = partial
+        else:
+            values += partial
+    if HAS_BIAS:
+        values += widen(tl.load(bias + k))
+
+    inside = (n < images)[:, None] & (p < PIXELS)[None, :]
+    tl.store(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
+    part = program if NORM == "tensor" else k * PIXEL_BLOCKS + pixel_block
+    store_moments(values, inside, moments, n, images, part, parts, NORM)
+
+
+@triton.jit
+def depthwise_backward(
+    g,  # (N, K, P), of any strides: the gradient of the normalised tensor
+    h,  # [N, K, P]
+    x,  # (N, C, P), of any strides
+    residual,  # (N, C, P), of any strides: added to grad_x
+    weight,  # [K, KERNEL_HEIGHT * KERNEL_WIDTH]
+    moments,  # [groups, 3, parts]
+    sums,  # [groups, 2, sum_parts]: of g, and of g * normalised
+    grad_x,  # (N, C, P), of any strides
+    grad_matrix,  # [image blocks, K, P, P]
+    grad_bias,  # [image blocks, K]
+    images,
+    channels,
+    parts,
+    sum_parts,
+    eps,
+    g_image_stride,
+    g_channel_stride,
+    g_pixel_stride,
+    x_image_stride,
+    x_channel_stride,
+    x_pixel_stride,
+    residual_image_stride,
+    residual_channel_stride,
+    residual_pixel_stride,
+    grad_x_image_stride,
+    grad_x_channel_stride,
+    grad_x_pixel_stride,
+    MULTIPLIER: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_IMAGES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SUM_PARTS: tl.constexpr,
+):
+    """One program: BLOCK_IMAGES images, one input channel, BLOCK_PIXELS input pixels.
+
+    grad_h = r (g - mean(g) - normalised * mean(g * normalised)), with r = 1 / sqrt(variance + eps); from it the
+    gradients of x, of the Toeplitz matrix, and of the bias.
+    """
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
+    program = tl.program_id(0).to(tl.int64)
+    c = program % channels
+    pixel_block = program // channels % PIXEL_BLOCKS
+    image_block = program // channels // PIXEL_BLOCKS
+    outputs = channels * MULTIPLIER
+    n = image_block * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+    q = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
+
+    mean, scale = merge_moments(moments, n, images, parts, eps, NORM, PARTS)
+    g_mean, g_slope = merge_sums(sums, n, images, sum_parts, outputs * PIXELS, NORM, SUM_PARTS)
+    x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
+    x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)
+
+    for step in tl.static_range(0, MULTIPLIER * PIXEL_BLOCKS):
+        k = c * MULTIPLIER + step // PIXEL_BLOCKS
+        p = step % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+        inside = (n < images)[:, None] & (p < PIXELS)[None, :]
+        g_offset = n[:, None] * g_image_stride + k * g_channel_stride + p[None, :] * g_pixel_stride
+        g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
+        h_tile = widen(tl.load(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], mask=inside, other=0.0))
+        normalised = (h_tile - mean[:, None]) * scale[:, None]
+        grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
+        grad_h = tl.where(inside, grad_h, 0.0)
+        if step % PIXEL_BLOCKS == 0:
+            bias_sum = tl.sum(grad_h)
+        else:
+            bias_sum += tl.sum(grad_h)
+        if step % PIXEL_BLOCKS == PIXEL_BLOCKS - 1:
+            tl.store(grad_bias + image_block * outputs + k, bias_sum, mask=pixel_block == 0)
+
+        grad_h = grad_h.to(weight.dtype.element_ty)
+        taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
+        matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
+        partial = product(grad_h, tl.trans(matrix), PRECISION)
+        if step == 0:
+            values = partial
+        else:
+            values += partial
+        matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
+        target = grad_matrix + ((image_block * outputs + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
+        tl.store(target, matrix_grad, mask=(q < PIXELS)[:, None] & (p < PIXELS)[None, :])
+
+    if HAS_RESIDUAL:
+        offset = n[:, None] * residual_image_stride + c * residual_channel_stride
+        values += widen(tl.load(residual + offset + q[None, :] * residual_pixel_stride, mask=x_inside, other=0.0))
+    offset = n[:, None] * grad_x_image_stride + c * grad_x_channel_stride + q[None, :] * grad_x_pixel_stride
+    tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=x_inside)

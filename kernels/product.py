@@ -1,0 +1,27 @@
+"""The matrix product of all kernels, in the precision asked for."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a [I, J] @ b [J, K], accumulated in float32 (float64 for float64 operands).
+
+    PRECISION says how float32 operands are multiplied: "ieee", "tf32x3", "tf32", or "bf16".
+    """
+    if a.dtype == tl.float64:
+        return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
+    if a.dtype == tl.float32:
+        if PRECISION == "bf16":
+            return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b)
+
+
+@triton.jit
+def widen(x):
+    """To the dtype to compute in: float32, or float64 if `x` is."""
+    if x.dtype == tl.float64:
+        return x
+    return x.to(tl.float32)

@@ -1,0 +1,95 @@
+"""Sums of the partial weight gradients that programs wrote, in a fixed order: results repeat bit for bit."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def reduce_partials(
+    columns,  # [rows, LENGTH]
+    matrices,  # [blocks, outputs, P, P], with input pixels first
+    biases,  # [blocks, outputs]
+    result,  # [LENGTH + outputs * taps + outputs]: sums of columns, gradients of taps, sums of biases
+    rows,
+    blocks,
+    outputs,
+    LENGTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,  # a power of two, at least the number of taps
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """The first programs each sum BLOCK_COLUMNS columns, the others each fold the matrices of one output."""
+    COLUMN_PROGRAMS: tl.constexpr = (LENGTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    program = tl.program_id(0).to(tl.int64)
+    if program < COLUMN_PROGRAMS:
+        _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+    else:
+        _fold_onto_taps(
+            matrices,
+            biases,
+            result + LENGTH,
+            program - COLUMN_PROGRAMS,
+            blocks,
+            outputs,
+            HEIGHT,
+            WIDTH,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            BLOCK_TAPS,
+            BLOCK_PIXELS,
+        )
+
+
+@triton.jit
+def _sum_columns(
+    columns, result, program, rows, LENGTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    column = program * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), columns.dtype.element_ty)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & (column < LENGTH)[None, :]
+        total += tl.load(columns + row[:, None].to(tl.int64) * LENGTH + column[None, :], mask=inside, other=0.0)
+    tl.store(result + column, tl.sum(total, 0), mask=column < LENGTH)
+
+
+@triton.jit
+def _fold_onto_taps(
+    matrices,
+    biases,
+    result,
+    k,
+    blocks,
+    outputs,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    tap = tl.arange(0, BLOCK_TAPS)[:, None]
+    total = tl.zeros((BLOCK_TAPS, BLOCK_PIXELS), matrices.dtype.element_ty)
+    bias = tl.load(biases + k) * 0
+    for block in range(0, blocks):
+        row = block * outputs + k
+        bias += tl.load(biases + row)
+        for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
+            p = first + tl.arange(0, BLOCK_PIXELS)[None, :]
+            # The input pixel that output pixel p sees through the tap.
+            q_row = p // WIDTH + tap // KERNEL_WIDTH - KERNEL_HEIGHT // 2
+            q_column = p % WIDTH + tap % KERNEL_WIDTH - KERNEL_WIDTH // 2
+            inside = (tap < TAPS) & (p < PIXELS)
+            inside &= (q_row >= 0) & (q_row < HEIGHT) & (q_column >= 0) & (q_column < WIDTH)
+            entry = (q_row * WIDTH + q_column) * PIXELS + p
+            total += tl.load(matrices + row * PIXELS * PIXELS + entry, mask=inside, other=0.0)
+    tap = tl.arange(0, BLOCK_TAPS)
+    tl.store(result + k * TAPS + tap, tl.sum(total, 1), mask=tap < TAPS)
+    tl.store(result + outputs * TAPS + k, bias)
