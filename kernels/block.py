@@ -11,7 +11,8 @@ import triton.language as tl
 
 from .activation import gelu, gelu_derivative
 from .product import product, widen
-from .statistics import merge_moments, store_sums
+from .reduction import accumulate
+from .statistics import mean_and_scale, store_sums
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def pointwise_forward(
     NORM: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
@@ -68,7 +69,7 @@ def pointwise_forward(
     o = tl.arange(0, BLOCK_HIDDEN)
     c = tl.arange(0, BLOCK_CHANNELS)
 
-    mean, scale = merge_moments(moments, image, images, parts, eps, NORM, PARTS)
+    mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     mean = spread(mean, BLOCK_IMAGES, BLOCK_PIXELS)
     scale = spread(scale, BLOCK_IMAGES, BLOCK_PIXELS)
     for first in tl.static_range(0, INPUTS, BLOCK_INPUTS):
@@ -86,7 +87,9 @@ def pointwise_forward(
     if HAS_BIAS:
         values += widen(tl.load(bias + o, mask=o < HIDDEN, other=0.0))[None, :]
     z_mask = inside & (o < HIDDEN)[None, :]
-    tl.store(z + (n[:, None] * HIDDEN + o[None, :]) * PIXELS + p[:, None], values.to(z.dtype.element_ty), mask=z_mask)
+    tl.store(
+        z + (n[:, None] * HIDDEN + o[None, :]) * PIXELS + p[:, None], values.to(z.dtype.element_ty), mask=z_mask
+    )
 
     activation = gelu(values, APPROXIMATE)
     v_mask = (o < HIDDEN)[:, None] & (c < CHANNELS)[None, :]
@@ -115,6 +118,8 @@ def pointwise_backward(
     sums,  # [groups, 2, sum_parts]: of g, and of g * normalised
     partials,  # [programs, O * K + C * O + O + C]: gradients of weight, projection, and their biases
     images,
+    blocks,
+    rounds,
     parts,
     sum_parts,
     eps,
@@ -128,67 +133,73 @@ def pointwise_backward(
     NORM: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    """The gradient of the normalised tensor, and those of the weights, which each program sums over its rounds."""
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
-    image = program // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
     row = tl.arange(0, BLOCK_IMAGES * BLOCK_PIXELS)
-    n = program // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS
-    p = program % PIXEL_BLOCKS * BLOCK_PIXELS + row % BLOCK_PIXELS
-    inside = ((n < images) & (p < PIXELS))[:, None]
     o = tl.arange(0, BLOCK_HIDDEN)
     c = tl.arange(0, BLOCK_CHANNELS)
     weight_grad = partials + program * (HIDDEN * INPUTS + CHANNELS * HIDDEN + HIDDEN + CHANNELS)
     projection_grad = weight_grad + HIDDEN * INPUTS
     bias_grad = projection_grad + CHANNELS * HIDDEN
     projection_bias_grad = bias_grad + HIDDEN
-
-    grad_offset = n[:, None] * grad_image_stride + c[None, :] * grad_channel_stride + p[:, None] * grad_pixel_stride
-    grad = tl.load(grad_y + grad_offset, mask=inside & (c < CHANNELS)[None, :], other=0.0)  # [rows, C]
-    grad = grad.to(weight.dtype.element_ty)
-    tl.store(projection_bias_grad + c, tl.sum(widen(grad), 0), mask=c < CHANNELS)
-    z_mask = inside & (o < HIDDEN)[None, :]
-    z_tile = widen(tl.load(z + (n[:, None] * HIDDEN + o[None, :]) * PIXELS + p[:, None], mask=z_mask, other=0.0))
     v_mask = (c < CHANNELS)[:, None] & (o < HIDDEN)[None, :]
     v_offset = c[:, None] * HIDDEN + o[None, :]
-    activation = gelu(z_tile, APPROXIMATE).to(grad.dtype)
-    tl.store(projection_grad + v_offset, product(tl.trans(grad), activation, PRECISION), mask=v_mask)
-    v_tile = tl.load(projection + v_offset, mask=v_mask, other=0.0)  # [C, O]
-    grad_z = product(grad, v_tile, PRECISION) * gelu_derivative(z_tile, APPROXIMATE)
-    tl.store(bias_grad + o, tl.sum(grad_z, 0), mask=o < HIDDEN)
-    grad_z = grad_z.to(grad.dtype)
 
-    mean, scale = merge_moments(moments, image, images, parts, eps, NORM, PARTS)
-    mean = spread(mean, BLOCK_IMAGES, BLOCK_PIXELS)
-    scale = spread(scale, BLOCK_IMAGES, BLOCK_PIXELS)
-    for first in tl.static_range(0, INPUTS, BLOCK_INPUTS):
-        k = first + tl.arange(0, BLOCK_INPUTS)
-        k_inside = inside & (k < INPUTS)[None, :]
-        offset = (n[:, None] * INPUTS + k[None, :]) * PIXELS + p[:, None]
-        normalised = (widen(tl.load(h + offset, mask=k_inside, other=0.0)) - mean) * scale
-        normalised = tl.where(k_inside, normalised, 0.0)
-        w_mask = (o < HIDDEN)[:, None] & (k < INPUTS)[None, :]
-        w_offset = o[:, None] * INPUTS + k[None, :]
-        w_tile = tl.load(weight + w_offset, mask=w_mask, other=0.0)  # [O, K]
-        g_tile = product(grad_z, w_tile, PRECISION)
-        tl.store(g + offset, g_tile.to(g.dtype.element_ty), mask=k_inside)
-        matrix = product(tl.trans(grad_z), normalised.to(grad.dtype), PRECISION)
-        tl.store(weight_grad + w_offset, matrix, mask=w_mask)
-        if first == 0:
-            g_sum = g_tile
-            slope_sum = g_tile * normalised
-        else:
-            g_sum += g_tile
-            slope_sum += g_tile * normalised
-    pixel_block = program % PIXEL_BLOCKS
-    part = program if NORM == "tensor" else pixel_block
-    # Rows outside hold zeros.
-    g_sum = tl.reshape(g_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))
-    slope_sum = tl.reshape(slope_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))
-    store_sums(g_sum, slope_sum, sums, image, images, part, sum_parts, NORM)
+    for round in range(0, rounds):
+        block = program * rounds + round
+        image = block // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+        n = block // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS
+        p = block % PIXEL_BLOCKS * BLOCK_PIXELS + row % BLOCK_PIXELS
+        inside = ((n < images) & (p < PIXELS))[:, None]
+        grad_offset = n[:, None] * grad_image_stride + c[None, :] * grad_channel_stride
+        grad_offset += p[:, None] * grad_pixel_stride
+        grad = tl.load(grad_y + grad_offset, mask=inside & (c < CHANNELS)[None, :], other=0.0)  # [rows, C]
+        grad = grad.to(weight.dtype.element_ty)
+        accumulate(projection_bias_grad + c, tl.sum(widen(grad), 0), c < CHANNELS, round == 0)
+        z_mask = inside & (o < HIDDEN)[None, :]
+        z_tile = widen(
+            tl.load(z + (n[:, None] * HIDDEN + o[None, :]) * PIXELS + p[:, None], mask=z_mask, other=0.0)
+        )
+        activation = gelu(z_tile, APPROXIMATE).to(grad.dtype)
+        accumulate(projection_grad + v_offset, product(tl.trans(grad), activation, PRECISION), v_mask, round == 0)
+        v_tile = tl.load(projection + v_offset, mask=v_mask, other=0.0)  # [C, O]
+        grad_z = product(grad, v_tile, PRECISION) * gelu_derivative(z_tile, APPROXIMATE)
+        accumulate(bias_grad + o, tl.sum(grad_z, 0), o < HIDDEN, round == 0)
+        grad_z = grad_z.to(grad.dtype)
+
+        mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
+        mean = spread(mean, BLOCK_IMAGES, BLOCK_PIXELS)
+        scale = spread(scale, BLOCK_IMAGES, BLOCK_PIXELS)
+        for first in tl.static_range(0, INPUTS, BLOCK_INPUTS):
+            k = first + tl.arange(0, BLOCK_INPUTS)
+            k_inside = inside & (k < INPUTS)[None, :]
+            offset = (n[:, None] * INPUTS + k[None, :]) * PIXELS + p[:, None]
+            normalised = (widen(tl.load(h + offset, mask=k_inside, other=0.0)) - mean) * scale
+            normalised = tl.where(k_inside, normalised, 0.0)
+            w_mask = (o < HIDDEN)[:, None] & (k < INPUTS)[None, :]
+            w_offset = o[:, None] * INPUTS + k[None, :]
+            w_tile = tl.load(weight + w_offset, mask=w_mask, other=0.0)  # [O, K]
+            g_tile = product(grad_z, w_tile, PRECISION)
+            tl.store(g + offset, g_tile.to(g.dtype.element_ty), mask=k_inside)
+            matrix = product(tl.trans(grad_z), normalised.to(grad.dtype), PRECISION)
+            accumulate(weight_grad + w_offset, matrix, w_mask, round == 0)
+            if first == 0:
+                g_sum = g_tile
+                slope_sum = g_tile * normalised
+            else:
+                g_sum += g_tile
+                slope_sum += g_tile * normalised
+        part = block if NORM == "tensor" else block % PIXEL_BLOCKS
+        # Rows outside hold zeros.
+        g_sum = tl.reshape(g_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))
+        slope_sum = tl.reshape(slope_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))
+        if block < blocks:
+            store_sums(g_sum, slope_sum, sums, image, images, part, sum_parts, NORM)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .product import product, widen
-from .statistics import merge_moments, merge_sums, store_moments
+from .reduction import accumulate
+from .statistics import mean_and_scale, merge_sums, store_moments
 
 
 @triton.jit
@@ -98,10 +99,11 @@ def depthwise_backward(
     moments,  # [groups, 3, parts]
     sums,  # [groups, 2, sum_parts]: of g, and of g * normalised
     grad_x,  # (N, C, P), of any strides
-    grad_matrix,  # [image blocks, K, P, P]
-    grad_bias,  # [image blocks, K]
+    grad_matrix,  # [image programs, K, P, P]
+    grad_bias,  # [image programs, K]
     images,
     channels,
+    rounds,
     parts,
     sum_parts,
     eps,
@@ -127,10 +129,9 @@ def depthwise_backward(
     PRECISION: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SUM_PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """One program: BLOCK_IMAGES images, one input channel, BLOCK_PIXELS input pixels.
+    """One program: one input channel, BLOCK_PIXELS input pixels, and in each round BLOCK_IMAGES images.
 
     grad_h = r (g - mean(g) - normalised * mean(g * normalised)), with r = 1 / sqrt(variance + eps); from it the
     gradients of x, of the Toeplitz matrix, and of the bias.
@@ -140,48 +141,54 @@ def depthwise_backward(
     program = tl.program_id(0).to(tl.int64)
     c = program % channels
     pixel_block = program // channels % PIXEL_BLOCKS
-    image_block = program // channels // PIXEL_BLOCKS
+    image_program = program // channels // PIXEL_BLOCKS
     outputs = channels * MULTIPLIER
-    n = image_block * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
     q = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
+    count = outputs * PIXELS * 1.0
+    if NORM == "tensor":
+        count *= images
 
-    mean, scale = merge_moments(moments, n, images, parts, eps, NORM, PARTS)
-    g_mean, g_slope = merge_sums(sums, n, images, sum_parts, outputs * PIXELS, NORM, SUM_PARTS)
-    x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
-    x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)
+    for round in range(0, rounds):
+        n = (image_program * rounds + round) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+        x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
+        mean, scale = mean_and_scale(moments, n, images, parts, eps, NORM, BLOCK_PARTS)
+        g_sum, slope_sum = merge_sums(sums, n, images, sum_parts, NORM, BLOCK_PARTS)
+        g_mean, g_slope = g_sum / count, slope_sum / count
+        x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
+        x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)
 
-    for step in tl.static_range(0, MULTIPLIER * PIXEL_BLOCKS):
-        k = c * MULTIPLIER + step // PIXEL_BLOCKS
-        p = step % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-        inside = (n < images)[:, None] & (p < PIXELS)[None, :]
-        g_offset = n[:, None] * g_image_stride + k * g_channel_stride + p[None, :] * g_pixel_stride
-        g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
-        h_tile = widen(tl.load(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], mask=inside, other=0.0))
-        normalised = (h_tile - mean[:, None]) * scale[:, None]
-        grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
-        grad_h = tl.where(inside, grad_h, 0.0)
-        if step % PIXEL_BLOCKS == 0:
-            bias_sum = tl.sum(grad_h)
-        else:
-            bias_sum += tl.sum(grad_h)
-        if step % PIXEL_BLOCKS == PIXEL_BLOCKS - 1:
-            tl.store(grad_bias + image_block * outputs + k, bias_sum, mask=pixel_block == 0)
+        for step in tl.static_range(0, MULTIPLIER * PIXEL_BLOCKS):
+            k = c * MULTIPLIER + step // PIXEL_BLOCKS
+            p = step % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+            inside = (n < images)[:, None] & (p < PIXELS)[None, :]
+            g_offset = n[:, None] * g_image_stride + k * g_channel_stride + p[None, :] * g_pixel_stride
+            g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
+            h_tile = widen(tl.load(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], mask=inside, other=0.0))
+            normalised = (h_tile - mean[:, None]) * scale[:, None]
+            grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
+            grad_h = tl.where(inside, grad_h, 0.0)
+            if step % PIXEL_BLOCKS == 0:
+                bias_sum = tl.sum(grad_h)
+            else:
+                bias_sum += tl.sum(grad_h)
+            if step % PIXEL_BLOCKS == PIXEL_BLOCKS - 1:
+                accumulate(grad_bias + image_program * outputs + k, bias_sum, pixel_block == 0, round == 0)
 
-        grad_h = grad_h.to(weight.dtype.element_ty)
-        taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
-        matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
-        partial = product(grad_h, tl.trans(matrix), PRECISION)
-        if step == 0:
-            values = partial
-        else:
-            values += partial
-        matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
-        target = grad_matrix + ((image_block * outputs + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
-        tl.store(target, matrix_grad, mask=(q < PIXELS)[:, None] & (p < PIXELS)[None, :])
+            grad_h = grad_h.to(weight.dtype.element_ty)
+            taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
+            matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
+            partial = product(grad_h, tl.trans(matrix), PRECISION)
+            if step == 0:
+                values = partial
+            else:
+                values += partial
+            matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
+            target = grad_matrix + ((image_program * outputs + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
+            accumulate(target, matrix_grad, (q < PIXELS)[:, None] & (p < PIXELS)[None, :], round == 0)
 
-    if HAS_RESIDUAL:
-        offset = n[:, None] * residual_image_stride + c * residual_channel_stride
-        values += widen(tl.load(residual + offset + q[None, :] * residual_pixel_stride, mask=x_inside, other=0.0))
-    offset = n[:, None] * grad_x_image_stride + c * grad_x_channel_stride + q[None, :] * grad_x_pixel_stride
-    tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=x_inside)
+        if HAS_RESIDUAL:
+            offset = n[:, None] * residual_image_stride + c * residual_channel_stride
+            offset += q[None, :] * residual_pixel_stride
+            values += widen(tl.load(residual + offset, mask=x_inside, other=0.0))
+        offset = n[:, None] * grad_x_image_stride + c * grad_x_channel_stride + q[None, :] * grad_x_pixel_stride
+        tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=x_inside)

@@ -1,7 +1,15 @@
-"""Sums of the partial weight gradients that programs wrote, in a fixed order: results repeat bit for bit."""
+"""Partial weight gradients: kept by each program, then summed in a fixed order, so that results repeat bit for bit."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def accumulate(target, values, mask, is_first):
+    """Add `values` to what this program keeps at `target`; store them if they are the first."""
+    # Which of its threads stored an element is for the compiler to choose.
+    tl.debug_barrier()
+    tl.store(target, values + tl.load(target, mask=mask & (is_first == 0), other=0.0), mask=mask)
 
 
 @triton.jit

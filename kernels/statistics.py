@@ -1,8 +1,10 @@
 """Mean and variance over many programs, without E[x^2] - E[x]^2: Chan, Golub and LeVeque's pairwise merge.
 
-Each program that writes part of a tensor writes the count, the mean and the sum of squared deviations M2 of its
-part; each program that reads the tensor merges them itself. "Moments" are these, [3, groups, parts], with one group
-for the norm "tensor" and one for each image for "sample".
+T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+Variances", 1979. Each program that writes part of a tensor writes the count, the mean and the sum of squared
+deviations M2 of its part; each program that reads the tensor merges them all itself. "Moments" are these,
+[groups, 3, parts], with one group for the norm "tensor" and one for each image for "sample". No atomics: results
+repeat bit for bit.
 """
 
 import triton
@@ -47,36 +49,74 @@ def store_moments(
 @triton.jit
 def merge_moments(
     moments,  # [groups, 3, parts]
+    group,  # [GROUPS], int64
+    parts,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The count, the mean and M2 of whole groups, each [GROUPS]."""
+    start = moments + group * 3 * parts
+    # Means are summed as differences from one of them: where they are large the sum would lose digits.
+    pivot = tl.load(start + parts)
+    count = tl.zeros_like(pivot)
+    shift = tl.zeros_like(pivot)
+    deviations = tl.zeros_like(pivot)
+    for first in range(0, parts, BLOCK_PARTS):
+        part = first + tl.arange(0, BLOCK_PARTS)[None, :]
+        source = start[:, None] + part
+        inside = part < parts
+        counts = tl.load(source, mask=inside, other=0.0)  # [GROUPS, BLOCK_PARTS]
+        shifts = tl.load(source + parts, mask=inside, other=0.0) - pivot[:, None]
+        squares = tl.load(source + 2 * parts, mask=inside, other=0.0)
+        block_count = tl.sum(counts, 1)
+        block_shift = tl.sum(counts * shifts, 1) / block_count
+        squares += counts * (shifts - block_shift[:, None]) * (shifts - block_shift[:, None])
+        difference = block_shift - shift
+        total = count + block_count
+        deviations += tl.sum(squares, 1) + difference * difference * (count * block_count / total)
+        shift += difference * (block_count / total)
+        count = total
+    return count, pivot + shift, deviations
+
+
+@triton.jit
+def mean_and_scale(
+    moments,  # [groups, 3, parts]
     image,  # [IMAGES], int64
     images,
     parts,
     eps,
     NORM: tl.constexpr,
-    PARTS: tl.constexpr,  # a power of two, at least parts
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(variance + eps): [1] for the norm "tensor", else [IMAGES]."""
-    part = tl.arange(0, PARTS)[None, :]
-    if NORM == "tensor":
-        group = tl.zeros((1, 1), tl.int64)
-    else:
-        group = tl.minimum(image, images - 1)[:, None]
-    source = moments + group * 3 * parts + part
-    inside = part < parts
-    count = tl.load(source, mask=inside, other=0.0)  # [1 or IMAGES, PARTS]
-    part_mean = tl.load(source + parts, mask=inside, other=0.0)
-    deviations = tl.load(source + 2 * parts, mask=inside, other=0.0)
-    # Means are summed as differences from one of them: where they are large the sum would lose digits.
-    pivot = tl.load(moments + group * 3 * parts + parts)
-    total = tl.sum(count, 1)
-    mean = tl.sum(count * (part_mean - pivot), 1)[:, None] / total[:, None] + pivot
-    difference = part_mean - mean
-    deviations = tl.sum(deviations + count * difference * difference, 1)
-    return tl.reshape(mean, (mean.shape[0],)), tl.rsqrt(deviations / total + eps)
+    """Mean and 1 / sqrt(variance + eps) of a norm: [1] for "tensor", else [IMAGES]."""
+    count, mean, deviations = merge_moments(moments, norm_group(image, images, NORM), parts, BLOCK_PARTS)
+    return mean, tl.rsqrt(deviations / count + eps)
+
+
+@triton.jit
+def norm_group(image, images, NORM: tl.constexpr):
+    """Which group images belong to: [1] for "tensor", else [IMAGES], within bounds."""
+    return tl.zeros((1,), tl.int64) if NORM == "tensor" else tl.minimum(image, images - 1)
+
+
+@triton.jit
+def collapse_moments(
+    moments,  # [groups, 3, parts]
+    result,  # [groups, 3, 1]
+    parts,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Merge the moments of each group into one part, where there are too many for every reader to merge."""
+    group = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    count, mean, deviations = merge_moments(moments, group, parts, BLOCK_PARTS)
+    tl.store(result + group * 3, count)
+    tl.store(result + group * 3 + 1, mean)
+    tl.store(result + group * 3 + 2, deviations)
 
 
 @triton.jit
 def store_sums(
-    first,  # [IMAGES, PIXELS]
+    first,  # [IMAGES, PIXELS], zeros outside
     second,  # the same
     sums,  # [groups, 2, parts]
     image,  # [IMAGES], int64
@@ -101,18 +141,17 @@ def merge_sums(
     image,  # [IMAGES], int64
     images,
     parts,
-    count,
     NORM: tl.constexpr,
-    PARTS: tl.constexpr,  # a power of two, at least parts
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """The two means of a norm's backward: [1] for the norm "tensor", else [IMAGES]."""
-    part = tl.arange(0, PARTS)[None, :]
-    if NORM == "tensor":
-        group = tl.zeros((1, 1), tl.int64)
-        count = count * 1.0 * images
-    else:
-        group = tl.minimum(image, images - 1)[:, None]
-    source = sums + group * 2 * parts + part
-    first = tl.sum(tl.load(source, mask=part < parts, other=0.0), 1)
-    second = tl.sum(tl.load(source + parts, mask=part < parts, other=0.0), 1)
-    return first / count, second / count
+    """The two sums of whole groups: each [1] for the norm "tensor", else [IMAGES]."""
+    start = sums + norm_group(image, images, NORM) * 2 * parts
+    part = tl.arange(0, BLOCK_PARTS)[None, :]
+    first = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
+    second = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
+    for block in range(0, parts, BLOCK_PARTS):
+        source = start[:, None] + block + part
+        inside = block + part < parts
+        first += tl.load(source, mask=inside, other=0.0)
+        second += tl.load(source + parts, mask=inside, other=0.0)
+    return tl.sum(first, 1), tl.sum(second, 1)

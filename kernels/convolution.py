@@ -1,0 +1,162 @@
+"""Launches of the depthwise convolution, which the block and the operation of its own share."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from .depthwise import depthwise_backward, depthwise_forward
+from .launch import accumulator, block_size, launch, precision, strides
+from .reduction import reduce_partials
+from .statistics import collapse_moments
+
+# More than these are merged once, rather than by every program that needs them.
+MAX_PARTS = 2048
+# Of programs that keep partial weight gradients: about two for each multiprocessor of a large GPU.
+MAX_PARTIALS = 256
+
+
+def block_parts(norm: str) -> int:
+    """How many parts of a group a program loads at once: one group is the whole tensor, or each of its images."""
+    return 512 if norm == "tensor" else 16
+
+
+class Depthwise:
+    """The sizes of a depthwise convolution, and how its kernels divide the work."""
+
+    def __init__(self, x: Tensor, weight: Tensor, norm: str) -> None:
+        self.images, self.channels, self.height, self.width = x.shape
+        self.outputs = weight.shape[0]
+        self.kernel = weight.shape[2], weight.shape[3]
+        self.pixels = self.height * self.width
+        self.norm = norm
+        self.groups = 1 if norm == "tensor" else self.images
+        self.block_pixels = block_size(self.pixels, 64)
+        self.pixel_blocks = triton.cdiv(self.pixels, self.block_pixels)
+        self.block_images = block_size(self.images, 64)
+        self.image_blocks = triton.cdiv(self.images, self.block_images)
+        parts = self.outputs * self.pixel_blocks
+        self.parts = parts * self.image_blocks if norm == "tensor" else parts
+
+    def new_h(self, weight: Tensor) -> Tensor:
+        return weight.new_empty(self.images, self.outputs, self.pixels)
+
+    def new_moments(self, weight: Tensor) -> Tensor:
+        parts = self.parts if self.parts <= MAX_PARTS else 1
+        return weight.new_empty(self.groups, 3, parts, dtype=accumulator(weight))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, moments: Tensor) -> None:
+        """Write the convolution, [N, K, P], and its moments, [groups, 3, parts]."""
+        collapse = self.parts > MAX_PARTS
+        parts = moments.new_empty(self.groups, 3, self.parts) if collapse else moments
+        launch(
+            depthwise_forward,
+            self.outputs * self.pixel_blocks * self.image_blocks,
+            x,
+            weight,
+            bias,
+            h,
+            parts,
+            self.images,
+            self.outputs,
+            self.parts,
+            *strides(x),
+            MULTIPLIER=self.outputs // self.channels,
+            HEIGHT=self.height,
+            WIDTH=self.width,
+            KERNEL_HEIGHT=self.kernel[0],
+            KERNEL_WIDTH=self.kernel[1],
+            HAS_BIAS=bias is not None,
+            NORM=self.norm,
+            PRECISION=precision(weight),
+            BLOCK_IMAGES=self.block_images,
+            BLOCK_PIXELS=self.block_pixels,
+        )
+        if collapse:
+            launch(collapse_moments, self.groups, parts, moments, self.parts, BLOCK_PARTS=1024)
+
+    def backward(
+        self,
+        g: Tensor,
+        g_strides: tuple[int, int, int],
+        h: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        moments: Tensor,
+        sums: Tensor,
+        eps: float,
+        grad_x: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Write grad_x; return partial gradients of the Toeplitz matrices [partials, K, P, P], and of the bias.
+
+        Args:
+            g: the gradient of the normalised tensor, and `g_strides` those of its images, channels and pixels.
+            residual: is added to grad_x.
+            sums: of g and of g * normalised, [groups, 2, parts].
+        """
+        programs = self.channels * self.pixel_blocks
+        rounds = triton.cdiv(self.image_blocks, max(1, MAX_PARTIALS // programs))
+        partials = triton.cdiv(self.image_blocks, rounds)
+        matrices = moments.new_empty(partials, self.outputs, self.pixels, self.pixels)
+        biases = moments.new_empty(partials, self.outputs)
+        launch(
+            depthwise_backward,
+            programs * partials,
+            g,
+            h,
+            x,
+            x if residual is None else residual,
+            weight,
+            moments,
+            sums,
+            grad_x,
+            matrices,
+            biases,
+            self.images,
+            self.channels,
+            rounds,
+            moments.shape[2],
+            sums.shape[2],
+            eps,
+            *g_strides,
+            *strides(x),
+            *strides(x if residual is None else residual),
+            *strides(grad_x),
+            MULTIPLIER=self.outputs // self.channels,
+            HEIGHT=self.height,
+            WIDTH=self.width,
+            KERNEL_HEIGHT=self.kernel[0],
+            KERNEL_WIDTH=self.kernel[1],
+            HAS_RESIDUAL=residual is not None,
+            NORM=self.norm,
+            PRECISION=precision(weight),
+            BLOCK_IMAGES=self.block_images,
+            BLOCK_PIXELS=self.block_pixels,
+            BLOCK_PARTS=block_parts(self.norm),
+        )
+        return matrices, biases
+
+    def reduce(self, columns: Tensor, matrices: Tensor, biases: Tensor, result: Tensor) -> None:
+        """Sum partials into `result`: the columns, [rows, columns]; the taps' gradients; the biases'."""
+        rows, length = columns.shape
+        launch(
+            reduce_partials,
+            triton.cdiv(length, 128) + self.outputs,
+            columns,
+            matrices,
+            biases,
+            result,
+            rows,
+            len(matrices),
+            self.outputs,
+            LENGTH=length,
+            HEIGHT=self.height,
+            WIDTH=self.width,
+            KERNEL_HEIGHT=self.kernel[0],
+            KERNEL_WIDTH=self.kernel[1],
+            BLOCK_ROWS=32,
+            BLOCK_COLUMNS=128,
+            BLOCK_TAPS=triton.next_power_of_2(self.kernel[0] * self.kernel[1]),
+            BLOCK_PIXELS=self.block_pixels,
+        )

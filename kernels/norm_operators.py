@@ -1,0 +1,230 @@
+"""Layer norm, and the depthwise convolution with layer norm, as registered operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .convolution import MAX_PARTS, Depthwise, block_parts
+from .launch import accumulator, flat_pixels, launch, strides
+from .norm import norm_backward, norm_moments, norm_sums, normalise
+from .statistics import collapse_moments
+
+
+class Norm:
+    """A layer norm of maps, and how its kernels divide them: a program takes `block` elements of one image."""
+
+    def __init__(self, images: int, channels: int, pixels: int, norm: str) -> None:
+        self.images, self.length, self.pixels, self.norm = images, channels * pixels, pixels, norm
+        self.groups = 1 if norm == "tensor" else images
+        self.block = min(4096, triton.next_power_of_2(self.length))
+        blocks = triton.cdiv(self.length, self.block)
+        self.programs = images * blocks
+        self.parts = self.programs if norm == "tensor" else blocks
+
+    def new_moments(self, x: Tensor) -> Tensor:
+        parts = self.parts if self.parts <= MAX_PARTS else 1
+        return x.new_empty(self.groups, 3, parts, dtype=accumulator(x))
+
+    def options(self) -> dict[str, Any]:
+        return {"PIXELS": self.pixels, "NORM": self.norm, "BLOCK": self.block}
+
+    def moments(self, x: Tensor, moments: Tensor) -> None:
+        collapse = self.parts > MAX_PARTS
+        parts = moments.new_empty(self.groups, 3, self.parts) if collapse else moments
+        sizes = self.images, self.length, self.parts
+        launch(norm_moments, self.programs, x, parts, *sizes, *strides(x), **self.options())
+        if collapse:
+            launch(collapse_moments, self.groups, parts, moments, self.parts, BLOCK_PARTS=1024)
+
+    def normalise(
+        self, x: Tensor, x_strides: tuple[int, int, int], moments: Tensor, eps: float, y: Tensor
+    ) -> None:
+        launch(
+            normalise,
+            self.programs,
+            x,
+            moments,
+            y,
+            self.images,
+            self.length,
+            moments.shape[2],
+            eps,
+            *x_strides,
+            *strides(y),
+            BLOCK_PARTS=block_parts(self.norm),
+            **self.options(),
+        )
+
+    def sums(
+        self, grad: Tensor, x: Tensor, x_strides: tuple[int, int, int], moments: Tensor, eps: float
+    ) -> Tensor:
+        """Of grad, and of grad * normalised: [groups, 2, parts]."""
+        sums = moments.new_empty(self.groups, 2, self.parts)
+        launch(
+            norm_sums,
+            self.programs,
+            grad,
+            x,
+            moments,
+            sums,
+            self.images,
+            self.length,
+            moments.shape[2],
+            self.parts,
+            eps,
+            *strides(grad),
+            *x_strides,
+            BLOCK_PARTS=block_parts(self.norm),
+            **self.options(),
+        )
+        return sums
+
+    def backward(self, grad: Tensor, x: Tensor, moments: Tensor, sums: Tensor, eps: float, grad_x: Tensor) -> None:
+        launch(
+            norm_backward,
+            self.programs,
+            grad,
+            x,
+            moments,
+            sums,
+            grad_x,
+            self.images,
+            self.length,
+            moments.shape[2],
+            self.parts,
+            eps,
+            *strides(grad),
+            *strides(x),
+            *strides(grad_x),
+            BLOCK_PARTS=block_parts(self.norm),
+            **self.options(),
+        )
+
+
+@torch.library.custom_op("fastconv::layer_norm", mutates_args=())
+def layer_norm(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """y like x, and for the backward the moments of x, [groups, 3, parts]."""
+    x = flat_pixels(x)
+    plan = Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm)
+    y, moments = torch.empty_like(x), plan.new_moments(x)
+    if x.numel() > 0:
+        plan.moments(x, moments)
+        plan.normalise(x, strides(x), moments, eps, y)
+    return y, moments
+
+
+@layer_norm.register_fake
+def _(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    x = flat_pixels(x)
+    return torch.empty_like(x), Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm).new_moments(x)
+
+
+@torch.library.custom_op("fastconv::layer_norm_backward", mutates_args=())
+def layer_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> Tensor:
+    x, grad = flat_pixels(x), flat_pixels(grad)
+    grad_x = torch.empty_like(x)
+    if x.numel() > 0:
+        plan = Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm)
+        sums = plan.sums(grad, x, strides(x), moments, eps)
+        plan.backward(grad, x, moments, sums, eps, grad_x)
+    return grad_x
+
+
+@layer_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> Tensor:
+    return torch.empty_like(flat_pixels(x))
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    grad_x = None if grad is None else layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_x, None, None
+
+
+layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+@torch.library.custom_op("fastconv::depthwise_conv_layer_norm", mutates_args=())
+def depthwise_conv_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, H, W) in the memory format of x, and for the backward h [N, K, P] and its moments."""
+    x = flat_pixels(x)
+    y, h, moments = _depthwise_results(x, weight, norm)
+    if x.numel() > 0:
+        Depthwise(x, weight, norm).forward(x, weight, bias, h, moments)
+        plan = Norm(len(x), weight.shape[0], h.shape[2], norm)
+        plan.normalise(h, (h.stride(0), h.stride(1), 1), moments, eps, y)
+    return y, h, moments
+
+
+def _depthwise_results(x: Tensor, weight: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    depthwise = Depthwise(x, weight, norm)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = torch.empty(
+        (depthwise.images, depthwise.outputs, depthwise.height, depthwise.width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    return y, depthwise.new_h(weight), depthwise.new_moments(weight)
+
+
+@depthwise_conv_layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _depthwise_results(flat_pixels(x), weight, norm)
+
+
+@torch.library.custom_op("fastconv::depthwise_conv_layer_norm_backward", mutates_args=())
+def depthwise_conv_layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, like x, and one vector of those of weight and bias."""
+    x, grad = flat_pixels(x), flat_pixels(grad)
+    size = weight.numel() + weight.shape[0]
+    grad_x = torch.empty_like(x)
+    if x.numel() == 0:
+        return grad_x, moments.new_zeros(size)
+    parameters = moments.new_empty(size)
+    sums = Norm(len(x), weight.shape[0], h.shape[2], norm).sums(
+        grad, h, (h.stride(0), h.stride(1), 1), moments, eps
+    )
+    depthwise = Depthwise(x, weight, norm)
+    matrices, biases = depthwise.backward(grad, strides(grad), h, x, None, weight, moments, sums, eps, grad_x)
+    depthwise.reduce(moments.new_empty(1, 0), matrices, biases, parameters)
+    return grad_x, parameters
+
+
+@depthwise_conv_layer_norm_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(flat_pixels(x)), moments.new_empty(weight.numel() + weight.shape[0])
+
+
+def _save_depthwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _depthwise_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    weight = ctx.saved_tensors[1]
+    grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options)
+    taps, bias = parameters.to(weight.dtype).split([weight.numel(), weight.shape[0]])
+    needed = zip((grad_x, taps.view(weight.shape), bias), ctx.needs_input_grad, strict=False)
+    return *(value if wanted else None for value, wanted in needed), None, None
+
+
+depthwise_conv_layer_norm.register_autograd(_depthwise_gradients, setup_context=_save_depthwise)

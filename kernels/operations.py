@@ -1,0 +1,81 @@
+"""The operations on Triton kernels, with the signatures of the reference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import block_operator, norm_operators
+
+
+def convnext_block(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    projection_weight: Tensor,
+    projection_bias: Tensor | None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    approximate: str = "none",
+) -> Tensor:
+    # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
+    weight, bias = pointwise_weight.flatten(1), pointwise_bias
+    if norm_bias is not None:
+        shift = weight @ norm_bias
+        bias = shift if bias is None else bias + shift
+    if norm_weight is not None:
+        weight = weight * norm_weight
+    y: Tensor = block_operator.convnext_block(
+        x,
+        depthwise_weight.contiguous(),
+        depthwise_bias,
+        weight.contiguous(),
+        bias,
+        projection_weight.flatten(1).contiguous(),
+        projection_bias,
+        norm,
+        eps,
+        approximate,
+    )[0]
+    return y
+
+
+def depthwise_conv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    y = norm_operators.depthwise_conv_layer_norm(x, weight.contiguous(), bias, norm, eps)[0]
+    return _affine(y, norm_weight, norm_bias)
+
+
+def layer_norm(
+    x: Tensor,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    return _affine(norm_operators.layer_norm(x, norm, eps)[0], norm_weight, norm_bias)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        x = x * weight[:, None, None]
+    return x if bias is None else x + bias[:, None, None]
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's: patches that do not overlap are one matrix product, which it leaves to the vendor's library."""
+    return F.conv2d(x, weight, bias, stride=weight.shape[2:])
