@@ -153,7 +153,7 @@ def pointwise_backward(
     v_mask = (c < CHANNELS)[:, None] & (o < HIDDEN)[None, :]
     v_offset = c[:, None] * HIDDEN + o[None, :]
 
-    for round in range(0, rounds):
+    for round in range(rounds):
         block = program * rounds + round
         image = block // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
         n = block // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS

@@ -1,9 +1,9 @@
 """The depthwise convolution as matrix products, with the statistics of the norm that follows; and its gradients.
 
-For each input channel, the pixels of an output map are a banded Toeplitz matrix of the taps times the pixels of the
-input map: with the images of the batch as rows these are products of tensor-core shape. The matrix is gathered from
-the taps inside the kernel. A NaN or an infinity in one pixel spreads over its map (0 x Inf), where a sliding window
-would keep it near; the norm spreads it further anyway.
+For each input channel, the pixels of an output map are a banded Toeplitz matrix of the taps times the pixels of
+the input map: with the images of the batch as rows these are products of tensor-core shape. The matrix is gathered
+from the taps inside the kernel. A NaN or an infinity in one pixel spreads over its map (0 x Inf), where a sliding
+window would keep it near; the norm spreads it further anyway.
 
 P is the number of pixels, K = C * M the number of output channels.
 """
@@ -148,7 +148,7 @@ def depthwise_backward(
     if NORM == "tensor":
         count *= images
 
-    for round in range(0, rounds):
+    for round in range(rounds):
         n = (image_program * rounds + round) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
         x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
         mean, scale = mean_and_scale(moments, n, images, parts, eps, NORM, BLOCK_PARTS)

@@ -35,10 +35,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def precision(x: Tensor) -> str:
     """How float32 matrices are multiplied: as `torch.set_float32_matmul_precision` says."""
-    if x.device.type == "cpu" or torch.version.hip:
-        highest = "ieee"
-    else:
-        highest = "tf32x3"
+    highest = "ieee" if x.device.type == "cpu" or torch.version.hip else "tf32x3"
     return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
 

@@ -1,4 +1,4 @@
-"""Partial weight gradients: kept by each program, then summed in a fixed order, so that results repeat bit for bit."""
+"""Partial weight gradients: kept by each program, then summed in a fixed order; results repeat bit for bit."""
 
 import triton
 import triton.language as tl
@@ -86,7 +86,7 @@ def _fold_onto_taps(
     tap = tl.arange(0, BLOCK_TAPS)[:, None]
     total = tl.zeros((BLOCK_TAPS, BLOCK_PIXELS), matrices.dtype.element_ty)
     bias = tl.load(biases + k) * 0
-    for block in range(0, blocks):
+    for block in range(blocks):
         row = block * outputs + k
         bias += tl.load(biases + row)
         for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
