@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from types import ModuleType, TracebackType
 
+import torch
 from torch import Tensor
 
 from fastconv import portable, reference
@@ -20,6 +23,13 @@ OPERATIONS = (
 BACKENDS = ("triton", "portable", "reference")
 
 _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton too reads it once, when it is imported.
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The first with bfloat16 and tf32 in its tensor cores.
+_LEAST_CAPABILITY = (8, 0)
+# Larger maps make the Toeplitz matrices of the kernels, P^2 entries for each channel, too large.
+_LARGEST_MAP = 256
 
 
 class BackendUnavailable(RuntimeError):
@@ -79,23 +89,53 @@ def candidates() -> tuple[str, ...]:
     return BACKENDS if _forced == "auto" else (_forced,)
 
 
-def can_run(backend: str, operation: str, x: Tensor) -> str | None:
+def can_run(backend: str, operation: str, x: Tensor, norm: str = "tensor") -> str | None:
     """Return None if `backend` can run `operation` on an input like `x`, else the reason why not."""
-    if backend == "triton":
-        return "this version of fastconv has no Triton kernels yet"
+    if backend != "triton":
+        return None
+    return _why_not_on(x) or _why_not_shape(operation, x, norm)
+
+
+def _why_not_on(x: Tensor) -> str | None:
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed (it exists for Linux: pip install triton)"
+    if x.device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
+            return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+        return "its kernels do not take float64" if x.dtype == torch.float64 else None
+    if x.device.type != "cpu":
+        return f"it runs on GPUs of NVIDIA and AMD, not on {x.device.type}"
+    if not _TRITON_INTERPRETED:
+        return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
+    # Only to see that they are right: it is slow.
+    return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
+
+
+def _why_not_shape(operation: str, x: Tensor, norm: str) -> str | None:
+    if norm == "channel":
+        return 'its kernels have the norms "tensor" and "sample"'
+    if operation in ("depthwise_conv_layer_norm", "convnext_block") and x.shape[2] * x.shape[3] > _LARGEST_MAP:
+        return f"maps of {x.shape[2]} x {x.shape[3]} have more than {_LARGEST_MAP} pixels"
     return None
 
 
-def select(operation: str, x: Tensor) -> ModuleType:
-    """Return the module that is to run `operation` on `x`.
+def _module(backend: str) -> ModuleType:
+    # Triton is imported where it is used first, and not by `import fastconv`.
+    if backend not in _MODULES:
+        _MODULES[backend] = importlib.import_module("fastconv.kernels.operations")
+    return _MODULES[backend]
+
+
+def select(operation: str, x: Tensor, norm: str = "tensor") -> ModuleType:
+    """Return the module that is to run `operation`, with this norm, on `x`.
 
     Raises:
         BackendUnavailable: a forced backend cannot.
     """
     for name in candidates():
-        reason = can_run(name, operation, x)
+        reason = can_run(name, operation, x, norm)
         if reason is None:
-            return _MODULES[name]
+            return _module(name)
     raise BackendUnavailable(
         f'backend "{name}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
     )

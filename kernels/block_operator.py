@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from .block import pointwise_backward, pointwise_forward
-from .convolution import MAX_PARTIALS, Depthwise, block_parts
-from .launch import accumulator, block_size, flat_pixels, launch, precision, strides
+from .convolution import MAX_PARTIALS, Depthwise
+from .launch import accumulator, block_size, check_differentiated_once, flat_pixels, launch, precision, strides
 
 
 class Rows:
@@ -38,7 +38,7 @@ def convnext_block(
     eps: float,
     approximate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y like x, and for the backward: h [N, K, P], its moments [groups, 3, parts], z [N, O, P]."""
+    """y like x, and for the backward: h [N, K, P], its moments, z [N, O, P]."""
     x = flat_pixels(x)
     y, h, moments, z = _results(x, depthwise_weight, weight, norm)
     if x.numel() == 0:
@@ -47,11 +47,12 @@ def convnext_block(
     rows = Rows(depthwise)
     hidden = weight.shape[0]
     depthwise.forward(x, depthwise_weight, depthwise_bias, h, moments)
+    merged = depthwise.collapse_moments(moments)
     launch(
         pointwise_forward,
         rows.blocks,
         h,
-        moments,
+        merged,
         x,
         weight,
         bias,
@@ -60,7 +61,7 @@ def convnext_block(
         z,
         y,
         depthwise.images,
-        moments.shape[2],
+        merged.shape[2],
         eps,
         *strides(x),
         *strides(y),
@@ -73,7 +74,7 @@ def convnext_block(
         NORM=norm,
         APPROXIMATE=approximate,
         PRECISION=precision(weight),
-        BLOCK_PARTS=block_parts(norm),
+        BLOCK_PARTS=depthwise.block_parts,
         BLOCK_IMAGES=rows.block_images,
         BLOCK_PIXELS=depthwise.block_pixels,
         BLOCK_INPUTS=block_size(depthwise.outputs, 64),
@@ -136,6 +137,7 @@ def convnext_block_backward(
     g = torch.empty_like(h)
     sums = moments.new_empty(depthwise.groups, 2, rows.blocks if norm == "tensor" else depthwise.pixel_blocks)
     columns = moments.new_empty(programs, sum(sizes[:4]))
+    moments = depthwise.collapse_moments(moments)
     launch(
         pointwise_backward,
         programs,
@@ -162,13 +164,14 @@ def convnext_block_backward(
         NORM=norm,
         APPROXIMATE=approximate,
         PRECISION=precision(weight),
-        BLOCK_PARTS=block_parts(norm),
+        BLOCK_PARTS=depthwise.block_parts,
         BLOCK_IMAGES=rows.block_images,
         BLOCK_PIXELS=depthwise.block_pixels,
         BLOCK_INPUTS=block_size(depthwise.outputs, 32),
         BLOCK_HIDDEN=block_size(hidden, 256),
         BLOCK_CHANNELS=block_size(depthwise.channels, 256),
     )
+    sums = depthwise.collapse_sums(sums)
     matrices, biases = depthwise.backward(
         g, (h.stride(0), h.stride(1), 1), h, x, grad, depthwise_weight, moments, sums, eps, grad_x
     )
@@ -216,6 +219,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
+    check_differentiated_once()
     x, depthwise_weight, weight, projection, h, moments, z = ctx.saved_tensors
     grad_x, parameters = convnext_block_backward(
         grad, x, depthwise_weight, weight, projection, h, moments, z, *ctx.options

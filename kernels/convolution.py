@@ -6,49 +6,41 @@ import triton
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
-from .launch import accumulator, block_size, launch, precision, strides
+from .launch import block_size, launch, precision, strides
+from .moments import Normed
 from .reduction import reduce_partials
-from .statistics import collapse_moments
 
-# More than these are merged once, rather than by every program that needs them.
-MAX_PARTS = 2048
+# Rows of the products. For small batches too: sizes of results that followed the batch in steps would make
+# torch.compile compile for each step.
+BLOCK_IMAGES = 64
 # Of programs that keep partial weight gradients: about two for each multiprocessor of a large GPU.
 MAX_PARTIALS = 256
 
 
-def block_parts(norm: str) -> int:
-    """How many parts of a group a program loads at once: one group is the whole tensor, or each of its images."""
-    return 512 if norm == "tensor" else 16
-
-
-class Depthwise:
+class Depthwise(Normed):
     """The sizes of a depthwise convolution, and how its kernels divide the work."""
 
     def __init__(self, x: Tensor, weight: Tensor, norm: str) -> None:
-        self.images, self.channels, self.height, self.width = x.shape
+        super().__init__(norm, x.shape[0])
+        self.channels, self.height, self.width = x.shape[1:]
         self.outputs = weight.shape[0]
         self.kernel = weight.shape[2], weight.shape[3]
         self.pixels = self.height * self.width
-        self.norm = norm
-        self.groups = 1 if norm == "tensor" else self.images
         self.block_pixels = block_size(self.pixels, 64)
         self.pixel_blocks = triton.cdiv(self.pixels, self.block_pixels)
-        self.block_images = block_size(self.images, 64)
-        self.image_blocks = triton.cdiv(self.images, self.block_images)
+
+        self.image_blocks = triton.cdiv(self.images, BLOCK_IMAGES)
+
+    @property
+    def parts(self) -> int:
         parts = self.outputs * self.pixel_blocks
-        self.parts = parts * self.image_blocks if norm == "tensor" else parts
+        return parts * self.image_blocks if self.norm == "tensor" else parts
 
     def new_h(self, weight: Tensor) -> Tensor:
         return weight.new_empty(self.images, self.outputs, self.pixels)
 
-    def new_moments(self, weight: Tensor) -> Tensor:
-        parts = self.parts if self.parts <= MAX_PARTS else 1
-        return weight.new_empty(self.groups, 3, parts, dtype=accumulator(weight))
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, moments: Tensor) -> None:
-        """Write the convolution, [N, K, P], and its moments, [groups, 3, parts]."""
-        collapse = self.parts > MAX_PARTS
-        parts = moments.new_empty(self.groups, 3, self.parts) if collapse else moments
+        """Write the convolution, [N, K, P], and its moments."""
         launch(
             depthwise_forward,
             self.outputs * self.pixel_blocks * self.image_blocks,
@@ -56,7 +48,7 @@ class Depthwise:
             weight,
             bias,
             h,
-            parts,
+            moments,
             self.images,
             self.outputs,
             self.parts,
@@ -69,11 +61,9 @@ class Depthwise:
             HAS_BIAS=bias is not None,
             NORM=self.norm,
             PRECISION=precision(weight),
-            BLOCK_IMAGES=self.block_images,
+            BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.block_pixels,
         )
-        if collapse:
-            launch(collapse_moments, self.groups, parts, moments, self.parts, BLOCK_PARTS=1024)
 
     def backward(
         self,
@@ -131,9 +121,9 @@ class Depthwise:
             HAS_RESIDUAL=residual is not None,
             NORM=self.norm,
             PRECISION=precision(weight),
-            BLOCK_IMAGES=self.block_images,
+            BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.block_pixels,
-            BLOCK_PARTS=block_parts(self.norm),
+            BLOCK_PARTS=self.block_parts,
         )
         return matrices, biases
 
@@ -157,6 +147,6 @@ class Depthwise:
             KERNEL_WIDTH=self.kernel[1],
             BLOCK_ROWS=32,
             BLOCK_COLUMNS=128,
-            BLOCK_TAPS=triton.next_power_of_2(self.kernel[0] * self.kernel[1]),
+            BLOCK_TAPS=block_size(self.kernel[0] * self.kernel[1], 64),
             BLOCK_PIXELS=self.block_pixels,
         )

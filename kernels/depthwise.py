@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .product import product, widen
 from .reduction import accumulate
-from .statistics import mean_and_scale, merge_sums, store_moments
+from .statistics import mean_and_scale, merge_sums, norm_group, store_moments
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def depthwise_backward(
         n = (image_program * rounds + round) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
         x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
         mean, scale = mean_and_scale(moments, n, images, parts, eps, NORM, BLOCK_PARTS)
-        g_sum, slope_sum = merge_sums(sums, n, images, sum_parts, NORM, BLOCK_PARTS)
+        g_sum, slope_sum = merge_sums(sums, norm_group(n, images, NORM), sum_parts, BLOCK_PARTS)
         g_mean, g_slope = g_sum / count, slope_sum / count
         x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
         x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)

@@ -15,6 +15,15 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
+def check_differentiated_once() -> None:
+    """In a backward: refuse `create_graph=True`, whose second derivatives the kernels do not have."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
+            'use fastconv.backend("reference")'
+        )
+
+
 def block_size(length: int, largest: int) -> int:
     """A power of two, at most `largest`, and at least 16, the least that tensor cores take."""
     return min(max(16, triton.next_power_of_2(length)), largest)

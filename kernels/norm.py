@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .product import widen
-from .statistics import mean_and_scale, merge_sums, store_moments, store_sums
+from .statistics import mean_and_scale, merge_sums, norm_group, store_moments, store_sums
 
 
 @triton.jit
@@ -147,7 +147,8 @@ def norm_backward(
     inside = element < length
     images_of_program = image + tl.zeros((1,), tl.int64)
     mean, scale = mean_and_scale(moments, images_of_program, images, parts, eps, NORM, BLOCK_PARTS)
-    grad_sum, slope_sum = merge_sums(sums, images_of_program, images, sum_parts, NORM, BLOCK_PARTS)
+    group = norm_group(images_of_program, images, NORM)
+    grad_sum, slope_sum = merge_sums(sums, group, sum_parts, BLOCK_PARTS)
     count = length * 1.0
     if NORM == "tensor":
         count *= images

@@ -8,37 +8,32 @@ import torch
 import triton
 from torch import Tensor
 
-from .convolution import MAX_PARTS, Depthwise, block_parts
-from .launch import accumulator, flat_pixels, launch, strides
+from .convolution import Depthwise
+from .launch import check_differentiated_once, flat_pixels, launch, strides
+from .moments import Normed
 from .norm import norm_backward, norm_moments, norm_sums, normalise
-from .statistics import collapse_moments
 
 
-class Norm:
+class Norm(Normed):
     """A layer norm of maps, and how its kernels divide them: a program takes `block` elements of one image."""
 
     def __init__(self, images: int, channels: int, pixels: int, norm: str) -> None:
-        self.images, self.length, self.pixels, self.norm = images, channels * pixels, pixels, norm
-        self.groups = 1 if norm == "tensor" else images
+        super().__init__(norm, images)
+        self.length, self.pixels = channels * pixels, pixels
         self.block = min(4096, triton.next_power_of_2(self.length))
-        blocks = triton.cdiv(self.length, self.block)
-        self.programs = images * blocks
-        self.parts = self.programs if norm == "tensor" else blocks
+        self.blocks = triton.cdiv(self.length, self.block)
+        self.programs = images * self.blocks
 
-    def new_moments(self, x: Tensor) -> Tensor:
-        parts = self.parts if self.parts <= MAX_PARTS else 1
-        return x.new_empty(self.groups, 3, parts, dtype=accumulator(x))
+    @property
+    def parts(self) -> int:
+        return self.programs if self.norm == "tensor" else self.blocks
 
     def options(self) -> dict[str, Any]:
         return {"PIXELS": self.pixels, "NORM": self.norm, "BLOCK": self.block}
 
     def moments(self, x: Tensor, moments: Tensor) -> None:
-        collapse = self.parts > MAX_PARTS
-        parts = moments.new_empty(self.groups, 3, self.parts) if collapse else moments
         sizes = self.images, self.length, self.parts
-        launch(norm_moments, self.programs, x, parts, *sizes, *strides(x), **self.options())
-        if collapse:
-            launch(collapse_moments, self.groups, parts, moments, self.parts, BLOCK_PARTS=1024)
+        launch(norm_moments, self.programs, x, moments, *sizes, *strides(x), **self.options())
 
     def normalise(
         self, x: Tensor, x_strides: tuple[int, int, int], moments: Tensor, eps: float, y: Tensor
@@ -55,7 +50,7 @@ class Norm:
             eps,
             *x_strides,
             *strides(y),
-            BLOCK_PARTS=block_parts(self.norm),
+            BLOCK_PARTS=self.block_parts,
             **self.options(),
         )
 
@@ -78,10 +73,10 @@ class Norm:
             eps,
             *strides(grad),
             *x_strides,
-            BLOCK_PARTS=block_parts(self.norm),
+            BLOCK_PARTS=self.block_parts,
             **self.options(),
         )
-        return sums
+        return self.collapse_sums(sums)
 
     def backward(self, grad: Tensor, x: Tensor, moments: Tensor, sums: Tensor, eps: float, grad_x: Tensor) -> None:
         launch(
@@ -95,32 +90,32 @@ class Norm:
             self.images,
             self.length,
             moments.shape[2],
-            self.parts,
+            sums.shape[2],
             eps,
             *strides(grad),
             *strides(x),
             *strides(grad_x),
-            BLOCK_PARTS=block_parts(self.norm),
+            BLOCK_PARTS=self.block_parts,
             **self.options(),
         )
 
 
 @torch.library.custom_op("fastconv::layer_norm", mutates_args=())
 def layer_norm(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    """y like x, and for the backward the moments of x, [groups, 3, parts]."""
+    """y like x, and for the backward the moments of x."""
     x = flat_pixels(x)
-    plan = Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm)
+    plan = Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm)
     y, moments = torch.empty_like(x), plan.new_moments(x)
     if x.numel() > 0:
         plan.moments(x, moments)
-        plan.normalise(x, strides(x), moments, eps, y)
+        plan.normalise(x, strides(x), plan.collapse_moments(moments), eps, y)
     return y, moments
 
 
 @layer_norm.register_fake
 def _(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     x = flat_pixels(x)
-    return torch.empty_like(x), Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm).new_moments(x)
+    return torch.empty_like(x), Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm).new_moments(x)
 
 
 @torch.library.custom_op("fastconv::layer_norm_backward", mutates_args=())
@@ -128,7 +123,8 @@ def layer_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps
     x, grad = flat_pixels(x), flat_pixels(grad)
     grad_x = torch.empty_like(x)
     if x.numel() > 0:
-        plan = Norm(len(x), x.shape[1], x.shape[2] * x.shape[3], norm)
+        plan = Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm)
+        moments = plan.collapse_moments(moments)
         sums = plan.sums(grad, x, strides(x), moments, eps)
         plan.backward(grad, x, moments, sums, eps, grad_x)
     return grad_x
@@ -146,8 +142,10 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _norm_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    grad_x = None if grad is None else layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return grad_x, None, None
+    if grad is None:
+        return None, None, None
+    check_differentiated_once()
+    return layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
 layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
@@ -161,9 +159,11 @@ def depthwise_conv_layer_norm(
     x = flat_pixels(x)
     y, h, moments = _depthwise_results(x, weight, norm)
     if x.numel() > 0:
-        Depthwise(x, weight, norm).forward(x, weight, bias, h, moments)
-        plan = Norm(len(x), weight.shape[0], h.shape[2], norm)
-        plan.normalise(h, (h.stride(0), h.stride(1), 1), moments, eps, y)
+        depthwise = Depthwise(x, weight, norm)
+        depthwise.forward(x, weight, bias, h, moments)
+        plan = Norm(x.shape[0], weight.shape[0], h.shape[2], norm)
+        merged = depthwise.collapse_moments(moments)
+        plan.normalise(h, (h.stride(0), h.stride(1), 1), merged, eps, y)
     return y, h, moments
 
 
@@ -195,10 +195,10 @@ def depthwise_conv_layer_norm_backward(
     if x.numel() == 0:
         return grad_x, moments.new_zeros(size)
     parameters = moments.new_empty(size)
-    sums = Norm(len(x), weight.shape[0], h.shape[2], norm).sums(
-        grad, h, (h.stride(0), h.stride(1), 1), moments, eps
-    )
     depthwise = Depthwise(x, weight, norm)
+    plan = Norm(x.shape[0], weight.shape[0], h.shape[2], norm)
+    moments = depthwise.collapse_moments(moments)
+    sums = plan.sums(grad, h, (h.stride(0), h.stride(1), 1), moments, eps)
     matrices, biases = depthwise.backward(grad, strides(grad), h, x, None, weight, moments, sums, eps, grad_x)
     depthwise.reduce(moments.new_empty(1, 0), matrices, biases, parameters)
     return grad_x, parameters
@@ -220,6 +220,7 @@ def _save_depthwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _depthwise_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
+    check_differentiated_once()
     weight = ctx.saved_tensors[1]
     grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options)
     taps, bias = parameters.to(weight.dtype).split([weight.numel(), weight.shape[0]])

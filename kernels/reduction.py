@@ -28,7 +28,7 @@ def reduce_partials(
     KERNEL_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_TAPS: tl.constexpr,  # a power of two, at least the number of taps
+    BLOCK_TAPS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
     """The first programs each sum BLOCK_COLUMNS columns, the others each fold the matrices of one output."""
@@ -83,21 +83,21 @@ def _fold_onto_taps(
 ):
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    tap = tl.arange(0, BLOCK_TAPS)[:, None]
-    total = tl.zeros((BLOCK_TAPS, BLOCK_PIXELS), matrices.dtype.element_ty)
     bias = tl.load(biases + k) * 0
     for block in range(blocks):
-        row = block * outputs + k
-        bias += tl.load(biases + row)
-        for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
-            p = first + tl.arange(0, BLOCK_PIXELS)[None, :]
-            # The input pixel that output pixel p sees through the tap.
-            q_row = p // WIDTH + tap // KERNEL_WIDTH - KERNEL_HEIGHT // 2
-            q_column = p % WIDTH + tap % KERNEL_WIDTH - KERNEL_WIDTH // 2
-            inside = (tap < TAPS) & (p < PIXELS)
-            inside &= (q_row >= 0) & (q_row < HEIGHT) & (q_column >= 0) & (q_column < WIDTH)
-            entry = (q_row * WIDTH + q_column) * PIXELS + p
-            total += tl.load(matrices + row * PIXELS * PIXELS + entry, mask=inside, other=0.0)
-    tap = tl.arange(0, BLOCK_TAPS)
-    tl.store(result + k * TAPS + tap, tl.sum(total, 1), mask=tap < TAPS)
+        bias += tl.load(biases + block * outputs + k)
     tl.store(result + outputs * TAPS + k, bias)
+    for first_tap in tl.static_range(0, TAPS, BLOCK_TAPS):
+        tap = first_tap + tl.arange(0, BLOCK_TAPS)
+        total = tl.zeros((BLOCK_TAPS, BLOCK_PIXELS), matrices.dtype.element_ty)
+        for block in range(blocks):
+            matrix = matrices + (block * outputs + k) * PIXELS * PIXELS
+            for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
+                p = first + tl.arange(0, BLOCK_PIXELS)[None, :]
+                # The input pixel that output pixel p sees through the tap.
+                q_row = p // WIDTH + (tap // KERNEL_WIDTH - KERNEL_HEIGHT // 2)[:, None]
+                q_column = p % WIDTH + (tap % KERNEL_WIDTH - KERNEL_WIDTH // 2)[:, None]
+                inside = (tap < TAPS)[:, None] & (p < PIXELS)
+                inside &= (q_row >= 0) & (q_row < HEIGHT) & (q_column >= 0) & (q_column < WIDTH)
+                total += tl.load(matrix + (q_row * WIDTH + q_column) * PIXELS + p, mask=inside, other=0.0)
+        tl.store(result + k * TAPS + tap, tl.sum(total, 1), mask=tap < TAPS)

@@ -138,14 +138,12 @@ def store_sums(
 @triton.jit
 def merge_sums(
     sums,  # [groups, 2, parts]
-    image,  # [IMAGES], int64
-    images,
+    group,  # [GROUPS], int64
     parts,
-    NORM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """The two sums of whole groups: each [1] for the norm "tensor", else [IMAGES]."""
-    start = sums + norm_group(image, images, NORM) * 2 * parts
+    """The two sums of whole groups, each [GROUPS]."""
+    start = sums + group * 2 * parts
     part = tl.arange(0, BLOCK_PARTS)[None, :]
     first = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
     second = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
@@ -155,3 +153,17 @@ def merge_sums(
         first += tl.load(source, mask=inside, other=0.0)
         second += tl.load(source + parts, mask=inside, other=0.0)
     return tl.sum(first, 1), tl.sum(second, 1)
+
+
+@triton.jit
+def collapse_sums(
+    sums,  # [groups, 2, parts]
+    result,  # [groups, 2, 1]
+    parts,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """As `collapse_moments`, for the sums."""
+    group = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    first, second = merge_sums(sums, group, parts, BLOCK_PARTS)
+    tl.store(result + group * 2, first)
+    tl.store(result + group * 2 + 1, second)

@@ -1,22 +1,28 @@
-"""What all tests share: the marks, and the comparison with float64."""
+"""What all tests share: the marks, the interpreter of Triton, and the seed."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 
-# Before any test module can import Triton. Without it, as on macOS, the tests of kernels are skipped.
-if importlib.util.find_spec("triton"):
+# With a GPU the kernels run on it; without one, or if asked to, they are interpreted. This has to be decided
+# before any test module can import Triton. Where there is none, as on macOS, the tests of kernels are skipped.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+if importlib.util.find_spec("triton") and INTERPRETED:
     import interpreter
 
     interpreter.install()
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("gpu") and INTERPRETED and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET=1: kernels do not run on the GPU"))
+        if item.get_closest_marker("interpreted") and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="kernels run on the GPU: TRITON_INTERPRET=1 interprets them"))
 
 
 @pytest.fixture(autouse=True)
