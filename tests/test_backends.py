@@ -64,12 +64,34 @@ def test_unknown_backend_changes_nothing():
     assert backends.current() == before
 
 
-def test_forcing_triton_says_why_it_cannot_run():
+@pytest.mark.parametrize(
+    ("installed", "interpreted", "device", "reason"),
+    [
+        (False, True, "cpu", "Triton is not installed"),
+        (True, False, "cpu", "on a CPU it needs TRITON_INTERPRET=1 in the environment"),
+        (True, True, "meta", "it runs on GPUs of NVIDIA and AMD, not on meta"),
+    ],
+)
+def test_forcing_triton_says_why_it_cannot_run(monkeypatch, installed, interpreted, device, reason):
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", installed)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", interpreted)
     with (
         fastconv.backend("triton"),
-        pytest.raises(fastconv.BackendUnavailable, match=r"cannot run layer_norm: .* no Triton kernels yet; use"),
+        pytest.raises(
+            fastconv.BackendUnavailable, match=rf'"triton" cannot run layer_norm: {reason}.*; use "auto"'
+        ),
     ):
-        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+        functional.layer_norm(torch.zeros(1, 1, 1, 1, device=device))
+
+
+def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", True)
+    x = torch.zeros(1, 1, 1, 1)
+    with fastconv.backend("auto"):
+        assert "only if it is forced" in backends.can_run("triton", "layer_norm", x)
+    with fastconv.backend("triton"):
+        assert backends.can_run("triton", "layer_norm", x) is None
 
 
 def test_the_environment_variable_forces_one():
