@@ -358,6 +358,19 @@ def test_checkpointing_recomputes_the_same(device):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_distributed_data_parallel_sees_every_gradient(device, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = fastconv.ConvNextBlock(4, multiplier=2, kernel_size=3).to(device)
+        x = torch.randn(3, 4, 4, 4, device=device)
+        plain = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), plain, strict=True))
+
+
 def test_the_classifier(device):
     model = fastconv.Classifier(width=8, depth=1).to(device)
     plain = reference.Classifier(width=8, depth=1).to(device)
