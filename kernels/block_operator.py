@@ -9,12 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .block import pointwise_backward, pointwise_forward
 from .convolution import MAX_PARTIALS, Depthwise
-from .launch import accumulator, block_size, check_differentiated_once, flat_pixels, launch, precision, strides
+from .launch import (
+    accumulator,
+    block_size,
+    ceil_div,
+    check_differentiated_once,
+    flat_pixels,
+    launch,
+    precision,
+    strides,
+)
 
 
 class Rows:
@@ -22,7 +30,7 @@ class Rows:
 
     def __init__(self, depthwise: Depthwise) -> None:
         self.block_images = max(1, 64 // depthwise.block_pixels)
-        self.blocks = triton.cdiv(depthwise.images, self.block_images) * depthwise.pixel_blocks
+        self.blocks = ceil_div(depthwise.images, self.block_images) * depthwise.pixel_blocks
 
 
 @torch.library.custom_op("fastconv::convnext_block", mutates_args=())
@@ -132,8 +140,8 @@ def convnext_block_backward(
     depthwise = Depthwise(x, depthwise_weight, norm)
     rows = Rows(depthwise)
     hidden = weight.shape[0]
-    rounds = triton.cdiv(rows.blocks, MAX_PARTIALS)
-    programs = triton.cdiv(rows.blocks, rounds)
+    rounds = ceil_div(rows.blocks, MAX_PARTIALS)
+    programs = ceil_div(rows.blocks, rounds)
     g = torch.empty_like(h)
     sums = moments.new_empty(depthwise.groups, 2, rows.blocks if norm == "tensor" else depthwise.pixel_blocks)
     columns = moments.new_empty(programs, sum(sizes[:4]))

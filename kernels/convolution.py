@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
-from .launch import block_size, launch, precision, strides
+from .launch import block_size, ceil_div, launch, precision, strides
 from .moments import Normed
 from .reduction import reduce_partials
 
@@ -27,9 +26,9 @@ class Depthwise(Normed):
         self.kernel = weight.shape[2], weight.shape[3]
         self.pixels = self.height * self.width
         self.block_pixels = block_size(self.pixels, 64)
-        self.pixel_blocks = triton.cdiv(self.pixels, self.block_pixels)
+        self.pixel_blocks = ceil_div(self.pixels, self.block_pixels)
 
-        self.image_blocks = triton.cdiv(self.images, BLOCK_IMAGES)
+        self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
 
     @property
     def parts(self) -> int:
@@ -86,8 +85,8 @@ class Depthwise(Normed):
             sums: of g and of g * normalised, [groups, 2, parts].
         """
         programs = self.channels * self.pixel_blocks
-        rounds = triton.cdiv(self.image_blocks, max(1, MAX_PARTIALS // programs))
-        partials = triton.cdiv(self.image_blocks, rounds)
+        rounds = ceil_div(self.image_blocks, max(1, MAX_PARTIALS // programs))
+        partials = ceil_div(self.image_blocks, rounds)
         matrices = moments.new_empty(partials, self.outputs, self.pixels, self.pixels)
         biases = moments.new_empty(partials, self.outputs)
         launch(
@@ -132,7 +131,7 @@ class Depthwise(Normed):
         rows, length = columns.shape
         launch(
             reduce_partials,
-            triton.cdiv(length, 128) + self.outputs,
+            ceil_div(length, 128) + self.outputs,
             columns,
             matrices,
             biases,

@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+# Compiled kernels and the constants that follow their arguments, by all that they were compiled for.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Launch `programs` programs of a kernel on the device of its first argument, whichever device is current."""
+    """Launch `programs` programs of a kernel on the device of its first argument, whichever device is current.
+
+    Triton works out at each launch which compiled kernel to take, in several times the microseconds that a kernel
+    of ours runs. Here that is a look-up, by more than matters (every number and not only whether it is divisible),
+    because more is quicker to write down.
+
+    Args:
+        arguments: of the kernel, up to its constants; the first is a tensor.
+        options: the kernel's constants, and Triton's `num_warps` and `num_stages`.
+    """
+    key = (id(kernel), arguments[0].device, *map(_specialisation, arguments), *options.values())
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **options)
+        if key in _COMPILED:
+            compiled, constants = _COMPILED[key]
+            compiled[(programs, 1, 1)](*arguments, *constants)
+        # The interpreter compiles nothing.
+        elif (compiled := kernel[(programs,)](*arguments, **options)) is not None:
+            _COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+def _specialisation(argument: Any) -> Any:
+    """What of an argument decides how Triton compiles: of tensors the dtype, and alignment for wide loads."""
+    return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
 
 
 def check_differentiated_once() -> None:
@@ -26,7 +48,15 @@ def check_differentiated_once() -> None:
 
 def block_size(length: int, largest: int) -> int:
     """A power of two, at most `largest`, and at least 16, the least that tensor cores take."""
-    return min(max(16, triton.next_power_of_2(length)), largest)
+    return min(max(16, next_power_of_2(length)), largest)
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    return (number + divisor - 1) // divisor
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (int(number) - 1).bit_length()
 
 
 def flat_pixels(x: Tensor) -> Tensor:
@@ -44,7 +74,8 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def precision(x: Tensor) -> str:
     """How float32 matrices are multiplied: as `torch.set_float32_matmul_precision` says."""
-    highest = "ieee" if x.device.type == "cpu" or torch.version.hip else "tf32x3"
+    # AMD's matrix cores multiply float32 as it is; for NVIDIA's it is split into three products of tf32.
+    highest = "ieee" if torch.version.hip else "tf32x3"
     return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
 

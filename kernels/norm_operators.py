@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .convolution import Depthwise
-from .launch import check_differentiated_once, flat_pixels, launch, strides
+from .launch import ceil_div, check_differentiated_once, flat_pixels, launch, next_power_of_2, strides
 from .moments import Normed
 from .norm import norm_backward, norm_moments, norm_sums, normalise
 
@@ -20,8 +19,8 @@ class Norm(Normed):
     def __init__(self, images: int, channels: int, pixels: int, norm: str) -> None:
         super().__init__(norm, images)
         self.length, self.pixels = channels * pixels, pixels
-        self.block = min(4096, triton.next_power_of_2(self.length))
-        self.blocks = triton.cdiv(self.length, self.block)
+        self.block = min(4096, next_power_of_2(self.length))
+        self.blocks = ceil_div(self.length, self.block)
         self.programs = images * self.blocks
 
     @property
