@@ -67,6 +67,17 @@ def flat_pixels(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def new_maps(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like `x` but for their channels, channels_last if it is."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], channels, *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of image, channel and pixel of `flat_pixels(x)`."""
     return x.stride(0), x.stride(1), x.stride(2) if x.shape[3] == 1 else x.stride(3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .convolution import Depthwise
-from .launch import ceil_div, check_differentiated_once, flat_pixels, launch, next_power_of_2, strides
+from .launch import ceil_div, check_differentiated_once, flat_pixels, launch, new_maps, next_power_of_2, strides
 from .moments import Normed
 from .norm import norm_backward, norm_moments, norm_sums, normalise
 
@@ -168,14 +168,7 @@ def depthwise_conv_layer_norm(
 
 def _depthwise_results(x: Tensor, weight: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     depthwise = Depthwise(x, weight, norm)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = torch.empty(
-        (depthwise.images, depthwise.outputs, depthwise.height, depthwise.width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-    return y, depthwise.new_h(weight), depthwise.new_moments(weight)
+    return new_maps(x, depthwise.outputs), depthwise.new_h(weight), depthwise.new_moments(weight)
 
 
 @depthwise_conv_layer_norm.register_fake

@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import block_operator, norm_operators
+from . import block_operator, norm_operators, pointwise_operator
+
+# Wider blocks do not fit the registers of one program, and are composed of the other operations.
+WIDEST_BLOCK = 256
 
 
 def convnext_block(
@@ -23,6 +26,19 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
+    if max(x.shape[1], pointwise_weight.shape[0]) > WIDEST_BLOCK:
+        work = pointwise_weight.dtype
+        y = depthwise_conv_layer_norm(
+            x.to(work),
+            depthwise_weight,
+            depthwise_bias,
+            norm=norm,
+            eps=eps,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+        )
+        y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
+        return x + F.conv2d(y, projection_weight, projection_bias)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
     weight, bias = pointwise_weight.flatten(1), pointwise_bias
     if norm_bias is not None:
@@ -30,7 +46,7 @@ def convnext_block(
         bias = shift if bias is None else bias + shift
     if norm_weight is not None:
         weight = weight * norm_weight
-    y: Tensor = block_operator.convnext_block(
+    y = block_operator.convnext_block(
         x,
         depthwise_weight.contiguous(),
         depthwise_bias,
@@ -42,7 +58,7 @@ def convnext_block(
         eps,
         approximate,
     )[0]
-    return y
+    return None
 
 
 def depthwise_conv_layer_norm(
@@ -57,6 +73,12 @@ def depthwise_conv_layer_norm(
 ) -> Tensor:
     y = norm_operators.depthwise_conv_layer_norm(x, weight.contiguous(), bias, norm, eps)[0]
     return _affine(y, norm_weight, norm_bias)
+
+
+def pointwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+) -> Tensor:
+    return pointwise_operator.pointwise_conv_gelu(x, weight.flatten(1).contiguous(), bias, approximate)[0]
 
 
 def layer_norm(

@@ -54,6 +54,19 @@ def reduce_partials(
 
 
 @triton.jit
+def sum_columns(
+    columns,  # [rows, LENGTH]
+    result,  # [LENGTH]
+    rows,
+    LENGTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
 def _sum_columns(
     columns, result, program, rows, LENGTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):

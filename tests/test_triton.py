@@ -91,6 +91,51 @@ def test_layer_norm(name, norm, device, poisoned):
     FEW(sample)
 
 
+# images, inputs, height, width, outputs: in one tile and in several, of odd and even sizes
+POINTWISE = {
+    "lecture 4x4": (8, 128, 4, 4, 32),
+    "odd and prime": (3, 7, 11, 5, 13),
+    "several tiles": (2, 83, 6, 7, 131),
+    "one pixel": (3, 5, 1, 1, 17),
+    "one input": (2, 1, 3, 3, 4),
+    "one output": (1, 19, 3, 2, 1),
+}
+
+
+def pointwise_inputs(shape, bias=True):
+    images, channels, height, width, outputs = shape
+    sizes = (images, channels, height, width), (outputs, channels, 1, 1), (outputs,)
+    inputs = [torch.randn(size) for size in sizes]
+    return inputs if bias else [*inputs[:2], None]
+
+
+def pointwise(module, approximate="none"):
+    return functools.partial(module.pointwise_conv_gelu, approximate=approximate)
+
+
+@pytest.mark.parametrize("approximate", functional.APPROXIMATIONS)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_conv_gelu(name, approximate, device, poisoned):
+    def sample():
+        inputs = pointwise_inputs(POINTWISE[name], bias=approximate == "none")
+        names = ["x", "weight", "bias"]
+        ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
+        return compare(ours, definition, inputs, names, device=device)
+
+    FEW(sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_pointwise_conv_gelu_in_half_precision(layout, dtype, device):
+    def sample():
+        inputs, names = pointwise_inputs(POINTWISE["odd and prime"]), ["x", "weight", "bias"]
+        ours, definition = pointwise(functional), pointwise(reference)
+        return compare(ours, definition, inputs, names, layout, dtype=dtype, device=device)
+
+    FEW(sample, dtype=dtype)
+
+
 @pytest.mark.parametrize("approximate", functional.APPROXIMATIONS)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("name", ["lecture 4x4", "odd and prime"])
@@ -104,7 +149,13 @@ def test_memory_formats(name, layout, approximate, device):
         names = ["x", "weight", "bias", "norm_weight", "norm_bias"]
         return compare(depthwise(functional), depthwise(reference), inputs, names, layout, device=device)
 
+    def sample_pointwise():
+        inputs, names = pointwise_inputs(SHAPES[name][:5]), ["x", "weight", "bias"]
+        ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
+        return compare(ours, definition, inputs, names, layout, device=device)
+
     FEW(sample)
+    FEW(sample_pointwise)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -115,6 +166,7 @@ def test_the_output_has_the_memory_format_of_the_input(layout, device):
         block(functional)(x, *parameters),
         depthwise(functional)(x, *parameters[:2], *parameters[-2:]),
         functional.layer_norm(x),
+        functional.pointwise_conv_gelu(x, parameters[4]),
     ):
         assert y.is_contiguous() == (layout == "contiguous")
         assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
@@ -194,6 +246,7 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
     monkeypatch.setattr("fastconv.kernels.moments.MAX_PARTS", 4)
     monkeypatch.setattr("fastconv.kernels.convolution.MAX_PARTIALS", 3)
     monkeypatch.setattr("fastconv.kernels.block_operator.MAX_PARTIALS", 3)
+    monkeypatch.setattr("fastconv.kernels.pointwise_operator.MAX_PARTIALS", 3)
     shape = (140, 3, 3, 3, 2, (3, 3))
 
     def sample_block():
@@ -204,8 +257,23 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
         inputs = [torch.randn(shape[:4]), None, None]
         return compare(norm_alone(functional, norm), norm_alone(reference, norm), inputs, names, device=device)
 
+    def sample_pointwise():
+        names = ["x", "weight", "bias"]
+        inputs = pointwise_inputs((300, 3, 1, 3, 2))
+        return compare(pointwise(functional), pointwise(reference), inputs, names, device=device)
+
     FEW(sample_block)
     FEW(sample_norm)
+    FEW(sample_pointwise)
+
+
+def test_blocks_too_wide_for_one_kernel_are_composed(device, monkeypatch):
+    monkeypatch.setattr(operations, "WIDEST_BLOCK", 3)
+    FEW(
+        lambda: compare(
+            block(functional), block(reference), random_block(SHAPES["lecture 4x4"]), NAMES, device=device
+        )
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -215,6 +283,7 @@ def test_expanded_gradient(norm, device):
         (block(functional, norm), leaves),
         (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]]),
         (norm_alone(functional, norm), [leaves[0], *torch.randn(2, 5, device=device)]),
+        (pointwise(functional), [leaves[0], leaves[5], leaves[6]]),
     ]:
         y = operation(*arguments)
         wanted = [x for x in arguments if x.requires_grad]
@@ -234,6 +303,7 @@ def test_empty_batch(norm, device):
         (block(functional, norm), leaves, 3),
         (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]], 12),
         (norm_alone(functional, norm), [leaves[0], None, None], 3),
+        (pointwise(functional), [leaves[0], leaves[5], leaves[6]], 3),
     ]:
         y = operation(*arguments)
         assert y.shape == (0, channels, 8, 8)
@@ -253,6 +323,7 @@ def test_gradcheck(norm, device):
     assert check(block(functional, norm), leaves)
     assert check(depthwise(functional, norm), [*leaves[:3], *leaves[-2:]])
     assert check(norm_alone(functional, norm), [leaves[0], *torch.randn(2, 2).double()])
+    assert check(functional.pointwise_conv_gelu, [leaves[0], leaves[5], leaves[6]])
 
 
 def test_each_gradient_by_itself(device):
@@ -327,12 +398,15 @@ def registered(device):
     rest = pointwise.flatten(1), pointwise_bias, projection.flatten(1), projection_bias
     return {
         "layer_norm": (x, "tensor", 1e-5),
+        "pointwise_conv_gelu": (x, projection.flatten(1), None, "tanh"),
         "depthwise_conv_layer_norm": (x, weight, bias, "sample", 1e-5),
         "convnext_block": (x, weight, bias, *rest, "tensor", 1e-5, "none"),
     }
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "depthwise_conv_layer_norm", "convnext_block"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "pointwise_conv_gelu", "depthwise_conv_layer_norm", "convnext_block"]
+)
 def test_registered_operators(name, device):
     arguments = [
         x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in registered(device)[name]
