@@ -46,7 +46,7 @@ def convnext_block(
         bias = shift if bias is None else bias + shift
     if norm_weight is not None:
         weight = weight * norm_weight
-    y = block_operator.convnext_block(
+    return block_operator.convnext_block(
         x,
         depthwise_weight.contiguous(),
         depthwise_bias,
@@ -58,7 +58,6 @@ def convnext_block(
         eps,
         approximate,
     )[0]
-    return None
 
 
 def depthwise_conv_layer_norm(
