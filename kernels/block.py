@@ -72,18 +72,15 @@ def pointwise_forward(
     mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     mean = spread(mean, BLOCK_IMAGES, BLOCK_PIXELS)
     scale = spread(scale, BLOCK_IMAGES, BLOCK_PIXELS)
-    for first in tl.static_range(0, INPUTS, BLOCK_INPUTS):
+    values = widen(tl.zeros((BLOCK_IMAGES * BLOCK_PIXELS, BLOCK_HIDDEN), weight.dtype.element_ty))
+    for first in range(0, INPUTS, BLOCK_INPUTS):
         k = first + tl.arange(0, BLOCK_INPUTS)
         k_inside = inside & (k < INPUTS)[None, :]
         h_tile = tl.load(h + (n[:, None] * INPUTS + k[None, :]) * PIXELS + p[:, None], mask=k_inside, other=0.0)
         normalised = tl.where(k_inside, (widen(h_tile) - mean) * scale, 0.0)
         w_mask = (k < INPUTS)[:, None] & (o < HIDDEN)[None, :]
         w_tile = tl.load(weight + o[None, :] * INPUTS + k[:, None], mask=w_mask, other=0.0)  # [K, O]
-        partial = product(normalised.to(w_tile.dtype), w_tile, PRECISION)
-        if first == 0:
-            values = partial
-        else:
-            values += partial
+        values += product(normalised.to(w_tile.dtype), w_tile, PRECISION)
     if HAS_BIAS:
         values += widen(tl.load(bias + o, mask=o < HIDDEN, other=0.0))[None, :]
     z_mask = inside & (o < HIDDEN)[None, :]
@@ -178,7 +175,10 @@ def pointwise_backward(
         mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
         mean = spread(mean, BLOCK_IMAGES, BLOCK_PIXELS)
         scale = spread(scale, BLOCK_IMAGES, BLOCK_PIXELS)
-        for first in tl.static_range(0, INPUTS, BLOCK_INPUTS):
+        g_sum = widen(tl.zeros((BLOCK_IMAGES * BLOCK_PIXELS, BLOCK_INPUTS), weight.dtype.element_ty))
+        slope_sum = tl.zeros_like(g_sum)
+        # Not unrolled: the compiler would read ahead more than registers hold.
+        for first in range(0, INPUTS, BLOCK_INPUTS):
             k = first + tl.arange(0, BLOCK_INPUTS)
             k_inside = inside & (k < INPUTS)[None, :]
             offset = (n[:, None] * INPUTS + k[None, :]) * PIXELS + p[:, None]
@@ -191,12 +191,8 @@ def pointwise_backward(
             tl.store(g + offset, g_tile.to(g.dtype.element_ty), mask=k_inside)
             matrix = product(tl.trans(grad_z), normalised.to(grad.dtype), PRECISION)
             accumulate(weight_grad + w_offset, matrix, w_mask, round == 0)
-            if first == 0:
-                g_sum = g_tile
-                slope_sum = g_tile * normalised
-            else:
-                g_sum += g_tile
-                slope_sum += g_tile * normalised
+            g_sum += g_tile
+            slope_sum += g_tile * normalised
         part = block if NORM == "tensor" else block % PIXEL_BLOCKS
         # Rows outside hold zeros.
         g_sum = tl.reshape(g_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))

@@ -175,7 +175,7 @@ def convnext_block_backward(
         BLOCK_PARTS=depthwise.block_parts,
         BLOCK_IMAGES=rows.block_images,
         BLOCK_PIXELS=depthwise.block_pixels,
-        BLOCK_INPUTS=block_size(depthwise.outputs, 32),
+        BLOCK_INPUTS=16,
         BLOCK_HIDDEN=block_size(hidden, 256),
         BLOCK_CHANNELS=block_size(depthwise.channels, 256),
     )

@@ -49,9 +49,9 @@ class Depthwise(Normed):
             h,
             moments,
             self.images,
-            self.outputs,
             self.parts,
             *strides(x),
+            OUTPUTS=self.outputs,
             MULTIPLIER=self.outputs // self.channels,
             HEIGHT=self.height,
             WIDTH=self.width,
@@ -103,7 +103,6 @@ class Depthwise(Normed):
             matrices,
             biases,
             self.images,
-            self.channels,
             rounds,
             moments.shape[2],
             sums.shape[2],
@@ -112,6 +111,7 @@ class Depthwise(Normed):
             *strides(x),
             *strides(x if residual is None else residual),
             *strides(grad_x),
+            CHANNELS=self.channels,
             MULTIPLIER=self.outputs // self.channels,
             HEIGHT=self.height,
             WIDTH=self.width,
@@ -123,6 +123,7 @@ class Depthwise(Normed):
             BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.block_pixels,
             BLOCK_PARTS=self.block_parts,
+            num_warps=8,
         )
         return matrices, biases
 

@@ -42,11 +42,11 @@ def depthwise_forward(
     h,  # [N, K, P]
     moments,  # [groups, 3, parts]
     images,
-    outputs,
     parts,
     x_image_stride,
     x_channel_stride,
     x_pixel_stride,
+    OUTPUTS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -62,29 +62,26 @@ def depthwise_forward(
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
-    k = program % outputs
-    pixel_block = program // outputs % PIXEL_BLOCKS
-    image_block = program // outputs // PIXEL_BLOCKS
+    k = program % OUTPUTS
+    pixel_block = program // OUTPUTS % PIXEL_BLOCKS
+    image_block = program // OUTPUTS // PIXEL_BLOCKS
     n = image_block * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
     p = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     x_rows = x + n[:, None] * x_image_stride + k // MULTIPLIER * x_channel_stride
     taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
 
-    for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
+    values = widen(tl.zeros((BLOCK_IMAGES, BLOCK_PIXELS), weight.dtype.element_ty))
+    for first in range(0, PIXELS, BLOCK_PIXELS):
         q = first + tl.arange(0, BLOCK_PIXELS)
         inside = (n < images)[:, None] & (q < PIXELS)[None, :]
         x_tile = tl.load(x_rows + q[None, :] * x_pixel_stride, mask=inside, other=0.0)
         matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
-        partial = product(x_tile.to(matrix.dtype), matrix, PRECISION)
-        if first == 0:
-            values = partial
-        else:
-            values += partial
+        values += product(x_tile.to(matrix.dtype), matrix, PRECISION)
     if HAS_BIAS:
         values += widen(tl.load(bias + k))
 
     inside = (n < images)[:, None] & (p < PIXELS)[None, :]
-    tl.store(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
+    tl.store(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
     part = program if NORM == "tensor" else k * PIXEL_BLOCKS + pixel_block
     store_moments(values, inside, moments, n, images, part, parts, NORM)
 
@@ -102,7 +99,6 @@ def depthwise_backward(
     grad_matrix,  # [image programs, K, P, P]
     grad_bias,  # [image programs, K]
     images,
-    channels,
     rounds,
     parts,
     sum_parts,
@@ -119,6 +115,7 @@ def depthwise_backward(
     grad_x_image_stride,
     grad_x_channel_stride,
     grad_x_pixel_stride,
+    CHANNELS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -139,12 +136,12 @@ def depthwise_backward(
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
-    c = program % channels
-    pixel_block = program // channels % PIXEL_BLOCKS
-    image_program = program // channels // PIXEL_BLOCKS
-    outputs = channels * MULTIPLIER
+    c = program % CHANNELS
+    pixel_block = program // CHANNELS % PIXEL_BLOCKS
+    image_program = program // CHANNELS // PIXEL_BLOCKS
+    OUTPUTS: tl.constexpr = CHANNELS * MULTIPLIER
     q = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    count = outputs * PIXELS * 1.0
+    count = OUTPUTS * PIXELS * 1.0
     if NORM == "tensor":
         count *= images
 
@@ -157,33 +154,29 @@ def depthwise_backward(
         x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
         x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)
 
-        for step in tl.static_range(0, MULTIPLIER * PIXEL_BLOCKS):
+        values = widen(tl.zeros((BLOCK_IMAGES, BLOCK_PIXELS), weight.dtype.element_ty))
+        bias_sum = tl.zeros((), values.dtype)
+        # Not unrolled: the compiler would read ahead more than registers hold.
+        for step in range(MULTIPLIER * PIXEL_BLOCKS):
             k = c * MULTIPLIER + step // PIXEL_BLOCKS
             p = step % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
             inside = (n < images)[:, None] & (p < PIXELS)[None, :]
             g_offset = n[:, None] * g_image_stride + k * g_channel_stride + p[None, :] * g_pixel_stride
             g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
-            h_tile = widen(tl.load(h + (n[:, None] * outputs + k) * PIXELS + p[None, :], mask=inside, other=0.0))
+            h_tile = widen(tl.load(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], mask=inside, other=0.0))
             normalised = (h_tile - mean[:, None]) * scale[:, None]
             grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
             grad_h = tl.where(inside, grad_h, 0.0)
-            if step % PIXEL_BLOCKS == 0:
-                bias_sum = tl.sum(grad_h)
-            else:
-                bias_sum += tl.sum(grad_h)
+            bias_sum = tl.where(step % PIXEL_BLOCKS == 0, 0.0, bias_sum) + tl.sum(grad_h)
             if step % PIXEL_BLOCKS == PIXEL_BLOCKS - 1:
-                accumulate(grad_bias + image_program * outputs + k, bias_sum, pixel_block == 0, round == 0)
+                accumulate(grad_bias + image_program * OUTPUTS + k, bias_sum, pixel_block == 0, round == 0)
 
             grad_h = grad_h.to(weight.dtype.element_ty)
             taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
             matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
-            partial = product(grad_h, tl.trans(matrix), PRECISION)
-            if step == 0:
-                values = partial
-            else:
-                values += partial
+            values += product(grad_h, tl.trans(matrix), PRECISION)
             matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
-            target = grad_matrix + ((image_program * outputs + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
+            target = grad_matrix + ((image_program * OUTPUTS + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
             accumulate(target, matrix_grad, (q < PIXELS)[:, None] & (p < PIXELS)[None, :], round == 0)
 
         if HAS_RESIDUAL:

@@ -20,15 +20,15 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
 
     Args:
         arguments: of the kernel, up to its constants; the first is a tensor.
-        options: the kernel's constants, and Triton's `num_warps` and `num_stages`.
+        options: the kernel's constants, and Triton's `num_warps`.
     """
     key = (id(kernel), arguments[0].device, *map(_specialisation, arguments), *options.values())
     with torch.cuda.device_of(arguments[0]):
         if key in _COMPILED:
             compiled, constants = _COMPILED[key]
             compiled[(programs, 1, 1)](*arguments, *constants)
-        # The interpreter compiles nothing.
-        elif (compiled := kernel[(programs,)](*arguments, **options)) is not None:
+        # One stage: Triton's pipelining reads ahead more than registers hold. The interpreter compiles nothing.
+        elif (compiled := kernel[(programs,)](*arguments, **options, num_stages=1)) is not None:
             _COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
 
 

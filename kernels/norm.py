@@ -20,23 +20,23 @@ def norm_moments(
     x,  # (N, K, P), of any strides
     moments,  # [groups, 3, parts]
     images,
-    length,  # K * P
     parts,
     image_stride,
     channel_stride,
     pixel_stride,
     PIXELS: tl.constexpr,
+    LENGTH: tl.constexpr,  # K * P
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    blocks = (length + BLOCK - 1) // BLOCK
-    image = program // blocks
-    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = element < length
+    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    image = program // BLOCKS
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = element < LENGTH
     offset = element_offset(element, image, image_stride, channel_stride, pixel_stride, PIXELS)
     values = widen(tl.load(x + offset, mask=inside, other=0.0))
-    part = program if NORM == "tensor" else program % blocks
+    part = program if NORM == "tensor" else program % BLOCKS
     store_moments(
         values[None, :], inside[None, :], moments, image + tl.zeros((1,), tl.int64), images, part, parts, NORM
     )
@@ -48,7 +48,6 @@ def normalise(
     moments,  # [groups, 3, parts]
     y,  # (N, K, P), of any strides
     images,
-    length,  # K * P
     parts,
     eps,
     x_image_stride,
@@ -58,16 +57,17 @@ def normalise(
     y_channel_stride,
     y_pixel_stride,
     PIXELS: tl.constexpr,
+    LENGTH: tl.constexpr,  # K * P
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """y = (x - mean) / sqrt(variance + eps)"""
     program = tl.program_id(0).to(tl.int64)
-    blocks = (length + BLOCK - 1) // BLOCK
-    image = program // blocks
-    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = element < length
+    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    image = program // BLOCKS
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = element < LENGTH
     mean, scale = mean_and_scale(moments, image + tl.zeros((1,), tl.int64), images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     values = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
@@ -82,7 +82,6 @@ def norm_sums(
     moments,  # [groups, 3, parts]
     sums,  # [groups, 2, sum_parts]: of grad, and of grad * normalised
     images,
-    length,  # K * P
     parts,
     sum_parts,
     eps,
@@ -93,22 +92,23 @@ def norm_sums(
     x_channel_stride,
     x_pixel_stride,
     PIXELS: tl.constexpr,
+    LENGTH: tl.constexpr,  # K * P
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    blocks = (length + BLOCK - 1) // BLOCK
-    image = program // blocks
-    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = element < length
+    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    image = program // BLOCKS
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = element < LENGTH
     images_of_program = image + tl.zeros((1,), tl.int64)
     mean, scale = mean_and_scale(moments, images_of_program, images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     normalised = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
     offset = element_offset(element, image, grad_image_stride, grad_channel_stride, grad_pixel_stride, PIXELS)
     values = widen(tl.load(grad + offset, mask=inside, other=0.0))
-    part = program if NORM == "tensor" else program % blocks
+    part = program if NORM == "tensor" else program % BLOCKS
     slope = values * normalised
     store_sums(values[None, :], slope[None, :], sums, images_of_program, images, part, sum_parts, NORM)
 
@@ -121,7 +121,6 @@ def norm_backward(
     sums,  # [groups, 2, sum_parts]: of grad, and of grad * normalised
     grad_x,  # (N, K, P), of any strides
     images,
-    length,  # K * P
     parts,
     sum_parts,
     eps,
@@ -135,21 +134,22 @@ def norm_backward(
     grad_x_channel_stride,
     grad_x_pixel_stride,
     PIXELS: tl.constexpr,
+    LENGTH: tl.constexpr,  # K * P
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """grad_x = scale (grad - mean(grad) - normalised * mean(grad * normalised))"""
     program = tl.program_id(0).to(tl.int64)
-    blocks = (length + BLOCK - 1) // BLOCK
-    image = program // blocks
-    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = element < length
+    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    image = program // BLOCKS
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = element < LENGTH
     images_of_program = image + tl.zeros((1,), tl.int64)
     mean, scale = mean_and_scale(moments, images_of_program, images, parts, eps, NORM, BLOCK_PARTS)
     group = norm_group(images_of_program, images, NORM)
     grad_sum, slope_sum = merge_sums(sums, group, sum_parts, BLOCK_PARTS)
-    count = length * 1.0
+    count = LENGTH * 1.0
     if NORM == "tensor":
         count *= images
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)

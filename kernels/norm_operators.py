@@ -19,7 +19,7 @@ class Norm(Normed):
     def __init__(self, images: int, channels: int, pixels: int, norm: str) -> None:
         super().__init__(norm, images)
         self.length, self.pixels = channels * pixels, pixels
-        self.block = min(4096, next_power_of_2(self.length))
+        self.block = min(2048, next_power_of_2(self.length))
         self.blocks = ceil_div(self.length, self.block)
         self.programs = images * self.blocks
 
@@ -28,10 +28,10 @@ class Norm(Normed):
         return self.programs if self.norm == "tensor" else self.blocks
 
     def options(self) -> dict[str, Any]:
-        return {"PIXELS": self.pixels, "NORM": self.norm, "BLOCK": self.block}
+        return {"PIXELS": self.pixels, "LENGTH": self.length, "NORM": self.norm, "BLOCK": self.block}
 
     def moments(self, x: Tensor, moments: Tensor) -> None:
-        sizes = self.images, self.length, self.parts
+        sizes = self.images, self.parts
         launch(norm_moments, self.programs, x, moments, *sizes, *strides(x), **self.options())
 
     def normalise(
@@ -44,7 +44,6 @@ class Norm(Normed):
             moments,
             y,
             self.images,
-            self.length,
             moments.shape[2],
             eps,
             *x_strides,
@@ -66,7 +65,6 @@ class Norm(Normed):
             moments,
             sums,
             self.images,
-            self.length,
             moments.shape[2],
             self.parts,
             eps,
@@ -87,7 +85,6 @@ class Norm(Normed):
             sums,
             grad_x,
             self.images,
-            self.length,
             moments.shape[2],
             sums.shape[2],
             eps,

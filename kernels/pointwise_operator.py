@@ -101,6 +101,7 @@ class Pointwise:
             **self.options,
             BLOCK_INPUTS=self.block_inputs,
             BLOCK_OUTPUTS=self.block_outputs,
+            num_warps=8,
         )
         launch(
             sum_columns,
