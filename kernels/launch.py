@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Compiled kernels and the constants that follow their arguments, by all that they were compiled for.
-_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -24,12 +24,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """
     key = (id(kernel), arguments[0].device, *map(_specialisation, arguments), *options.values())
     with torch.cuda.device_of(arguments[0]):
-        if key in _COMPILED:
-            compiled, constants = _COMPILED[key]
+        if key in COMPILED:
+            compiled, constants = COMPILED[key]
             compiled[(programs, 1, 1)](*arguments, *constants)
         # One stage: Triton's pipelining reads ahead more than registers hold. The interpreter compiles nothing.
         elif (compiled := kernel[(programs,)](*arguments, **options, num_stages=1)) is not None:
-            _COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+            COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
 
 
 def _specialisation(argument: Any) -> Any:
@@ -84,7 +84,9 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 matrices are multiplied: as `torch.set_float32_matmul_precision` says."""
+    """How matrices are multiplied: those of float32 as `torch.set_float32_matmul_precision` says."""
+    if x.dtype != torch.float32:
+        return "ieee"
     # AMD's matrix cores multiply float32 as it is; for NVIDIA's it is split into three products of tf32.
     highest = "ieee" if torch.version.hip else "tf32x3"
     return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]

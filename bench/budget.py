@@ -1,0 +1,236 @@
+"""What every kernel costs on each GPU, from its machine code alone: no GPU is needed, and none is used.
+
+    python -m bench.budget
+
+compiles the kernels of all operations at the lecture's shapes and prints a table; `--json` prints its rows, and
+`--write` rewrites bench/budget.json, which the tests hold the kernels to.
+
+Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
+access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
+run; and moving every tensor that the kernel is given once, as if none were in the L2 cache. Each instruction
+counts once, though kernels loop over channels and over partial sums; and latencies, bank conflicts and the launch
+itself count for nothing. A kernel takes longer than its estimate, which compares versions of one kernel, not
+kernels. The floor is the longer of moving the tensors and multiplying, were the work spread evenly.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench import machine_code
+from bench.dry_run import TARGETS, Launch, dry_run
+from fastconv.kernels import operations
+
+TABLE = Path(__file__).with_name("budget.json")
+
+Row = dict[str, Any]
+
+
+class Gpu(NamedTuple):
+    """Approximate, from the vendor's data sheets."""
+
+    multiprocessors: int
+    gigahertz: float
+    terabytes_per_second: float
+    # Of dense products in bf16 or fp16; tf32 has half of it.
+    teraflops: float
+
+
+# A100 80 GB, H100 and B200, all SXM.
+GPUS = {
+    "sm_80": Gpu(108, 1.41, 2.0, 312),
+    "sm_90": Gpu(132, 1.83, 3.35, 989),
+    "sm_100": Gpu(148, 1.85, 8.0, 2250),
+}
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    # Of `torch.set_float32_matmul_precision`.
+    float32: str
+    # Products of bf16 in the time of one.
+    cost: int
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16, "highest", 1),
+    "fp16": Precision(torch.float16, "highest", 1),
+    "fp32 high": Precision(torch.float32, "high", 2),
+    "fp32 highest": Precision(torch.float32, "highest", 6),
+}
+
+
+class Shape(NamedTuple):
+    images: int
+    channels: int
+    multiplier: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.multiplier}, {self.side}x{self.side}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        outputs = self.channels * self.multiplier
+        sizes = {
+            "x": (self.images, self.channels, self.side, self.side),
+            "depthwise_weight": (outputs, 1, 7, 7),
+            "depthwise_bias": (outputs,),
+            "pointwise_weight": (self.channels, outputs, 1, 1),
+            "pointwise_bias": (self.channels,),
+            "projection_weight": (self.channels, self.channels, 1, 1),
+            "projection_bias": (self.channels,),
+        }
+        return {name: torch.empty(size, dtype=dtype, requires_grad=True) for name, size in sizes.items()}
+
+    def flops(self, kernel: str) -> int:
+        """Of the products of one kernel. Toeplitz matrices count in full, though on 8x8 maps half of them is 0."""
+        pixels, outputs = self.side**2, self.channels * self.multiplier
+        toeplitz = 2 * self.images * outputs * pixels**2
+        pointwise = 2 * self.images * pixels * self.channels * (outputs + self.channels)
+        alone = 2 * self.images * pixels * self.channels * outputs
+        return {
+            "depthwise_forward": toeplitz,
+            "depthwise_backward": 2 * toeplitz,
+            "pointwise_forward": pointwise,
+            "pointwise_backward": 2 * pointwise,
+            "pointwise_gelu": alone,
+            "pointwise_gelu_backward_x": alone,
+            "pointwise_gelu_backward_weight": alone,
+        }.get(kernel, 0)
+
+
+# The lecture's.
+SHAPES = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4)]
+
+OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "convnext_block": lambda tensors: operations.convnext_block(**tensors),
+    "depthwise_conv_layer_norm": lambda tensors: operations.depthwise_conv_layer_norm(
+        tensors["x"], tensors["depthwise_weight"], tensors["depthwise_bias"]
+    ),
+    "pointwise_conv_gelu": lambda tensors: operations.pointwise_conv_gelu(
+        tensors["x"].repeat(1, tensors["pointwise_weight"].shape[1] // tensors["x"].shape[1], 1, 1),
+        tensors["pointwise_weight"],
+        tensors["pointwise_bias"],
+    ),
+    "layer_norm": lambda tensors: operations.layer_norm(tensors["x"]),
+}
+
+
+def measure(architecture: str, precision_name: str) -> list[Row]:
+    """A row for each launch of all operations, forward and backward."""
+    precision = PRECISIONS[precision_name]
+    torch.set_float32_matmul_precision(precision.float32)
+    rows = []
+    for operation, call in OPERATIONS.items():
+        for shape in SHAPES:
+            with dry_run(architecture) as launches:
+                tensors = shape.tensors(precision.dtype)
+                y = call(tensors)
+                torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
+            for launch in launches:
+                labels = {
+                    "operation": operation,
+                    "shape": str(shape),
+                    "kernel": launch.kernel,
+                    "dtype": precision_name,
+                    "architecture": architecture,
+                }
+                flops = shape.flops(launch.kernel) * precision.cost
+                rows.append(labels | describe(launch, architecture, flops))
+    return rows
+
+
+def describe(launch: Launch, architecture: str, flops: int) -> Row:
+    """What the launch costs, given its products in operations of bf16."""
+    code = machine_code.read(launch.compiled)
+    row = {
+        "programs": launch.programs,
+        "warps": launch.compiled.metadata.num_warps,
+        "registers": code.registers,
+        "spills": code.spills,
+        "shared_memory": launch.compiled.metadata.shared,
+        "instructions": code.instructions,
+        "tensor": code.tensor,
+        "wide_accesses": code.wide_accesses,
+        "narrow_accesses": code.narrow_accesses,
+    }
+    if architecture not in GPUS:
+        return row
+    gpu = GPUS[architecture]
+    moved = launch.bytes / (gpu.terabytes_per_second * 1e6)
+    multiplied = flops / (gpu.teraflops * 1e6)
+    # The busiest multiprocessor's, which issues an instruction of four warps in each cycle.
+    programs = ceil(launch.programs / gpu.multiprocessors)
+    warps = programs * row["warps"]
+    issued = code.instructions * warps / 4 / (gpu.gigahertz * 1e3)
+    accessed = code.memory_cycles * warps / (gpu.gigahertz * 1e3)
+    uneven = programs * gpu.multiprocessors / launch.programs
+    estimate = max(issued, accessed, moved, multiplied * uneven)
+    return row | {"estimate_us": round(estimate, 2), "floor_us": round(max(moved, multiplied), 2)}
+
+
+def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
+    """In processes of their own, because Triton compiles in one thread."""
+    jobs = [(architecture, precision) for architecture in architectures for precision in precisions]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+
+
+def write_table(rows: list[Row]) -> None:
+    """One row a line, so that differences read well."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table("operation", "shape", "kernel", "dtype", "GPU")
+    columns = ("warps", "registers", "spills", "shared", "instr.", "tensor", "128-bit", "model us", "floor us")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        wide, narrow = row["wide_accesses"], row["narrow_accesses"]
+        table.add_row(
+            *(row[key] for key in ("operation", "shape", "kernel", "dtype", "architecture")),
+            *(str(row[key]) for key in ("warps", "registers", "spills", "shared_memory", "instructions")),
+            " ".join(f"{name} {count}" for name, count in row["tensor"].items()),
+            f"{wide} of {wide + narrow}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("estimate_us", "floor_us")),
+        )
+    # In a file or a pipe there is no width to fit into.
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def main(
+    architecture: Annotated[list[str], typer.Option(help="Only for these GPUs.")] = list(TARGETS),  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Only in these precisions.")] = list(PRECISIONS),  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Rewrite bench/budget.json, whatever it says.")] = False,
+) -> None:
+    """Compile every kernel, and print what it costs."""
+    if write and (set(architecture), set(dtype)) != (set(TARGETS), set(PRECISIONS)):
+        raise typer.BadParameter("--write rewrites the whole table: leave out --architecture and --dtype")
+    rows = measure_all(architecture, dtype)
+    if write:
+        write_table(rows)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

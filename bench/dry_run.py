@@ -1,0 +1,93 @@
+"""Kernels compiled and launched without a GPU: a driver of Triton whose launches do nothing.
+
+Triton asks its driver what to compile for. Told of a GPU by this one, it specialises and compiles exactly what a
+call with tensors on that GPU would compile, here from tensors on the CPU, whose contents do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fastconv.kernels.launch import COMPILED
+
+# By the names of NVIDIA's and AMD's compilers, with the shared memory that a program can have, in bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+class Launch(NamedTuple):
+    kernel: str
+    # Triton's CompiledKernel.
+    compiled: Any
+    programs: int
+    # Of all tensors the kernel is given.
+    bytes: int
+
+
+class DryDriver:
+    """Implements what Triton's JIT asks of a driver, and nothing more."""
+
+    def __init__(self, architecture: str) -> None:
+        self.launches: list[Launch] = []
+        self._target, self._shared_memory = TARGETS[architecture]
+        # The JIT keeps what it compiled by device: each architecture is a device of its own.
+        self._device = list(TARGETS).index(architecture)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": self._shared_memory},
+            # Module, function, registers, spills, and the largest number of threads.
+            load_binary=lambda name, binary, shared_memory, device: (name, name, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What Triton calls to launch one compiled kernel."""
+        kernels = source.fn.device_caches[self._device][0].values()
+        compiled = next(kernel for kernel in kernels if kernel.metadata is metadata)
+
+        def launch(programs: int, *arguments: Any) -> None:
+            tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            # A kernel keeps this function beyond the driver that made it.
+            triton.runtime.driver.active.launches.append(Launch(source.fn.__name__, compiled, programs, size))
+
+        return launch
+
+
+@contextmanager
+def dry_run(architecture: str) -> Iterator[list[Launch]]:
+    """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
+    driver, version = DryDriver(architecture), torch.version.hip
+    try:
+        triton.runtime.driver.set_active(driver)
+        COMPILED.clear()
+        # PyTorch is built for one vendor's GPUs, by which kernels choose how to multiply.
+        torch.version.hip = "of the target" if TARGETS[architecture][0].backend == "hip" else None
+        yield driver.launches
+    finally:
+        torch.version.hip = version
+        COMPILED.clear()
+        # Not `reset_active`, which would look for a GPU.
+        triton.runtime.driver._active = None

@@ -1,0 +1,82 @@
+"""The kernels' machine code against bench/budget.json: compiled for GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+TABLE = json.loads((ROOT / "bench/budget.json").read_text())
+LABELS = ("operation", "shape", "kernel", "dtype", "architecture")
+REWRITE = "if that is on purpose, rewrite the table with python -m bench.budget --write"
+
+
+def worsened(rows, table):
+    """Lines that say what costs more than the table allows; a launch that is not in it is one."""
+    budget = {tuple(row[label] for label in LABELS): row for row in table}
+    lines = []
+    for row in rows:
+        name = tuple(row[label] for label in LABELS)
+        if name not in budget:
+            lines.append(f"{', '.join(name)} is not in the table")
+            continue
+        for cost in ("registers", "spills", "shared_memory", "instructions"):
+            if row[cost] > budget[name][cost]:
+                lines.append(f"{', '.join(name)}: {cost} rose from {budget[name][cost]} to {row[cost]}")
+        if budget[name]["tensor"] and not row["tensor"]:
+            lines.append(f"{', '.join(name)}: no tensor core instructions any more")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if triton.__version__ != TABLE["triton"]:
+        pytest.skip(f"the table is for triton {TABLE['triton']}, this is {triton.__version__}")
+    command = [sys.executable, "-m", "bench.budget", "--json", "--architecture", "sm_90"]
+    # Other tests interpret the kernels, and so would this process.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_no_kernel_costs_more_than_its_budget(rows):
+    lines = worsened(rows, TABLE["rows"])
+    assert not lines, "\n".join([*lines, REWRITE])
+
+
+@pytest.mark.slow
+def test_the_block_is_two_launches_forward_and_three_backward(rows):
+    launches = [row["kernel"] for row in rows if row["operation"] == "convnext_block" and row["dtype"] == "bf16"]
+    assert launches == 2 * [
+        "depthwise_forward",
+        "pointwise_forward",
+        "pointwise_backward",
+        "depthwise_backward",
+        "reduce_partials",
+    ]
+
+
+def test_on_hopper_nothing_spills_and_products_are_on_tensor_cores():
+    """Elsewhere some of the widest kernels spill: see bench/NOTES.md."""
+    products = ("depthwise_forward", "depthwise_backward", "pointwise_forward", "pointwise_backward")
+    for row in TABLE["rows"]:
+        if row["architecture"] == "sm_90":
+            assert row["spills"] == 0, row
+        if row["kernel"] in products:
+            assert row["tensor"] or row["architecture"] == "gfx942", row
+
+
+def test_a_worse_row_is_found():
+    row = TABLE["rows"][0]
+    for cost in ("registers", "spills", "shared_memory", "instructions"):
+        (line,) = worsened([{**row, cost: row[cost] + 1}], TABLE["rows"])
+        assert f"{cost} rose from {row[cost]} to {row[cost] + 1}" in line
+    assert "not in the table" in worsened([{**row, "kernel": "new"}], TABLE["rows"])[0]
+    assert worsened([row], TABLE["rows"]) == []
