@@ -121,7 +121,7 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
         tensors["x"], tensors["depthwise_weight"], tensors["depthwise_bias"]
     ),
     "pointwise_conv_gelu": lambda tensors: operations.pointwise_conv_gelu(
-        tensors["x"].repeat(1, tensors["pointwise_weight"].shape[1] // tensors["x"].shape[1], 1, 1),
+        tensors["x"].new_empty(len(tensors["x"]), tensors["pointwise_weight"].shape[1], *tensors["x"].shape[2:]),
         tensors["pointwise_weight"],
         tensors["pointwise_bias"],
     ),
