@@ -11,17 +11,17 @@ def product(a, b, PRECISION: tl.constexpr):
     PRECISION says how float32 operands are multiplied: "ieee", "tf32x3", "tf32", or "bf16".
     """
     if a.dtype == tl.float64:
-        return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
-    if a.dtype == tl.float32:
-        if PRECISION == "bf16":
-            return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-        return tl.dot(a, b, input_precision=PRECISION)
-    return tl.dot(a, b)
+        result = tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
+    elif a.dtype != tl.float32:
+        result = tl.dot(a, b)
+    elif PRECISION == "bf16":
+        result = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        result = tl.dot(a, b, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
 def widen(x):
     """To the dtype to compute in: float32, or float64 if `x` is."""
-    if x.dtype == tl.float64:
-        return x
-    return x.to(tl.float32)
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
