@@ -49,11 +49,11 @@ def convnext_block(
     return block_operator.convnext_block(
         x,
         depthwise_weight.contiguous(),
-        depthwise_bias,
+        _contiguous(depthwise_bias),
         weight.contiguous(),
-        bias,
+        _contiguous(bias),
         projection_weight.flatten(1).contiguous(),
-        projection_bias,
+        _contiguous(projection_bias),
         norm,
         eps,
         approximate,
@@ -70,14 +70,15 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    y = norm_operators.depthwise_conv_layer_norm(x, weight.contiguous(), bias, norm, eps)[0]
+    y = norm_operators.depthwise_conv_layer_norm(x, weight.contiguous(), _contiguous(bias), norm, eps)[0]
     return _affine(y, norm_weight, norm_bias)
 
 
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
-    return pointwise_operator.pointwise_conv_gelu(x, weight.flatten(1).contiguous(), bias, approximate)[0]
+    weight = weight.flatten(1).contiguous()
+    return pointwise_operator.pointwise_conv_gelu(x, weight, _contiguous(bias), approximate)[0]
 
 
 def layer_norm(
@@ -89,6 +90,10 @@ def layer_norm(
     norm_bias: Tensor | None = None,
 ) -> Tensor:
     return _affine(norm_operators.layer_norm(x, norm, eps)[0], norm_weight, norm_bias)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -348,6 +348,15 @@ def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(norm, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_parameters_of_any_strides(device):
+    inputs = on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))
+    strided = [inputs[0], *(torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in inputs[1:])]
+    assert not any(x.is_contiguous() for x in strided[1:])
+    assert torch.equal(block(functional)(*strided), block(functional)(*inputs))
+    for operation, which in [(depthwise(functional), (0, 1, 2, 7, 8)), (pointwise(functional), (0, 5, 6))]:
+        assert torch.equal(operation(*(strided[i] for i in which)), operation(*(inputs[i] for i in which)))
+
+
 def test_double_backward_raises(device):
     leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))]
     for loss in (torch.sum, torch.linalg.vector_norm):
