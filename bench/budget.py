@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import machine_code
-from bench.dry_run import TARGETS, Launch, dry_run
 from fastconv.kernels import operations
+
+from . import machine_code
+from .dry_run import TARGETS, Launch, dry_run
 
 TABLE = Path(__file__).with_name("budget.json")
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastconv
-from bench import timing
 from fastconv import reference
 from fastconv.training import keep_freed_memory
+
+from . import timing
 
 CONTENDERS = ("reference", "reference, channels_last", "torch.compile(reference)", "fastconv")
 DIRECTIONS = ("forward", "forward + backward")
@@ -85,7 +86,7 @@ def errors(name: str, batch_size: int) -> tuple[float, float]:
 
 def measure_peak_memory(name: str, direction: str, batch_size: int, threads: int) -> str:
     """MiB above what the model and its inputs hold, in a process of its own; "-" where it cannot be known."""
-    code = "import sys; from bench.classifier import report_peak; report_peak(*sys.argv[1:])"
+    code = "import sys; from fastconv.bench.classifier import report_peak; report_peak(*sys.argv[1:])"
     command = [sys.executable, "-c", code, name, direction, str(batch_size), str(threads)]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
     return child.stdout.strip()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from bench import timing
 from fastconv import columns
 from fastconv.training import keep_freed_memory
+
+from . import timing
 
 # channels, multiplier, side of the map, batch
 WORKLOADS = [

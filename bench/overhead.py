@@ -15,9 +15,9 @@ from typing import Annotated
 import torch
 import typer
 
-from bench import timing
-from bench.budget import OPERATIONS, SHAPES
-from bench.dry_run import dry_run
+from . import timing
+from .budget import OPERATIONS, SHAPES
+from .dry_run import dry_run
 
 
 def median_time(call: Callable[[], object], rounds: int) -> float:
