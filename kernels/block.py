@@ -95,11 +95,13 @@ def pointwise_forward(
     if HAS_PROJECTION_BIAS:
         result += widen(tl.load(projection_bias + c, mask=c < CHANNELS, other=0.0))[None, :]
     y_mask = inside & (c < CHANNELS)[None, :]
-    x_offset = n[:, None] * x_image_stride + c[None, :] * x_channel_stride + p[:, None] * x_pixel_stride
+    # int64: a channel times its stride may exceed 2^31.
+    channel = c[None, :].to(tl.int64)
+    x_offset = n[:, None] * x_image_stride + channel * x_channel_stride + p[:, None] * x_pixel_stride
     # The residual is added to what would have been stored, as in PyTorch.
     result = result.to(projection.dtype.element_ty)
     result = widen(tl.load(x + x_offset, mask=y_mask, other=0.0)) + widen(result)
-    y_offset = n[:, None] * y_image_stride + c[None, :] * y_channel_stride + p[:, None] * y_pixel_stride
+    y_offset = n[:, None] * y_image_stride + channel * y_channel_stride + p[:, None] * y_pixel_stride
     tl.store(y + y_offset, result.to(y.dtype.element_ty), mask=y_mask)
 
 
@@ -156,7 +158,8 @@ def pointwise_backward(
         n = block // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS
         p = block % PIXEL_BLOCKS * BLOCK_PIXELS + row % BLOCK_PIXELS
         inside = ((n < images) & (p < PIXELS))[:, None]
-        grad_offset = n[:, None] * grad_image_stride + c[None, :] * grad_channel_stride
+        # int64: a channel times its stride may exceed 2^31.
+        grad_offset = n[:, None] * grad_image_stride + c[None, :].to(tl.int64) * grad_channel_stride
         grad_offset += p[:, None] * grad_pixel_stride
         grad = tl.load(grad_y + grad_offset, mask=inside & (c < CHANNELS)[None, :], other=0.0)  # [rows, C]
         grad = grad.to(weight.dtype.element_ty)

@@ -24,13 +24,21 @@ from .launch import (
     strides,
 )
 
+# Hidden channels, or channels. More do not fit the registers and the shared memory of one program.
+WIDEST = 128
+
 
 class Rows:
     """How the pointwise kernels divide the pixels of the batch: a block is some pixels of some images."""
 
-    def __init__(self, depthwise: Depthwise) -> None:
-        self.block_images = max(1, 64 // depthwise.block_pixels)
-        self.blocks = ceil_div(depthwise.images, self.block_images) * depthwise.pixel_blocks
+    def __init__(self, depthwise: Depthwise, hidden: int) -> None:
+        # A program holds all hidden channels of its rows in registers, some times over.
+        rows = max(16, min(64, 2048 // block_size(hidden, WIDEST)))
+        self.warps = 4 if hidden <= 64 else 8
+        self.block_pixels = min(depthwise.block_pixels, rows)
+        self.pixel_blocks = ceil_div(depthwise.pixels, self.block_pixels)
+        self.block_images = rows // self.block_pixels
+        self.blocks = ceil_div(depthwise.images, self.block_images) * self.pixel_blocks
 
 
 @torch.library.custom_op("fastconv::convnext_block", mutates_args=())
@@ -52,8 +60,8 @@ def convnext_block(
     if x.numel() == 0:
         return y, h, moments, z
     depthwise = Depthwise(x, depthwise_weight, norm)
-    rows = Rows(depthwise)
     hidden = weight.shape[0]
+    rows = Rows(depthwise, hidden)
     depthwise.forward(x, depthwise_weight, depthwise_bias, h, moments)
     merged = depthwise.collapse_moments(moments)
     launch(
@@ -84,10 +92,11 @@ def convnext_block(
         PRECISION=precision(weight),
         BLOCK_PARTS=depthwise.block_parts,
         BLOCK_IMAGES=rows.block_images,
-        BLOCK_PIXELS=depthwise.block_pixels,
+        BLOCK_PIXELS=rows.block_pixels,
         BLOCK_INPUTS=block_size(depthwise.outputs, 64),
-        BLOCK_HIDDEN=block_size(hidden, 256),
-        BLOCK_CHANNELS=block_size(depthwise.channels, 256),
+        BLOCK_HIDDEN=block_size(hidden, WIDEST),
+        BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+        num_warps=rows.warps,
     )
     return y, h, moments, z
 
@@ -138,12 +147,12 @@ def convnext_block_backward(
         return grad_x, x.new_zeros(sum(sizes), dtype=accumulator(weight))
     parameters = moments.new_empty(sum(sizes))
     depthwise = Depthwise(x, depthwise_weight, norm)
-    rows = Rows(depthwise)
     hidden = weight.shape[0]
+    rows = Rows(depthwise, hidden)
     rounds = ceil_div(rows.blocks, MAX_PARTIALS)
     programs = ceil_div(rows.blocks, rounds)
     g = torch.empty_like(h)
-    sums = moments.new_empty(depthwise.groups, 2, rows.blocks if norm == "tensor" else depthwise.pixel_blocks)
+    sums = moments.new_empty(depthwise.groups, 2, rows.blocks if norm == "tensor" else rows.pixel_blocks)
     columns = moments.new_empty(programs, sum(sizes[:4]))
     moments = depthwise.collapse_moments(moments)
     launch(
@@ -174,10 +183,11 @@ def convnext_block_backward(
         PRECISION=precision(weight),
         BLOCK_PARTS=depthwise.block_parts,
         BLOCK_IMAGES=rows.block_images,
-        BLOCK_PIXELS=depthwise.block_pixels,
+        BLOCK_PIXELS=rows.block_pixels,
         BLOCK_INPUTS=16,
-        BLOCK_HIDDEN=block_size(hidden, 256),
-        BLOCK_CHANNELS=block_size(depthwise.channels, 256),
+        BLOCK_HIDDEN=block_size(hidden, WIDEST),
+        BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+        num_warps=rows.warps,
     )
     sums = depthwise.collapse_sums(sums)
     matrices, biases = depthwise.backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
@@ -27,7 +28,8 @@ class Depthwise(Normed):
         self.pixels = self.height * self.width
         self.block_pixels = block_size(self.pixels, 64)
         self.pixel_blocks = ceil_div(self.pixels, self.block_pixels)
-
+        # Where more is held at once. Of float32, registers hold each operand in two parts: larger blocks spill.
+        self.small_block = block_size(self.pixels, 32 if weight.dtype == torch.float32 else 64)
         self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
 
     @property
@@ -62,6 +64,7 @@ class Depthwise(Normed):
             PRECISION=precision(weight),
             BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.block_pixels,
+            BLOCK_INPUTS=self.small_block,
         )
 
     def backward(
@@ -84,7 +87,7 @@ class Depthwise(Normed):
             residual: is added to grad_x.
             sums: of g and of g * normalised, [groups, 2, parts].
         """
-        programs = self.channels * self.pixel_blocks
+        programs = self.channels * ceil_div(self.pixels, self.small_block)
         rounds = ceil_div(self.image_blocks, max(1, MAX_PARTIALS // programs))
         partials = ceil_div(self.image_blocks, rounds)
         matrices = moments.new_empty(partials, self.outputs, self.pixels, self.pixels)
@@ -121,9 +124,9 @@ class Depthwise(Normed):
             NORM=self.norm,
             PRECISION=precision(weight),
             BLOCK_IMAGES=BLOCK_IMAGES,
-            BLOCK_PIXELS=self.block_pixels,
+            BLOCK_PIXELS=self.small_block,
             BLOCK_PARTS=self.block_parts,
-            num_warps=8,
+            num_warps=4 if self.small_block == 16 else 8,
         )
         return matrices, biases
 

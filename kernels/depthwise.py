@@ -57,8 +57,9 @@ def depthwise_forward(
     PRECISION: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
 ):
-    """One program: BLOCK_IMAGES images, one output channel, BLOCK_PIXELS output pixels."""
+    """One program: BLOCK_IMAGES images, one output channel, BLOCK_PIXELS output pixels; BLOCK_INPUTS at a time."""
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
@@ -71,10 +72,11 @@ def depthwise_forward(
     taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
 
     values = widen(tl.zeros((BLOCK_IMAGES, BLOCK_PIXELS), weight.dtype.element_ty))
-    for first in range(0, PIXELS, BLOCK_PIXELS):
-        q = first + tl.arange(0, BLOCK_PIXELS)
+    for first in range(0, PIXELS, BLOCK_INPUTS):
+        q = first + tl.arange(0, BLOCK_INPUTS)
         inside = (n < images)[:, None] & (q < PIXELS)[None, :]
-        x_tile = tl.load(x_rows + q[None, :] * x_pixel_stride, mask=inside, other=0.0)
+        # int64: a pixel times its stride may exceed 2^31.
+        x_tile = tl.load(x_rows + q[None, :].to(tl.int64) * x_pixel_stride, mask=inside, other=0.0)
         matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
         values += product(x_tile.to(matrix.dtype), matrix, PRECISION)
     if HAS_BIAS:
@@ -141,6 +143,8 @@ def depthwise_backward(
     image_program = program // CHANNELS // PIXEL_BLOCKS
     OUTPUTS: tl.constexpr = CHANNELS * MULTIPLIER
     q = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    # int64: a pixel times its stride may exceed 2^31.
+    pixel = q[None, :].to(tl.int64)
     count = OUTPUTS * PIXELS * 1.0
     if NORM == "tensor":
         count *= images
@@ -151,37 +155,40 @@ def depthwise_backward(
         mean, scale = mean_and_scale(moments, n, images, parts, eps, NORM, BLOCK_PARTS)
         g_sum, slope_sum = merge_sums(sums, norm_group(n, images, NORM), sum_parts, BLOCK_PARTS)
         g_mean, g_slope = g_sum / count, slope_sum / count
-        x_offset = n[:, None] * x_image_stride + c * x_channel_stride + q[None, :] * x_pixel_stride
-        x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(weight.dtype.element_ty)
+        x_offset = n[:, None] * x_image_stride + c * x_channel_stride + pixel * x_pixel_stride
 
         values = widen(tl.zeros((BLOCK_IMAGES, BLOCK_PIXELS), weight.dtype.element_ty))
-        bias_sum = tl.zeros((), values.dtype)
         # Not unrolled: the compiler would read ahead more than registers hold.
-        for step in range(MULTIPLIER * PIXEL_BLOCKS):
-            k = c * MULTIPLIER + step // PIXEL_BLOCKS
-            p = step % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-            inside = (n < images)[:, None] & (p < PIXELS)[None, :]
-            g_offset = n[:, None] * g_image_stride + k * g_channel_stride + p[None, :] * g_pixel_stride
-            g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
-            h_tile = widen(tl.load(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], mask=inside, other=0.0))
-            normalised = (h_tile - mean[:, None]) * scale[:, None]
-            grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
-            grad_h = tl.where(inside, grad_h, 0.0)
-            bias_sum = tl.where(step % PIXEL_BLOCKS == 0, 0.0, bias_sum) + tl.sum(grad_h)
-            if step % PIXEL_BLOCKS == PIXEL_BLOCKS - 1:
-                accumulate(grad_bias + image_program * OUTPUTS + k, bias_sum, pixel_block == 0, round == 0)
-
-            grad_h = grad_h.to(weight.dtype.element_ty)
+        for m in range(MULTIPLIER):
+            k = c * MULTIPLIER + m
             taps = weight + k * (KERNEL_HEIGHT * KERNEL_WIDTH)
-            matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
-            values += product(grad_h, tl.trans(matrix), PRECISION)
-            matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
-            target = grad_matrix + ((image_program * OUTPUTS + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
-            accumulate(target, matrix_grad, (q < PIXELS)[:, None] & (p < PIXELS)[None, :], round == 0)
+            bias_sum = tl.zeros((BLOCK_IMAGES,), values.dtype)
+            for first in range(0, PIXELS, BLOCK_PIXELS):
+                p = first + tl.arange(0, BLOCK_PIXELS)
+                inside = (n < images)[:, None] & (p < PIXELS)[None, :]
+                g_offset = n[:, None] * g_image_stride + k * g_channel_stride
+                g_offset += p[None, :].to(tl.int64) * g_pixel_stride
+                g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
+                h_offset = (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :]
+                h_tile = widen(tl.load(h + h_offset, mask=inside, other=0.0))
+                normalised = (h_tile - mean[:, None]) * scale[:, None]
+                grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
+                grad_h = tl.where(inside, grad_h, 0.0)
+                bias_sum += tl.sum(grad_h, 1)
+
+                grad_h = grad_h.to(weight.dtype.element_ty)
+                matrix = load_toeplitz(taps, q, p, HEIGHT, WIDTH, KERNEL_HEIGHT, KERNEL_WIDTH)
+                values += product(grad_h, tl.trans(matrix), PRECISION)
+                # x is loaded for each output: registers are dearer than a load from the L1 cache.
+                x_tile = tl.load(x + x_offset, mask=x_inside, other=0.0).to(grad_h.dtype)
+                matrix_grad = product(tl.trans(x_tile), grad_h, PRECISION)
+                target = grad_matrix + ((image_program * OUTPUTS + k) * PIXELS + q[:, None]) * PIXELS + p[None, :]
+                accumulate(target, matrix_grad, (q < PIXELS)[:, None] & (p < PIXELS)[None, :], round == 0)
+            accumulate(grad_bias + image_program * OUTPUTS + k, tl.sum(bias_sum), pixel_block == 0, round == 0)
 
         if HAS_RESIDUAL:
             offset = n[:, None] * residual_image_stride + c * residual_channel_stride
-            offset += q[None, :] * residual_pixel_stride
+            offset += pixel * residual_pixel_stride
             values += widen(tl.load(residual + offset, mask=x_inside, other=0.0))
-        offset = n[:, None] * grad_x_image_stride + c * grad_x_channel_stride + q[None, :] * grad_x_pixel_stride
+        offset = n[:, None] * grad_x_image_stride + c * grad_x_channel_stride + pixel * grad_x_pixel_stride
         tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=x_inside)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import block_operator, norm_operators, pointwise_operator
-
-# Wider blocks do not fit the registers of one program, and are composed of the other operations.
-WIDEST_BLOCK = 256
 
 
 def convnext_block(
@@ -26,7 +24,8 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
-    if max(x.shape[1], pointwise_weight.shape[0]) > WIDEST_BLOCK:
+    # Wider blocks are composed of the other operations.
+    if max(x.shape[1], pointwise_weight.shape[0]) > block_operator.WIDEST:
         work = pointwise_weight.dtype
         y = depthwise_conv_layer_norm(
             x.to(work),
@@ -77,8 +76,10 @@ def depthwise_conv_layer_norm(
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
-    weight = weight.flatten(1).contiguous()
-    return pointwise_operator.pointwise_conv_gelu(x, weight, _contiguous(bias), approximate)[0]
+    weight, bias = weight.flatten(1).contiguous(), _contiguous(bias)
+    needs_grad = any(value is not None and value.requires_grad for value in (x, weight, bias))
+    keep_slope = needs_grad and torch.is_grad_enabled()
+    return pointwise_operator.pointwise_conv_gelu(x, weight, bias, approximate, keep_slope)[0]
 
 
 def layer_norm(

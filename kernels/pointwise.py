@@ -1,8 +1,10 @@
 """The pointwise convolution followed by GELU, forward and backward, for any number of channels.
 
-Rows are the pixels of all images, n * P + p. P is the number of pixels, I the channels of x, O those of y. The
-gradient dz of what goes into GELU is never written: both kernels of the backward compute its tiles when they need
-them.
+Rows are the pixels of all images, n * P + p. P is the number of pixels, I the channels of x, O those of y.
+
+The forward keeps GELU's slope, its derivative at what goes into it, rather than what goes into it: the gradient
+grad_z = grad_y * slope is then one multiplication, which both kernels of the backward repeat in every tile, where
+the derivative itself would take more instructions than the matrix products.
 """
 
 import triton
@@ -32,7 +34,7 @@ def pointwise_gelu(
     x,  # (N, I, P), of any strides
     weight,  # [O, I]
     bias,  # [O]
-    z,  # as y: what goes into GELU
+    slope,  # as y
     y,  # (N, O, P), of any strides
     images,
     x_image_stride,
@@ -44,10 +46,11 @@ def pointwise_gelu(
     PIXELS: tl.constexpr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP_SLOPE: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
@@ -72,51 +75,52 @@ def pointwise_gelu(
 
     mask = inside & (o < OUTPUTS)[None, :]
     offset = n[:, None] * y_image_stride + p[:, None] * y_pixel_stride + o[None, :] * y_channel_stride
-    tl.store(z + offset, values.to(z.dtype.element_ty), mask=mask)
+    if KEEP_SLOPE:
+        derivative = gelu_derivative(values, APPROXIMATE)
+        tl.store(slope + offset, derivative.to(slope.dtype.element_ty), mask=mask)
     tl.store(y + offset, gelu(values, APPROXIMATE).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def pointwise_gelu_backward_x(
     grad_y,  # (N, O, P), of any strides
-    z,  # (N, O, P), of any strides
+    slope,  # (N, O, P), of any strides
     weight,  # [O, I]
     grad_x,  # (N, I, P), of any strides
     images,
     grad_image_stride,
     grad_channel_stride,
     grad_pixel_stride,
-    z_image_stride,
-    z_channel_stride,
-    z_pixel_stride,
+    slope_image_stride,
+    slope_channel_stride,
+    slope_pixel_stride,
     x_image_stride,
     x_channel_stride,
     x_pixel_stride,
     PIXELS: tl.constexpr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """grad_x = weight^T dz"""
+    """grad_x = weight^T grad_z"""
     INPUT_BLOCKS: tl.constexpr = (INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS
     program = tl.program_id(0).to(tl.int64)
     n, p = image_and_pixel(program // INPUT_BLOCKS, PIXELS, BLOCK_ROWS)
     i = channel_range(program % INPUT_BLOCKS * BLOCK_INPUTS, BLOCK_INPUTS)
     inside = (n < images)[:, None]
     grad_rows = n[:, None] * grad_image_stride + p[:, None] * grad_pixel_stride
-    z_rows = n[:, None] * z_image_stride + p[:, None] * z_pixel_stride
+    slope_rows = n[:, None] * slope_image_stride + p[:, None] * slope_pixel_stride
 
     values = widen(tl.zeros((BLOCK_ROWS, BLOCK_INPUTS), weight.dtype.element_ty))
     for first in range(0, OUTPUTS, BLOCK_OUTPUTS):
         o = channel_range(first, BLOCK_OUTPUTS)
         mask = inside & (o < OUTPUTS)[None, :]
         grad = tl.load(grad_y + (grad_rows + o[None, :] * grad_channel_stride), mask=mask, other=0.0)
-        z_tile = tl.load(z + (z_rows + o[None, :] * z_channel_stride), mask=mask, other=0.0)
-        grad_z = widen(grad) * gelu_derivative(widen(z_tile), APPROXIMATE)
+        slope_tile = tl.load(slope + (slope_rows + o[None, :] * slope_channel_stride), mask=mask, other=0.0)
+        grad_z = widen(grad) * widen(slope_tile)
         w_mask = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
         w_tile = tl.load(weight + (o[:, None] * INPUTS + i[None, :]), mask=w_mask, other=0.0)  # [O, I]
         values += product(grad_z.to(w_tile.dtype), w_tile, PRECISION)
@@ -128,7 +132,7 @@ def pointwise_gelu_backward_x(
 @triton.jit
 def pointwise_gelu_backward_weight(
     grad_y,  # (N, O, P), of any strides
-    z,  # (N, O, P), of any strides
+    slope,  # (N, O, P), of any strides
     x,  # (N, I, P), of any strides
     partials,  # [parts, O * I + O]: gradients of weight and bias
     images,
@@ -136,22 +140,21 @@ def pointwise_gelu_backward_weight(
     grad_image_stride,
     grad_channel_stride,
     grad_pixel_stride,
-    z_image_stride,
-    z_channel_stride,
-    z_pixel_stride,
+    slope_image_stride,
+    slope_channel_stride,
+    slope_pixel_stride,
     x_image_stride,
     x_channel_stride,
     x_pixel_stride,
     PIXELS: tl.constexpr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """One tile of the weight's gradient, dz x^T, and some of the bias's, over `rounds` blocks of rows."""
+    """One tile of the weight's gradient, grad_z x^T, and some of the bias's, over `rounds` blocks of rows."""
     INPUT_BLOCKS: tl.constexpr = (INPUTS + BLOCK_INPUTS - 1) // BLOCK_INPUTS
     TILES: tl.constexpr = INPUT_BLOCKS * ((OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS)
     program = tl.program_id(0).to(tl.int64)
@@ -167,9 +170,9 @@ def pointwise_gelu_backward_weight(
         mask = (o < OUTPUTS)[:, None] & (n < images)[None, :]
         offset = (n * grad_image_stride + p * grad_pixel_stride)[None, :] + o[:, None] * grad_channel_stride
         grad = tl.load(grad_y + offset, mask=mask, other=0.0)  # [O, rows]
-        offset = (n * z_image_stride + p * z_pixel_stride)[None, :] + o[:, None] * z_channel_stride
-        z_tile = tl.load(z + offset, mask=mask, other=0.0)
-        grad_z = widen(grad) * gelu_derivative(widen(z_tile), APPROXIMATE)
+        offset = (n * slope_image_stride + p * slope_pixel_stride)[None, :] + o[:, None] * slope_channel_stride
+        slope_tile = tl.load(slope + offset, mask=mask, other=0.0)
+        grad_z = widen(grad) * widen(slope_tile)
         offset = (n * x_image_stride + p * x_pixel_stride)[:, None] + i[None, :] * x_channel_stride
         x_mask = (n < images)[:, None] & (i < INPUTS)[None, :]
         x_tile = tl.load(x + offset, mask=x_mask, other=0.0)  # [rows, I]
@@ -179,6 +182,6 @@ def pointwise_gelu_backward_weight(
     target = partials + part * (OUTPUTS * INPUTS + OUTPUTS)
     w_mask = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
     tl.store(target + (o[:, None] * INPUTS + i[None, :]), values, mask=w_mask)
-    # Programs of other inputs have summed the same.
+    # The programs of other inputs have summed the same.
     if tile % INPUT_BLOCKS == 0:
         tl.store(target + OUTPUTS * INPUTS + o, bias, mask=o < OUTPUTS)

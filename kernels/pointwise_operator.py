@@ -22,157 +22,192 @@ from .launch import (
 from .pointwise import pointwise_gelu, pointwise_gelu_backward_weight, pointwise_gelu_backward_x
 from .reduction import sum_columns
 
-BLOCK_ROWS = 64
+# From here on, 128 rows to a program leave enough programs for a large GPU.
+MANY_ROWS = 128 * 128
 
 
 class Pointwise:
-    """The sizes of a pointwise convolution, and how its kernels divide the work: rows are pixels of images."""
+    """The sizes of a pointwise convolution, and how its kernels divide the work.
 
-    def __init__(self, x: Tensor, weight: Tensor, approximate: str) -> None:
-        self.images = x.shape[0]
+    Tiles of at most 64 x 128 results, or 128 x 64, and steps of 64 or 128 bytes along what is summed, which four
+    warps hold in registers without spilling.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.outputs, self.inputs = weight.shape
-        self.pixels = x.shape[2] * x.shape[3]
-        self.row_blocks = ceil_div(self.images * self.pixels, BLOCK_ROWS)
-        self.block_inputs = block_size(self.inputs, 64)
-        self.block_outputs = block_size(self.outputs, 64)
-        self.input_blocks = ceil_div(self.inputs, self.block_inputs)
-        self.output_blocks = ceil_div(self.outputs, self.block_outputs)
-        self.options = {
+        self.images, self.pixels = x.shape[0], x.shape[2] * x.shape[3]
+        self.rows = self.images * self.pixels
+        self.step = max(16, 64 // weight.element_size())
+        self.accumulator = accumulator(weight)
+        self.options: dict[str, Any] = {
             "PIXELS": self.pixels,
             "INPUTS": self.inputs,
             "OUTPUTS": self.outputs,
-            "APPROXIMATE": approximate,
             "PRECISION": precision(weight),
-            "BLOCK_ROWS": BLOCK_ROWS,
         }
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, y: Tensor) -> None:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, slope: Tensor | None, y: Tensor
+    ) -> None:
+        block_rows = 128 if self.rows >= MANY_ROWS else 64
+        block_outputs = block_size(self.outputs, 64)
         launch(
             pointwise_gelu,
-            self.row_blocks * self.output_blocks,
+            ceil_div(self.rows, block_rows) * ceil_div(self.outputs, block_outputs),
             x,
             weight,
             bias,
-            z,
+            slope,
             y,
             self.images,
             *strides(x),
             *strides(y),
-            **self.options,
             HAS_BIAS=bias is not None,
-            BLOCK_INPUTS=min(self.block_inputs, 32),
-            BLOCK_OUTPUTS=self.block_outputs,
+            KEEP_SLOPE=slope is not None,
+            APPROXIMATE=approximate,
+            BLOCK_ROWS=block_rows,
+            BLOCK_INPUTS=block_size(self.inputs, self.step),
+            BLOCK_OUTPUTS=block_outputs,
+            **self.options,
         )
 
-    def backward_x(self, grad: Tensor, z: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+    def backward_x(self, grad: Tensor, slope: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+        block_inputs = block_size(self.inputs, 128)
         launch(
             pointwise_gelu_backward_x,
-            self.row_blocks * self.input_blocks,
+            ceil_div(self.rows, 64) * ceil_div(self.inputs, block_inputs),
             grad,
-            z,
+            slope,
             weight,
             grad_x,
             self.images,
             *strides(grad),
-            *strides(z),
+            *strides(slope),
             *strides(grad_x),
+            BLOCK_ROWS=64,
+            BLOCK_INPUTS=block_inputs,
+            BLOCK_OUTPUTS=block_size(self.outputs, self.step),
             **self.options,
-            BLOCK_INPUTS=self.block_inputs,
-            BLOCK_OUTPUTS=min(self.block_outputs, 32),
         )
 
-    def backward_weight(self, grad: Tensor, z: Tensor, x: Tensor, result: Tensor) -> None:
-        """Write the gradients of weight and bias, one after the other, to `result`."""
-        tiles = self.input_blocks * self.output_blocks
-        rounds = ceil_div(self.row_blocks, max(1, MAX_PARTIALS // tiles))
-        partials = result.new_empty(ceil_div(self.row_blocks, rounds), len(result))
+    def backward_parameters(self, grad: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+        """The gradients of weight and bias, in one vector."""
+        block_inputs, block_outputs = block_size(self.inputs, 128), block_size(self.outputs, 64)
+        tiles = ceil_div(self.inputs, block_inputs) * ceil_div(self.outputs, block_outputs)
+        block_rows = max(16, 128 // x.element_size())
+        blocks = ceil_div(self.rows, block_rows)
+        rounds = ceil_div(blocks, max(1, MAX_PARTIALS // tiles))
+        parts = ceil_div(blocks, rounds)
+        length = self.outputs * self.inputs + self.outputs
+        partials = x.new_empty(parts, length, dtype=self.accumulator)
         launch(
             pointwise_gelu_backward_weight,
-            len(partials) * tiles,
+            parts * tiles,
             grad,
-            z,
+            slope,
             x,
             partials,
             self.images,
             rounds,
             *strides(grad),
-            *strides(z),
+            *strides(slope),
             *strides(x),
-            **self.options,
-            BLOCK_INPUTS=self.block_inputs,
-            BLOCK_OUTPUTS=self.block_outputs,
+            BLOCK_ROWS=block_rows,
+            BLOCK_INPUTS=block_inputs,
+            BLOCK_OUTPUTS=block_outputs,
             num_warps=8,
+            **self.options,
         )
+        if parts == 1:
+            return partials[0]
+        result = partials.new_empty(length)
         launch(
             sum_columns,
-            ceil_div(len(result), 128),
+            ceil_div(length, 128),
             partials,
             result,
-            len(partials),
-            LENGTH=len(result),
+            parts,
+            LENGTH=length,
             BLOCK_ROWS=32,
             BLOCK_COLUMNS=128,
         )
+        return result
 
 
 @torch.library.custom_op("fastconv::pointwise_conv_gelu", mutates_args=())
-def pointwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    """y (N, O, H, W) in the memory format of x, and for the backward z, like y: what goes into GELU."""
+def pointwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """y (N, O, H, W) in the memory format of x; for the backward GELU's slope, like y, or empty without one."""
     x = flat_pixels(x)
-    y, z = _results(x, weight)
-    if x.numel() > 0:
-        Pointwise(x, weight, approximate).forward(x, weight, bias, z, y)
-    return y, z
+    y, slope = _results(x, weight, keep_slope)
+    if y.numel() > 0:
+        Pointwise(x, weight).forward(x, weight, bias, approximate, slope if keep_slope else None, y)
+    return y, slope
 
 
-def _results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _results(x: Tensor, weight: Tensor, keep_slope: bool) -> tuple[Tensor, Tensor]:
     y = new_maps(x, weight.shape[0])
-    return y, torch.empty_like(y)
+    return y, torch.empty_like(y) if keep_slope else y.new_empty(0)
 
 
 @pointwise_conv_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    return _results(flat_pixels(x), weight)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool) -> tuple[Tensor, Tensor]:
+    return _results(flat_pixels(x), weight, keep_slope)
 
 
 @torch.library.custom_op("fastconv::pointwise_conv_gelu_backward", mutates_args=())
 def pointwise_conv_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, z: Tensor, approximate: str
+    grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, like x, and one vector of those of weight and bias."""
+    """The gradient of x, like x, and one vector of those of weight and bias; empty where not needed."""
     x, grad = flat_pixels(x), flat_pixels(grad)
-    grad_x = torch.empty_like(x)
-    size = weight.numel() + weight.shape[0]
-    if x.numel() == 0:
-        return grad_x, x.new_zeros(size, dtype=accumulator(weight))
-    parameters = x.new_empty(size, dtype=accumulator(weight))
-    plan = Pointwise(x, weight, approximate)
-    plan.backward_x(grad, z, weight, grad_x)
-    plan.backward_weight(grad, z, x, parameters)
+    grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+    if grad.numel() == 0:
+        return grad_x.zero_(), parameters.zero_()
+    plan = Pointwise(x, weight)
+    if needs_x:
+        plan.backward_x(grad, slope, weight, grad_x)
+    if needs_parameters:
+        parameters = plan.backward_parameters(grad, slope, x)
     return grad_x, parameters
 
 
+def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
+    size = weight.numel() + weight.shape[0] if needs_parameters else 0
+    return torch.empty_like(x) if needs_x else x.new_empty(0), x.new_empty(size, dtype=accumulator(weight))
+
+
 @pointwise_conv_gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, z: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    size = weight.numel() + weight.shape[0]
-    return torch.empty_like(flat_pixels(x)), x.new_empty(size, dtype=accumulator(weight))
+def _(
+    grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor]:
+    return _gradients_like(flat_pixels(x), weight, needs_x, needs_parameters)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, ctx.approximate = inputs
-    ctx.save_for_backward(x, weight, output[1])
+    x, weight, *_ = inputs
+    ctx.save_for_backward(output[1], x, weight)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 4
+        return (None,) * 5
     check_differentiated_once()
-    weight = ctx.saved_tensors[1]
-    grad_x, parameters = pointwise_conv_gelu_backward(grad, *ctx.saved_tensors, ctx.approximate)
-    grad_weight, grad_bias = parameters.to(weight.dtype).split([weight.numel(), weight.shape[0]])
-    needed = zip((grad_x, grad_weight.view(weight.shape), grad_bias), ctx.needs_input_grad, strict=False)
-    return *(value if wanted else None for value, wanted in needed), None
+    weight = ctx.saved_tensors[2]
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_x, parameters = pointwise_conv_gelu_backward(
+        grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias
+    )
+    matrix, bias = parameters.to(weight.dtype).tensor_split([weight.numel()])
+    return (
+        grad_x if needs_x else None,
+        matrix.view(weight.shape) if needs_weight else None,
+        bias if needs_bias else None,
+        None,
+        None,
+    )
 
 
 pointwise_conv_gelu.register_autograd(_gradients, setup_context=_save)

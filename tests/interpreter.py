@@ -294,8 +294,9 @@ class Region:
         self.start, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         self.itemsize = min(tensor.element_size() for _, tensor in tensors)
         # The number of the program that did, or 0 for none.
-        self.loaded = np.zeros(storage.nbytes() // self.itemsize, np.int32)
-        self.stored = np.zeros_like(self.loaded)
+        elements = storage.nbytes() // self.itemsize
+        # zeros_like would touch every page of a huge tensor of which few elements are used.
+        self.loaded, self.stored = np.zeros(elements, np.int32), np.zeros(elements, np.int32)
         self.is_stored = False
 
     def elements(self, addresses, size):

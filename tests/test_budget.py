@@ -13,6 +13,8 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 TABLE = json.loads((ROOT / "bench/budget.json").read_text())
 LABELS = ("operation", "shape", "kernel", "dtype", "architecture")
+# Accesses of global memory are narrow if they are of less than 128 bits.
+COSTS = ("registers", "spills", "shared_memory", "instructions", "narrow_accesses")
 REWRITE = "if that is on purpose, rewrite the table with python -m bench.budget --write"
 
 
@@ -25,7 +27,7 @@ def worsened(rows, table):
         if name not in budget:
             lines.append(f"{', '.join(name)} is not in the table")
             continue
-        for cost in ("registers", "spills", "shared_memory", "instructions"):
+        for cost in COSTS:
             if row[cost] > budget[name][cost]:
                 lines.append(f"{', '.join(name)}: {cost} rose from {budget[name][cost]} to {row[cost]}")
         if budget[name]["tensor"] and not row["tensor"]:
@@ -54,7 +56,7 @@ def test_no_kernel_costs_more_than_its_budget(rows):
 @pytest.mark.slow
 def test_the_block_is_two_launches_forward_and_three_backward(rows):
     launches = [row["kernel"] for row in rows if row["operation"] == "convnext_block" and row["dtype"] == "bf16"]
-    assert launches == 2 * [
+    assert launches == 3 * [
         "depthwise_forward",
         "pointwise_forward",
         "pointwise_backward",
@@ -63,19 +65,25 @@ def test_the_block_is_two_launches_forward_and_three_backward(rows):
     ]
 
 
-def test_on_hopper_nothing_spills_and_products_are_on_tensor_cores():
-    """Elsewhere some of the widest kernels spill: see bench/NOTES.md."""
+def test_nothing_spills_and_products_are_on_tensor_cores():
     products = ("depthwise_forward", "depthwise_backward", "pointwise_forward", "pointwise_backward")
+    # Sixteen bytes, in the one kernel that the compiler gives no more than 64 registers of 255.
+    spilling = "pointwise_conv_gelu", "64x4, 4x4", "pointwise_gelu_backward_weight", "fp32 medium", "sm_100"
     for row in TABLE["rows"]:
-        if row["architecture"] == "sm_90":
-            assert row["spills"] == 0, row
+        assert row["spills"] == (16 if tuple(row[label] for label in LABELS) == spilling else 0), row
         if row["kernel"] in products:
             assert row["tensor"] or row["architecture"] == "gfx942", row
 
 
+def test_shared_memory_is_within_that_of_any_gpu():
+    """An RTX 3090 or 4090 has the least of those that the kernels are for: 99 KiB for one program."""
+    for row in TABLE["rows"]:
+        assert row["shared_memory"] <= (64 if row["architecture"] == "gfx942" else 99) * 1024, row
+
+
 def test_a_worse_row_is_found():
     row = TABLE["rows"][0]
-    for cost in ("registers", "spills", "shared_memory", "instructions"):
+    for cost in COSTS:
         (line,) = worsened([{**row, cost: row[cost] + 1}], TABLE["rows"])
         assert f"{cost} rose from {row[cost]} to {row[cost] + 1}" in line
     assert "not in the table" in worsened([{**row, "kernel": "new"}], TABLE["rows"])[0]

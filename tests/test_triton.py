@@ -22,7 +22,7 @@ import fastconv
 from fastconv import functional, reference
 
 pytest.importorskip("triton")
-from fastconv.kernels import operations
+from fastconv.kernels import block_operator, operations, pointwise_operator
 
 NORMS = ("tensor", "sample")
 SMALL_MAPS = [name for name, shape in SHAPES.items() if shape[2] * shape[3] <= 256]
@@ -268,7 +268,7 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
 
 
 def test_blocks_too_wide_for_one_kernel_are_composed(device, monkeypatch):
-    monkeypatch.setattr(operations, "WIDEST_BLOCK", 3)
+    monkeypatch.setattr(block_operator, "WIDEST", 3)
     FEW(
         lambda: compare(
             block(functional), block(reference), random_block(SHAPES["lecture 4x4"]), NAMES, device=device
@@ -336,6 +336,48 @@ def test_each_gradient_by_itself(device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("index", "kernels"),
+    [
+        (0, {"pointwise_gelu_backward_x"}),
+        (1, {"pointwise_gelu_backward_weight", "sum_columns"}),
+        (2, {"pointwise_gelu_backward_weight", "sum_columns"}),
+    ],
+    ids=["x", "weight", "bias"],
+)
+def test_each_gradient_of_the_pointwise_convolution_takes_its_kernels_only(index, kernels, device, monkeypatch):
+    inputs = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
+    y = functional.pointwise_conv_gelu(*(x.requires_grad_(i == index) for i, x in enumerate(inputs)))
+    launched = record_launches(monkeypatch, pointwise_operator)
+    torch.autograd.grad(y.sum(), inputs[index])
+    assert set(launched) == kernels
+
+
+def record_launches(monkeypatch, module):
+    """{name: constants} of the kernels that `module` launches from now on."""
+    launched = {}
+    launch = module.launch
+
+    def recorded(kernel, *arguments, **options):
+        launched[kernel.fn.__name__] = options
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(module, "launch", recorded)
+    return launched
+
+
+def test_without_gradients_the_slope_of_gelu_is_not_kept(device, monkeypatch):
+    x, *parameters = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
+    launched = record_launches(monkeypatch, pointwise_operator)
+    functional.pointwise_conv_gelu(x.requires_grad_(), *parameters)
+    assert launched["pointwise_gelu"]["KEEP_SLOPE"]
+    with torch.no_grad():
+        functional.pointwise_conv_gelu(x, *parameters)
+    assert not launched["pointwise_gelu"]["KEEP_SLOPE"]
+    functional.pointwise_conv_gelu(x.detach(), *parameters)
+    assert not launched["pointwise_gelu"]["KEEP_SLOPE"]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(norm, device):
     leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(SHAPES["lecture 8x8"]), torch.float32))]
@@ -355,6 +397,26 @@ def test_parameters_of_any_strides(device):
     assert torch.equal(block(functional)(*strided), block(functional)(*inputs))
     for operation, which in [(depthwise(functional), (0, 1, 2, 7, 8)), (pointwise(functional), (0, 5, 6))]:
         assert torch.equal(operation(*(strided[i] for i in which)), operation(*(inputs[i] for i in which)))
+
+
+@pytest.mark.parametrize("strides", [(1, 2**30, 2, 2), (1, 2, 2**30, 2**30)], ids=["channels", "pixels"])
+def test_elements_2_31_apart(strides, device):
+    """Only the pages that the few elements lie on are ever touched."""
+    far = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device).as_strided((2, 3, 1, 3), strides)
+    x, *parameters = on(device, as_dtype(random_block((2, 3, 1, 3, 2, (3, 3))), torch.float16))
+    with torch.no_grad():
+        far.copy_(x)
+    for operation, arguments in [
+        (block(functional), parameters),
+        (depthwise(functional), [*parameters[:2], *parameters[-2:]]),
+        (norm_alone(functional), [None, None]),
+        (pointwise(functional), [parameters[4]]),
+    ]:
+        y = operation(x, *arguments)
+        grad = torch.empty_like(far).copy_(torch.randn_like(y)) if y.shape == x.shape else torch.randn_like(y)
+        expected = outputs_and_grads(lambda x, f=operation, a=arguments: f(x, *a), [x], grad)
+        found = outputs_and_grads(lambda x, f=operation, a=arguments: f(x, *a), [far], grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_double_backward_raises(device):
@@ -407,7 +469,7 @@ def registered(device):
     rest = pointwise.flatten(1), pointwise_bias, projection.flatten(1), projection_bias
     return {
         "layer_norm": (x, "tensor", 1e-5),
-        "pointwise_conv_gelu": (x, projection.flatten(1), None, "tanh"),
+        "pointwise_conv_gelu": (x, projection.flatten(1), None, "tanh", True),
         "depthwise_conv_layer_norm": (x, weight, bias, "sample", 1e-5),
         "convnext_block": (x, weight, bias, *rest, "tensor", 1e-5, "none"),
     }
