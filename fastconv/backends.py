@@ -28,8 +28,6 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The first with bfloat16 and tf32 in its tensor cores.
 _LEAST_CAPABILITY = (8, 0)
-# Larger maps make the Toeplitz matrices of the kernels, P^2 entries for each channel, too large.
-_LARGEST_MAP = 256
 
 
 class BackendUnavailable(RuntimeError):
@@ -89,14 +87,10 @@ def candidates() -> tuple[str, ...]:
     return BACKENDS if _forced == "auto" else (_forced,)
 
 
-def can_run(backend: str, operation: str, x: Tensor, norm: str = "tensor") -> str | None:
-    """Return None if `backend` can run `operation` on an input like `x`, else the reason why not."""
+def can_run(backend: str, x: Tensor) -> str | None:
+    """Return None if `backend` can run the operations on an input like `x`, else the reason why not."""
     if backend != "triton":
         return None
-    return _why_not_on(x) or _why_not_shape(operation, x, norm)
-
-
-def _why_not_on(x: Tensor) -> str | None:
     if not _TRITON_INSTALLED:
         return "Triton is not installed (it exists for Linux: pip install triton)"
     if x.device.type == "cuda":
@@ -111,14 +105,6 @@ def _why_not_on(x: Tensor) -> str | None:
     return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
 
 
-def _why_not_shape(operation: str, x: Tensor, norm: str) -> str | None:
-    if norm == "channel":
-        return 'its kernels have the norms "tensor" and "sample"'
-    if operation in ("depthwise_conv_layer_norm", "convnext_block") and x.shape[2] * x.shape[3] > _LARGEST_MAP:
-        return f"maps of {x.shape[2]} x {x.shape[3]} have more than {_LARGEST_MAP} pixels"
-    return None
-
-
 def _module(backend: str) -> ModuleType:
     # Triton is imported where it is used first, and not by `import fastconv`.
     if backend not in _MODULES:
@@ -126,14 +112,14 @@ def _module(backend: str) -> ModuleType:
     return _MODULES[backend]
 
 
-def select(operation: str, x: Tensor, norm: str = "tensor") -> ModuleType:
-    """Return the module that is to run `operation`, with this norm, on `x`.
+def select(operation: str, x: Tensor) -> ModuleType:
+    """Return the module that is to run `operation` on `x`.
 
     Raises:
         BackendUnavailable: a forced backend cannot.
     """
     for name in candidates():
-        reason = can_run(name, operation, x, norm)
+        reason = can_run(name, x)
         if reason is None:
             return _module(name)
     raise BackendUnavailable(

@@ -70,7 +70,7 @@ def choices(device: torch.device) -> dict[str, dict[str, Any]]:
     x = torch.empty(1, 1, 1, 1, device=device)
     found = {}
     for operation in backends.OPERATIONS:
-        reasons = {name: backends.can_run(name, operation, x) for name in backends.candidates()}
+        reasons = {name: backends.can_run(name, x) for name in backends.candidates()}
         found[operation] = {
             "runs": next((name for name, reason in reasons.items() if reason is None), None),
             "refused": {name: reason for name, reason in reasons.items() if reason is not None},

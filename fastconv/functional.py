@@ -227,7 +227,7 @@ def _run(
     **options: Any,
 ) -> Tensor:
     """Run an operation on the chosen backend; under autocast, as PyTorch's convolutions, in its dtype."""
-    run: Callable[..., Tensor] = getattr(backends.select(operation, x, options.get("norm", "tensor")), operation)
+    run: Callable[..., Tensor] = getattr(backends.select(operation, x), operation)
     device = x.device.type
     if not _autocasts(x):
         return run(x, *parameters, **options)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import block_operator, norm_operators, pointwise_operator
+from . import block_operator, channel_norm_operators, norm_operators, pointwise_operator, stencil_operators
+
+# On maps of more pixels the convolution is a stencil: a Toeplitz matrix has P^2 entries for each channel.
+LARGEST_TOEPLITZ_MAP = 256
+# Channels that one program can hold, for the norm of a pixel.
+WIDEST_CHANNEL_NORM = 4096
+# Inputs times outputs of a pointwise convolution. The products of larger weights take longer than the passes of
+# GELU that the kernel saves, and the vendor's library multiplies faster. Worked out from the bytes and operations
+# of ConvNeXt's stages on an H100; not measured.
+LARGEST_POINTWISE = 192 * 768
 
 
 def convnext_block(
@@ -24,8 +33,8 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
-    # Wider blocks are composed of the other operations.
-    if max(x.shape[1], pointwise_weight.shape[0]) > block_operator.WIDEST:
+    widest = max(x.shape[1], pointwise_weight.shape[0])
+    if norm == "channel" or widest > block_operator.WIDEST or _is_large(x):
         work = pointwise_weight.dtype
         y = depthwise_conv_layer_norm(
             x.to(work),
@@ -37,7 +46,7 @@ def convnext_block(
             norm_bias=norm_bias,
         )
         y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
-        return x + F.conv2d(y, projection_weight, projection_bias)
+        return x + _pointwise_conv(y, projection_weight, projection_bias)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
     weight, bias = pointwise_weight.flatten(1), pointwise_bias
     if norm_bias is not None:
@@ -69,17 +78,41 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    y = norm_operators.depthwise_conv_layer_norm(x, weight.contiguous(), _contiguous(bias), norm, eps)[0]
+    weight, bias = weight.contiguous(), _contiguous(bias)
+    if norm == "channel" and weight.shape[0] <= WIDEST_CHANNEL_NORM:
+        norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
+        parameters = weight, bias, norm_weight, norm_bias
+        keep = _needs_grad(x, *parameters)
+        return stencil_operators.depthwise_conv_channel_norm(x, *parameters, eps, keep)[0]
+    if norm == "channel" or _is_large(x):
+        h = stencil_operators.depthwise_conv(x, weight, bias)
+        return layer_norm(h, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
+    y = norm_operators.depthwise_conv_layer_norm(x, weight, bias, norm, eps)[0]
     return _affine(y, norm_weight, norm_bias)
+
+
+def _is_large(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] > LARGEST_TOEPLITZ_MAP
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
+    if weight.numel() > LARGEST_POINTWISE:
+        return F.gelu(_pointwise_conv(x, weight, bias), approximate=approximate)
     weight, bias = weight.flatten(1).contiguous(), _contiguous(bias)
-    needs_grad = any(value is not None and value.requires_grad for value in (x, weight, bias))
-    keep_slope = needs_grad and torch.is_grad_enabled()
-    return pointwise_operator.pointwise_conv_gelu(x, weight, bias, approximate, keep_slope)[0]
+    return pointwise_operator.pointwise_conv_gelu(x, weight, bias, approximate, _needs_grad(x, weight, bias))[0]
+
+
+def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's, in the memory format of x: of channels_last maps one matrix product."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
 
 
 def layer_norm(
@@ -90,6 +123,13 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    if norm == "channel" and x.shape[1] <= WIDEST_CHANNEL_NORM:
+        norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
+        return channel_norm_operators.channel_layer_norm(x, norm_weight, norm_bias, eps)[0]
+    if norm == "channel":
+        y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm_weight, norm_bias, eps)
+        y = y.permute(0, 3, 1, 2)
+        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
     return _affine(norm_operators.layer_norm(x, norm, eps)[0], norm_weight, norm_bias)
 
 

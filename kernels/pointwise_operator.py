@@ -19,8 +19,8 @@ from .launch import (
     precision,
     strides,
 )
+from .partials import sum_partials
 from .pointwise import pointwise_gelu, pointwise_gelu_backward_weight, pointwise_gelu_backward_x
-from .reduction import sum_columns
 
 # From here on, 128 rows to a program leave enough programs for a large GPU.
 MANY_ROWS = 128 * 128
@@ -118,20 +118,7 @@ class Pointwise:
             num_warps=8,
             **self.options,
         )
-        if parts == 1:
-            return partials[0]
-        result = partials.new_empty(length)
-        launch(
-            sum_columns,
-            ceil_div(length, 128),
-            partials,
-            result,
-            parts,
-            LENGTH=length,
-            BLOCK_ROWS=32,
-            BLOCK_COLUMNS=128,
-        )
-        return result
+        return sum_partials(partials)
 
 
 @torch.library.custom_op("fastconv::pointwise_conv_gelu", mutates_args=())

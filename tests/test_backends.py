@@ -89,9 +89,9 @@ def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
     monkeypatch.setattr(backends, "_TRITON_INTERPRETED", True)
     x = torch.zeros(1, 1, 1, 1)
     with fastconv.backend("auto"):
-        assert "only if it is forced" in backends.can_run("triton", "layer_norm", x)
+        assert "only if it is forced" in backends.can_run("triton", x)
     with fastconv.backend("triton"):
-        assert backends.can_run("triton", "layer_norm", x) is None
+        assert backends.can_run("triton", x) is None
 
 
 def test_the_environment_variable_forces_one():

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fastconv
-from fastconv import backends, functional, reference
+from fastconv import backends, functional, portable, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -29,8 +29,8 @@ def gradients(model, x, labels):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def example(images=32, device=CUDA):
-    model = fastconv.Classifier(width=16, depth=2).to(device)
+def example(images=32, device=CUDA, norm="tensor"):
+    model = fastconv.Classifier(width=16, depth=2, norm=norm).to(device)
     return model, torch.rand(images, 3, 32, 32, device=device), torch.randint(10, (images,), device=device)
 
 
@@ -38,15 +38,23 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_auto_takes_triton():
+def test_auto_takes_triton_but_for_float64():
+    x = torch.zeros(1, 1, 1, 1, device=CUDA)
     with fastconv.backend("auto"):
         for operation in backends.OPERATIONS:
-            assert backends.can_run("triton", operation, torch.zeros(1, 1, 1, 1, device=CUDA)) is None
+            assert backends.select(operation, x).__name__ == "fastconv.kernels.operations"
+            assert backends.select(operation, x.double()) is portable
+
+
+def test_float64_is_refused_where_triton_is_forced():
+    with pytest.raises(fastconv.BackendUnavailable, match="do not take float64"):
+        functional.layer_norm(torch.ones(1, 2, 1, 1, device=CUDA, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cuda_graph_replays_the_same(dtype):
-    model, x, labels = example()
+@pytest.mark.parametrize("norm", ["tensor", "channel"])
+def test_a_cuda_graph_replays_the_same(dtype, norm):
+    model, x, labels = example(norm=norm)
 
     def step():
         with torch.autocast(CUDA, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -120,8 +128,8 @@ def test_more_than_2_31_elements():
 SANITIZED = """
 import torch, fastconv
 for dtype in (torch.float32, torch.bfloat16):
-    for shape in [(33, 5, 8, 8), (7, 3, 5, 7), (1, 4, 1, 1)]:
-        for norm in ("tensor", "sample"):
+    for shape in [(33, 5, 8, 8), (7, 3, 5, 7), (1, 4, 1, 1), (2, 3, 17, 18)]:
+        for norm in ("tensor", "sample", "channel"):
             block = fastconv.ConvNextBlock(shape[1], norm=norm).to("cuda", dtype)
             depthwise = fastconv.DepthwiseConvLayerNorm(shape[1], norm=norm).to("cuda", dtype)
             x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)

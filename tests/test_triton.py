@@ -23,8 +23,9 @@ import fastconv
 from fastconv import functional, reference
 
 pytest.importorskip("triton")
-from fastconv.kernels import block_operator, operations, pointwise_operator
+from fastconv.kernels import block_operator, operations, partials, pointwise_operator
 
+# The third, "channel", has kernels of its own: see test_stencil.py.
 NORMS = ("tensor", "sample")
 SMALL_MAPS = [name for name, shape in SHAPES.items() if shape[2] * shape[3] <= 256]
 # The interpreter takes its time: about a tenth of a second for each of these.
@@ -350,21 +351,22 @@ def test_each_gradient_by_itself(device):
 def test_each_gradient_of_the_pointwise_convolution_takes_its_kernels_only(index, kernels, device, monkeypatch):
     inputs = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
     y = functional.pointwise_conv_gelu(*(x.requires_grad_(i == index) for i, x in enumerate(inputs)))
-    launched = record_launches(monkeypatch, pointwise_operator)
+    launched = record_launches(monkeypatch, pointwise_operator, partials)
     torch.autograd.grad(y.sum(), inputs[index])
     assert set(launched) == kernels
 
 
-def record_launches(monkeypatch, module):
-    """{name: constants} of the kernels that `module` launches from now on."""
+def record_launches(monkeypatch, *modules):
+    """{name: constants} of the kernels that `modules` launch from now on."""
     launched = {}
-    launch = module.launch
+    launch = pointwise_operator.launch
 
     def recorded(kernel, *arguments, **options):
         launched[kernel.fn.__name__] = options
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(module, "launch", recorded)
+    for module in modules:
+        monkeypatch.setattr(module, "launch", recorded)
     return launched
 
 
@@ -529,27 +531,6 @@ def test_the_classifier(device):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-REFUSED = {
-    "channel": (lambda x: functional.layer_norm(x, norm="channel"), 'have the norms "tensor" and "sample"'),
-    "large map": (
-        lambda x: functional.depthwise_conv_layer_norm(
-            x.expand(1, 2, 17, 16), torch.ones(2, 1, 3, 3, device=x.device)
-        ),
-        "maps of 17 x 16 have more than 256 pixels",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_the_kernels_do_not_do_is_said_and_auto_falls_back(case, device):
-    call, reason = REFUSED[case]
-    x = torch.ones(1, 2, 1, 1, device=device)
-    with pytest.raises(fastconv.BackendUnavailable, match=reason):
-        call(x)
-    with fastconv.backend("auto"):
-        call(x)
 
 
 def test_the_kernels_are_what_ran(device, monkeypatch):

@@ -1,0 +1,381 @@
+"""The depthwise convolution on maps of any size, alone and with the norm of each pixel, as operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .channel_norm_operators import ChannelNorm
+from .launch import (
+    accumulator,
+    ceil_div,
+    check_differentiated_once,
+    flat_pixels,
+    launch,
+    new_maps,
+    next_power_of_2,
+)
+from .partials import sum_partials
+from .stencil import stencil, stencil_backward_taps, stencil_channel_norm
+
+# Pixels of a program, and channels of a thread, which keeps a sum for each pixel of each of its channels.
+WIDEST_STRIP = 14
+CHANNELS_OF_THREAD = 4
+# The same where it keeps a sum for each tap.
+MOST_TAPS = 28
+WIDEST_STRIP_OF_TAPS = 8
+CHANNELS_OF_THREAD_OF_TAPS = 2
+# Programs of the taps' gradient: some for each multiprocessor of a large GPU.
+PROGRAMS = 2048
+
+
+class Stencil:
+    """The sizes of a depthwise convolution of `x`, channels side by side, and how its kernels divide the work."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.images, self.channels, self.height, self.width = x.shape
+        self.outputs, _, self.kernel_height, self.kernel_width = weight.shape
+        self.multiplier = self.outputs // self.channels
+        self.strips = ceil_div(self.width, WIDEST_STRIP)
+        self.block_width = ceil_div(self.width, self.strips)
+        self.lines = self.images * self.height
+        self.options: dict[str, Any] = {
+            "MULTIPLIER": self.multiplier,
+            "KERNEL_HEIGHT": self.kernel_height,
+            "KERNEL_WIDTH": self.kernel_width,
+        }
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        self._convolve(x, weight, bias, y, transposed=False)
+
+    def backward_x(self, grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+        self._convolve(grad, weight, None, grad_x, transposed=True)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transposed: bool) -> None:
+        channels = y.shape[1]
+        block = min(next_power_of_2(channels), 32 * CHANNELS_OF_THREAD)
+        launch(
+            stencil,
+            self.lines * self.strips * ceil_div(channels, block),
+            x,
+            taps_first(weight),
+            bias,
+            y,
+            self.height,
+            self.width,
+            *strides(x),
+            CHANNELS=channels,
+            OUTPUTS=self.outputs,
+            TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            BLOCK_CHANNELS=block,
+            BLOCK_WIDTH=self.block_width,
+            num_warps=1,
+            **self.options,
+        )
+
+    def forward_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        y: Tensor,
+        normalised: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        block = next_power_of_2(self.outputs)
+        launch(
+            stencil_channel_norm,
+            self.lines * self.strips,
+            x,
+            taps_first(weight),
+            bias,
+            norm_weight,
+            norm_bias,
+            y,
+            normalised,
+            scale,
+            self.height,
+            self.width,
+            eps,
+            *strides(x),
+            CHANNELS=self.outputs,
+            HAS_BIAS=bias is not None,
+            HAS_NORM_WEIGHT=norm_weight is not None,
+            HAS_NORM_BIAS=norm_bias is not None,
+            KEEP_NORMALISED=normalised is not None,
+            KEEP_SCALE=scale is not None,
+            BLOCK_CHANNELS=block,
+            BLOCK_WIDTH=self.block_width,
+            num_warps=max(1, block // (32 * CHANNELS_OF_THREAD)),
+            **self.options,
+        )
+
+    def backward_parameters(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradients of the taps, then of the bias: [kh * kw + 1, K]."""
+        block = min(next_power_of_2(self.outputs), 32 * CHANNELS_OF_THREAD_OF_TAPS)
+        tap_rows = max(1, min(self.kernel_height, MOST_TAPS // self.kernel_width))
+        tiles = ceil_div(self.outputs, block) * ceil_div(self.kernel_height, tap_rows)
+        rounds = ceil_div(self.lines, max(1, PROGRAMS // tiles))
+        parts = ceil_div(self.lines, rounds)
+        taps = self.kernel_height * self.kernel_width
+        partials = grad.new_empty(parts, taps + 1, self.outputs, dtype=accumulator(grad))
+        launch(
+            stencil_backward_taps,
+            parts * tiles,
+            grad,
+            x,
+            partials,
+            self.lines,
+            rounds,
+            self.height,
+            self.width,
+            *strides(x),
+            CHANNELS=self.outputs,
+            BLOCK_CHANNELS=block,
+            BLOCK_WIDTH=ceil_div(self.width, ceil_div(self.width, WIDEST_STRIP_OF_TAPS)),
+            BLOCK_TAP_ROWS=tap_rows,
+            num_warps=1,
+            **self.options,
+        )
+        return sum_partials(partials)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of image, row and column."""
+    return x.stride(0), x.stride(2), x.stride(3)
+
+
+def channels_side_by_side(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, with its channels side by side, and each image within the reach of 32 bits."""
+    reach = (x.shape[2] - 1) * x.stride(2) + (x.shape[3] - 1) * x.stride(3) + x.shape[1]
+    if (x.stride(1) == 1 or x.shape[1] == 1) and reach < 2**31:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """[K, 1, kh, kw] as [kh * kw, K]."""
+    return weight.flatten(1).t().contiguous()
+
+
+def new_channels_last(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like `x` but for their channels, which lie side by side."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], channels).permute(0, 3, 1, 2)
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y`, whose channels lie side by side, or a copy of it, in the memory format of `x`."""
+    result = new_maps(x, y.shape[1])
+    return y if result.stride() == y.stride() else result.copy_(y)
+
+
+@torch.library.custom_op("fastconv::depthwise_conv", mutates_args=())
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, K, H, W) in the memory format of x, by a sum over the taps."""
+    y = new_channels_last(x, weight.shape[0])
+    if x.numel() > 0:
+        source = channels_side_by_side(x)
+        Stencil(source, weight).forward(source, weight, bias, y)
+    return in_format_of(x, y)
+
+
+@depthwise_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return new_maps(x, weight.shape[0])
+
+
+@torch.library.custom_op("fastconv::depthwise_conv_backward", mutates_args=())
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, in its format, and of the taps and the bias, [kh * kw + 1, K]; empty where not needed."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return _backward(grad, x, weight, needs_x, needs_parameters)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the convolution, given the gradient of its result, channels_last."""
+    grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+    if x.numel() == 0:
+        return grad_x, parameters.zero_()
+    source = channels_side_by_side(x)
+    plan = Stencil(source, weight)
+    if needs_x:
+        grad_source = new_channels_last(x, x.shape[1])
+        plan.backward_x(grad, weight, grad_source)
+        grad_x = in_format_of(x, grad_source)
+    if needs_parameters:
+        parameters = plan.backward_parameters(grad, source)
+    return grad_x, parameters
+
+
+def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
+    rows = weight.shape[2] * weight.shape[3] + 1 if needs_parameters else 0
+    parameters = x.new_empty(rows, weight.shape[0], dtype=accumulator(x))
+    return new_maps(x, x.shape[1]) if needs_x else x.new_empty(0), parameters
+
+
+@depthwise_conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
+    return _gradients_like(x, weight, needs_x, needs_parameters)
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _convolution_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    check_differentiated_once()
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    grad_x, parameters = depthwise_conv_backward(grad, x, weight, needs_x, needs_weight or needs_bias)
+    taps, shift = _taps_and_bias(parameters, weight, needs_weight, needs_bias)
+    return grad_x if needs_x else None, taps, shift
+
+
+def _taps_and_bias(
+    parameters: Tensor, weight: Tensor, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a weight, (K, 1, kh, kw), and a bias from [kh * kw + 1, K]."""
+    taps = parameters[:-1].t().to(weight.dtype).reshape(weight.shape) if needs_weight else None
+    return taps, parameters[-1].to(weight.dtype) if needs_bias else None
+
+
+depthwise_conv.register_autograd(_convolution_gradients, setup_context=_save_convolution)
+
+
+@torch.library.custom_op("fastconv::depthwise_conv_channel_norm", mutates_args=())
+def depthwise_conv_channel_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, H, W) in the memory format of x and, to `keep` for the backward, or else empty:
+
+    the normalised tensor, channels_last, empty too if y is that; and 1 / sqrt(variance + eps), [N * H * W].
+    """
+    y = new_channels_last(x, weight.shape[0])
+    _, normalised, scale = _normed_like(x, weight, norm_weight, norm_bias, keep)
+    if x.numel() > 0:
+        source = channels_side_by_side(x)
+        kept = normalised if normalised.numel() > 0 else None
+        Stencil(source, weight).forward_norm(
+            source, weight, bias, norm_weight, norm_bias, eps, y, kept, scale if keep else None
+        )
+    return in_format_of(x, y), normalised, scale
+
+
+def _normed_like(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = new_maps(x, weight.shape[0])
+    affine = norm_weight is not None or norm_bias is not None
+    normalised = new_channels_last(x, weight.shape[0]) if keep and affine else x.new_empty(0)
+    rows = x.shape[0] * x.shape[2] * x.shape[3] if keep else 0
+    return y, normalised, x.new_empty(rows, dtype=accumulator(x))
+
+
+@depthwise_conv_channel_norm.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _normed_like(x, weight, norm_weight, norm_bias, keep)
+
+
+@torch.library.custom_op("fastconv::depthwise_conv_channel_norm_backward", mutates_args=())
+def depthwise_conv_channel_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    normalised: Tensor,
+    scale: Tensor,
+    needs_x: bool,
+    needs_parameters: bool,
+    needs_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `depthwise_conv_backward`, and the gradients of the norm's weight and bias, [2, K], or empty."""
+    if x.numel() == 0:
+        grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+        return grad_x, parameters.zero_(), _norm_gradients_like(x, weight, needs_norm).zero_()
+    grad = flat_pixels(grad)
+    grad_h = new_channels_last(x, weight.shape[0])
+    norm = ChannelNorm(grad).backward(grad, flat_pixels(normalised), None, scale, norm_weight, grad_h, needs_norm)
+    return *_backward(grad_h, x, weight, needs_x, needs_parameters), norm
+
+
+def _norm_gradients_like(x: Tensor, weight: Tensor, needs_norm: bool) -> Tensor:
+    return x.new_empty(2 if needs_norm else 0, weight.shape[0], dtype=accumulator(x))
+
+
+@depthwise_conv_channel_norm_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    normalised: Tensor,
+    scale: Tensor,
+    needs_x: bool,
+    needs_parameters: bool,
+    needs_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _gradients_like(x, weight, needs_x, needs_parameters)
+    return *gradients, _norm_gradients_like(x, weight, needs_norm)
+
+
+def _save_normed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, norm_weight, norm_bias, _, _ = inputs
+    y, normalised, scale = output
+    affine = norm_weight is not None or norm_bias is not None
+    ctx.save_for_backward(x, weight, norm_weight, normalised if affine else y, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _normed_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    check_differentiated_once()
+    x, weight, norm_weight, normalised, scale = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, *_ = ctx.needs_input_grad
+    grad_x, parameters, norm = depthwise_conv_channel_norm_backward(
+        grad,
+        x,
+        weight,
+        norm_weight,
+        normalised,
+        scale,
+        needs_x,
+        needs_weight or needs_bias,
+        needs_norm_weight or needs_norm_bias,
+    )
+    return (
+        grad_x if needs_x else None,
+        *_taps_and_bias(parameters, weight, needs_weight, needs_bias),
+        norm[0].to(weight.dtype) if needs_norm_weight else None,
+        norm[1].to(weight.dtype) if needs_norm_bias else None,
+        None,
+        None,
+    )
+
+
+depthwise_conv_channel_norm.register_autograd(_normed_gradients, setup_context=_save_normed)
