@@ -1,4 +1,4 @@
-"""What a training run shows while it runs: a progress bar, two lines per epoch, and the result."""
+"""What a training run shows: the model, then a progress bar, two lines per epoch, and the result."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastconv import reference
 from fastconv.checkpoint import Checkpoint, write_atomically
+from fastconv.extras import import_extra
+from fastconv.training import Recipe
 
 
 class Display:
@@ -88,3 +92,23 @@ class Display:
         )
         if self.json_output:
             print(json.dumps({**final.test, "seconds": final.seconds, "directory": str(out)}), flush=True)
+
+
+def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth: int) -> str:
+    """torchinfo's summary of the layers, which are those of the lecture's model: the fused modules merge them."""
+    # It runs the model. On the meta device that takes no memory, however wide the model or large the batch.
+    with torch.device("meta"):
+        model = reference.Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
+        images = torch.empty(recipe.batch_size, *image_size)
+    return str(
+        import_extra("torchinfo").summary(
+            model,
+            input_data=images,
+            device="meta",
+            depth=depth,
+            col_names=("output_size", "num_params", "mult_adds"),
+            col_width=18,
+            row_settings=("var_names",),
+            verbose=0,
+        )
+    )

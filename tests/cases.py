@@ -1,7 +1,6 @@
-"""What tests of the operations share: shapes, memory formats, random inputs, and the comparison with float64."""
+"""What tests of the operations share: shapes, random inputs, and the operations called with them."""
 
 import torch
-from oracle import outputs_and_grads
 
 # images, channels, height, width, multiplier, kernel
 SHAPES = {
@@ -15,20 +14,6 @@ SHAPES = {
     "large map": (2, 5, 20, 17, 1, (7, 7)),
     "one tap": (5, 6, 6, 4, 3, (1, 1)),
 }
-FORMATS = ("contiguous", "channels_last", "batch_last", "sliced")
-
-
-def in_format(x, name):
-    if name == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if name == "batch_last":
-        return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    if name == "sliced":
-        images, channels, height, width = x.shape
-        holder = x.new_full((images, channels + 1, 2 * height, width + 3), torch.nan)
-        holder[:, 1:, ::2, 2:-1] = x
-        return holder[:, 1:, ::2, 2:-1]
-    return x
 
 
 def random_block(shape, affine=True, bias=True, dtype=torch.float64):
@@ -63,10 +48,6 @@ NAMES = (
 )
 
 
-def as_dtype(inputs, dtype):
-    return [None if x is None else x.to(dtype) for x in inputs]
-
-
 def block(module, norm="tensor", approximate="none", eps=1e-5):
     def call(*inputs):
         *positional, norm_weight, norm_bias = inputs
@@ -96,20 +77,3 @@ def norm_alone(module, norm="tensor"):
         return module.layer_norm(x, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias)
 
     return call
-
-
-def compare(
-    ours, definition, inputs, names, layout="contiguous", dtype=torch.float32, autocast=False, device="cpu"
-):
-    """{name: (ours, PyTorch's in `dtype`, both on `device`, exact)} of the output and of each gradient."""
-    inputs = as_dtype(as_dtype(inputs, dtype), torch.float64)
-    grad = torch.randn(definition(*inputs).shape).to(dtype).double()
-    exact = outputs_and_grads(definition, inputs, grad)
-    low = [None if x is None else x.to(device) for x in as_dtype(inputs, dtype)]
-    laid_out = [in_format(low[0], layout), *low[1:]]
-    grad = grad.to(device)
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-        mine = outputs_and_grads(ours, laid_out, in_format(grad, layout))
-        other = outputs_and_grads(definition, low, grad)
-    names = ["output", *(name for name, x in zip(names, inputs, strict=True) if x is not None)]
-    return {name: (a.cpu(), b.cpu(), c) for name, a, b, c in zip(names, mine, other, exact, strict=True)}

@@ -1,7 +1,8 @@
-"""What all tests share: the marks, the interpreter of Triton, and the seed."""
+"""What all tests share: the marks, the interpreter of Triton, the seed, and the command."""
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -28,3 +29,23 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process; return its exit code, standard output and standard error."""
+    # Not above: fastconv reads TRITON_INTERPRET when it is imported.
+    import fastconv
+    from fastconv import backends, cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastconv", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, fastconv.backend("auto"):
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call

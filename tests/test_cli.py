@@ -35,23 +35,6 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastconv", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped, fastconv.backend("auto"):
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """The directory of a finished run."""

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
-from cases import FORMATS, NAMES, SHAPES, as_dtype, block, compare, depthwise, in_format, norm_alone, random_block
-from oracle import assert_accurate, outputs_and_grads
+from cases import NAMES, SHAPES, block, depthwise, norm_alone, random_block
+from oracle import assert_accurate
 from torch.nn import functional as F
 
 import fastconv
 from fastconv import columns, functional, reference
+from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
 
 TOEPLITZ = {
     "lecture 8x8",

@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 import torch
-from cases import FORMATS, as_dtype, block, compare, in_format
-from oracle import assert_accurate, outputs_and_grads
+from cases import block
+from oracle import assert_accurate
 
 import fastconv
 from fastconv import functional, reference
+from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
 
 pytest.importorskip("triton")
 from fastconv.kernels import channel_norm_operators, operations, stencil_operators

@@ -5,22 +5,12 @@ import itertools
 
 import pytest
 import torch
-from cases import (
-    FORMATS,
-    NAMES,
-    SHAPES,
-    as_dtype,
-    block,
-    compare,
-    depthwise,
-    in_format,
-    norm_alone,
-    random_block,
-)
-from oracle import assert_accurate, outputs_and_grads
+from cases import NAMES, SHAPES, block, depthwise, norm_alone, random_block
+from oracle import assert_accurate
 
 import fastconv
 from fastconv import functional, reference
+from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
 
 pytest.importorskip("triton")
 from fastconv.kernels import block_operator, operations, partials, pointwise_operator

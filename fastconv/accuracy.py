@@ -1,0 +1,129 @@
+"""The rule by which results are judged: their error against float64, beside PyTorch's own in one dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Long sums of weight gradients differ by the order of their terms.
+FLOOR = {torch.float32: 5e-6, torch.float16: 1.25e-4, torch.bfloat16: 1e-3}
+# A gradient of a few numbers is rounded well or badly by chance: errors are averaged over this many samples.
+SAMPLES = 8
+FORMATS = ("contiguous", "channels_last", "batch_last", "sliced")
+
+
+class Error(NamedTuple):
+    """Norms of the difference from the exact result, over the norm of the exact result."""
+
+    ours: float
+    pytorch: float
+    floor: float
+
+    @property
+    def bound(self) -> float:
+        """The largest error that is right: twice PyTorch's, or the floor; an overflow in PyTorch excuses none."""
+        return max(self.floor, 2 * self.pytorch) if math.isfinite(self.pytorch) else self.floor
+
+    @property
+    def right(self) -> bool:
+        # A NaN is never at most anything.
+        return self.ours <= self.bound
+
+    @property
+    def excess(self) -> float:
+        """The error in units of the bound, infinite if it is NaN: what to sort by."""
+        return math.inf if math.isnan(self.ours) else self.ours / self.bound
+
+
+def measure(
+    sample: Callable[[], Mapping[str, tuple[Tensor, Tensor, Tensor]]], floor: float, samples: int = SAMPLES
+) -> dict[str, Error]:
+    """The errors of each tensor that `sample()` draws, as {name: (ours, PyTorch's, exact)}, pooled over samples.
+
+    Raises:
+        ValueError: one of ours has another shape or dtype than PyTorch's.
+    """
+    squares: dict[str, list[float]] = {}
+    for _ in range(samples):
+        for name, (mine, other, exact) in sample().items():
+            if mine.shape != exact.shape or mine.dtype != other.dtype:
+                raise ValueError(
+                    f"{name} is {mine.dtype} {tuple(mine.shape)}; expected {other.dtype} {tuple(exact.shape)}"
+                )
+            sums = squares.setdefault(name, [0.0, 0.0, 0.0])
+            for i, difference in enumerate((mine - exact, other - exact, exact)):
+                sums[i] += difference.double().square().sum().item()
+    return {
+        name: Error(relative(mine, scale), relative(other, scale), floor)
+        for name, (mine, other, scale) in squares.items()
+    }
+
+
+def relative(difference: float, scale: float) -> float:
+    """The root of the ratio of two sums of squares; any difference from zero is infinite."""
+    return math.sqrt(difference / scale) if scale else (math.inf if difference else 0.0)
+
+
+def compare(
+    ours: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    names: Sequence[str],
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """{name: (ours, PyTorch's in `dtype`, both on `device`, exact)} of the output and of each gradient.
+
+    Args:
+        ours, definition: what is judged, and what it should compute; both are called with the inputs.
+        inputs: the maps (N, C, H, W), then parameters, some of them None. All are rounded to `dtype` first.
+        names: of the inputs.
+        layout: one of FORMATS, for our maps, and the gradient of our output if it is maps.
+        autocast: run ours and PyTorch's under torch.autocast in bfloat16.
+    """
+    inputs = as_dtype(as_dtype(inputs, dtype), torch.float64)
+    grad = torch.randn(definition(*inputs).shape).to(dtype).double()
+    exact = outputs_and_grads(definition, inputs, grad)
+    low = [None if x is None else x.to(device) for x in as_dtype(inputs, dtype)]
+    maps, grad = low[0], grad.to(device)
+    assert maps is not None
+    grad_layout = layout if grad.dim() == 4 else "contiguous"
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=autocast):
+        mine = outputs_and_grads(ours, [in_format(maps, layout), *low[1:]], in_format(grad, grad_layout))
+        other = outputs_and_grads(definition, low, grad)
+    names = ["output", *(name for name, x in zip(names, inputs, strict=True) if x is not None)]
+    return {name: (a.cpu(), b.cpu(), c) for name, a, b, c in zip(names, mine, other, exact, strict=True)}
+
+
+def outputs_and_grads(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+) -> list[Tensor]:
+    """The value of `function` at the tensors `inputs`, then its gradient for each that is not None."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    present = [x for x in leaves if x is not None]
+    return [output.detach(), *torch.autograd.grad(output, present, grad.to(output.dtype))]
+
+
+def as_dtype(inputs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in inputs]
+
+
+def in_format(x: Tensor, name: str) -> Tensor:
+    """Maps with the strides of one of FORMATS."""
+    if name == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if name == "batch_last":
+        return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    if name == "sliced":
+        images, channels, height, width = x.shape
+        holder = x.new_full((images, channels + 1, 2 * height, width + 3), torch.nan)
+        holder[:, 1:, ::2, 2:-1] = x
+        return holder[:, 1:, ::2, 2:-1]
+    return x
