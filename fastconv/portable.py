@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv import reference
 from fastconv.columns import (
     Geometry,
     accumulator,
@@ -33,6 +34,21 @@ from fastconv.columns import (
     restore_format,
     to_columns,
 )
+
+# Of a convolution's output, and of a block's widest maps: up to so many elements PyTorch's own operations, which are
+# fewer, are faster in the same layout. A Toeplitz matrix pays only if it serves an image for each so many pixels.
+# Measured: see bench/NOTES.md.
+SMALL_CONVOLUTION = 2**16
+SMALL_BLOCK = 2**15
+MOST_TOEPLITZ_PIXELS_PER_IMAGE = 12
+
+
+def is_small(x: Tensor, weight: Tensor, size: int) -> bool:
+    """Whether PyTorch's own operations are the faster way to convolve the maps `x`."""
+    images, _, height, width = x.shape
+    if choose_geometry(x.shape).batch_last:
+        return height * width > MOST_TOEPLITZ_PIXELS_PER_IMAGE * images
+    return images * weight.shape[0] * height * width <= size
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
@@ -260,6 +276,11 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    if is_small(x, weight, SMALL_CONVOLUTION):
+        y = reference.depthwise_conv_layer_norm(
+            x, weight, bias, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias
+        )
+        return restore_format(y, x)
     y = _DepthwiseConvLayerNorm.apply(x, weight, bias, norm, eps)
     return _affine(_to_maps(y, x), norm_weight, norm_bias)
 
@@ -283,7 +304,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
+    if x.is_contiguous():
+        # To bring them into another layout, and back, takes longer than the product.
+        return reference.pointwise_conv_gelu(x, weight, bias, approximate=approximate)
     geometry = choose_geometry(x.shape)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        geometry = geometry._replace(batch_last=False)
     columns = mix_channels(weight.flatten(1), to_columns(x, geometry), geometry, bias)
     return restore_format(from_columns(F.gelu(columns, approximate=approximate), geometry), x)
 
@@ -303,6 +329,22 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
+    if is_small(x, depthwise_weight, SMALL_BLOCK):
+        y = reference.convnext_block(
+            x,
+            depthwise_weight,
+            depthwise_bias,
+            pointwise_weight,
+            pointwise_bias,
+            projection_weight,
+            projection_bias,
+            norm=norm,
+            eps=eps,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            approximate=approximate,
+        )
+        return restore_format(y, x)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
     weight, bias = pointwise_weight.flatten(1), pointwise_bias
     if norm_bias is not None:

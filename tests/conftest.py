@@ -32,6 +32,14 @@ def _seed():
 
 
 @pytest.fixture
+def nothing_small(monkeypatch):
+    """Keep small inputs, as those of tests are, on the portable path's own code."""
+    from fastconv import portable
+
+    monkeypatch.setattr(portable, "is_small", lambda *_: False)
+
+
+@pytest.fixture
 def run(capsys, monkeypatch):
     """Run the command in this process; return its exit code, standard output and standard error."""
     # Not above: fastconv reads TRITON_INTERPRET when it is imported.

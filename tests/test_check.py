@@ -23,7 +23,7 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def wrong_cases(monkeypatch):
+def wrong_cases(monkeypatch, nothing_small):
     """{(subject, input)} of the float32 cases that are wrong; the others are right."""
     # Faults are no matter of chance.
     monkeypatch.setattr(accuracy, "SAMPLES", 1)

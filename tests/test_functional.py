@@ -24,7 +24,7 @@ TOEPLITZ = {
 
 
 @pytest.fixture(autouse=True)
-def _portable():
+def _portable(nothing_small):
     with fastconv.backend("portable"):
         yield
 
@@ -58,9 +58,10 @@ def test_depthwise_conv_layer_norm(name, norm, affine):
     assert_accurate(sample)
 
 
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("approximate", functional.APPROXIMATIONS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_pointwise_conv_gelu(name, approximate):
+def test_pointwise_conv_gelu(name, approximate, layout):
     images, channels, height, width, multiplier, _ = SHAPES[name]
     outputs = channels * multiplier + 1
     ours = functools.partial(functional.pointwise_conv_gelu, approximate=approximate)
@@ -69,7 +70,7 @@ def test_pointwise_conv_gelu(name, approximate):
     def sample():
         sizes = (images, channels, height, width), (outputs, channels, 1, 1), (outputs,)
         inputs = [torch.randn(size) for size in sizes]
-        return compare(ours, definition, inputs, ["x", "weight", "bias"])
+        return compare(ours, definition, inputs, ["x", "weight", "bias"], layout)
 
     assert_accurate(sample)
 
@@ -422,3 +423,34 @@ def test_bad_input(name):
     call, error, message = BAD_INPUTS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+# images, channels, side, multiplier, and whether the convolution alone, and the block, are small.
+SMALL = {
+    "one image": ((1, 8, 8, 4), True, True),
+    "few images for their Toeplitz matrices": ((4, 8, 7, 4), True, True),
+    "enough images for them": ((5, 8, 7, 4), False, False),
+    "a small convolution": ((8, 32, 8, 4), True, False),
+    "a large convolution": ((9, 32, 8, 4), False, False),
+    "a small block": ((4, 32, 8, 4), True, True),
+    "one large image": ((1, 33, 32, 2), False, False),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_pytorch_computes_what_is_small(case, monkeypatch):
+    (images, channels, side, multiplier), convolution, whole = SMALL[case]
+    monkeypatch.undo()
+    called = []
+    for name in ("depthwise_conv_layer_norm", "convnext_block"):
+
+        def recorded(*inputs, name=name, function=getattr(reference, name), **options):
+            called.append(name)
+            return function(*inputs, **options)
+
+        monkeypatch.setattr(reference, name, recorded)
+    inputs = random_block((images, channels, side, side, multiplier, (7, 7)), dtype=torch.float32)
+    depthwise(functional)(*inputs[:3], *inputs[-2:])
+    assert ("depthwise_conv_layer_norm" in called) == convolution
+    block(functional)(*inputs)
+    assert ("convnext_block" in called) == whole
