@@ -13,7 +13,7 @@ import torch
 from fastconv import columns
 from fastconv.training import keep_freed_memory
 
-from . import timing
+from . import results, tables, timing
 
 # channels, multiplier, side of the map, batch
 WORKLOADS = [
@@ -47,7 +47,7 @@ def make_call(channels: int, multiplier: int, side: int, batch: int, batch_last:
 
 def main() -> None:
     keep_freed_memory()
-    print(f"{timing.provenance()}\n")
+    print(f"{tables.machine(results.provenance(torch.device('cpu')))}\n")
     print("| channels | multiplier | map | batch | Toeplitz ms | convolution ms | taken | its time / the best |")
     print("|---:|---:|---|---:|---:|---:|---|---:|")
     for channels, multiplier, side, batch in WORKLOADS:
@@ -55,7 +55,8 @@ def main() -> None:
             "Toeplitz": make_call(channels, multiplier, side, batch, batch_last=True),
             "convolution": make_call(channels, multiplier, side, batch, batch_last=False),
         }
-        times = {name: t.p50 for name, t in timing.interleave(calls, rounds=9, warmup=2).items()}
+        samples = timing.interleave(calls, rounds=9, warmup=2)
+        times = {name: timing.percentiles(turns).p50 for name, turns in samples.items()}
         geometry = columns.choose_geometry((batch, channels, side, side))
         taken = "Toeplitz" if geometry.batch_last else "convolution"
         print(

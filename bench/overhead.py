@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import timing
+from . import results, tables
 from .budget import OPERATIONS, SHAPES
 from .dry_run import dry_run
 
@@ -32,7 +32,7 @@ def median_time(call: Callable[[], object], rounds: int) -> float:
 
 def main(rounds: Annotated[int, typer.Option(min=1, help="How often each call is timed.")] = 300) -> None:
     """Print microseconds per call of each operation."""
-    print(f"{timing.provenance()}\n")
+    print(f"{tables.machine(results.provenance(torch.device('cpu')))}\n")
     print("| operation | direction | launches | us | us a launch |\n|---|---|---:|---:|---:|")
     for operation, call in OPERATIONS.items():
         tensors = SHAPES[0].tensors(torch.float32)

@@ -1,4 +1,4 @@
-"""The command line: fastconv train, evaluate, predict, summary, check, info."""
+"""The command line: fastconv train, evaluate, predict, summary, check, bench, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from fastconv import backends, check_display, checkpoint, curves, data, environment, prediction, problems, training
 from fastconv import check as checking
+from fastconv.bench.command import bench
 from fastconv.display import Display, model_summary
 from fastconv.extras import MissingPackage, import_extra
 from fastconv.training import Recipe
@@ -345,6 +346,9 @@ def check(device: DeviceOption = "auto", backend: BackendOption = "auto", json_o
     if json_output:
         print(json.dumps(report.as_json()))
     raise typer.Exit(0 if report.right else 1)
+
+
+app.command()(bench)
 
 
 @app.command()

@@ -35,9 +35,9 @@ from fastconv.columns import (
     to_columns,
 )
 
-# Of a convolution's output, and of a block's widest maps: up to so many elements PyTorch's own operations, which are
-# fewer, are faster in the same layout. A Toeplitz matrix pays only if it serves an image for each so many pixels.
-# Measured: see bench/NOTES.md.
+# Of a convolution's output, and of a block's widest maps: up to so many elements PyTorch's own operations, which
+# are fewer, are faster in the same layout. A Toeplitz matrix pays only if it serves an image for each so many
+# pixels. Measured: see bench/NOTES.md.
 SMALL_CONVOLUTION = 2**16
 SMALL_BLOCK = 2**15
 MOST_TOEPLITZ_PIXELS_PER_IMAGE = 12

@@ -442,13 +442,18 @@ def test_pytorch_computes_what_is_small(case, monkeypatch):
     (images, channels, side, multiplier), convolution, whole = SMALL[case]
     monkeypatch.undo()
     called = []
-    for name in ("depthwise_conv_layer_norm", "convnext_block"):
 
-        def recorded(*inputs, name=name, function=getattr(reference, name), **options):
+    def record(name):
+        function = getattr(reference, name)
+
+        def recorded(*inputs, **options):
             called.append(name)
             return function(*inputs, **options)
 
         monkeypatch.setattr(reference, name, recorded)
+
+    record("depthwise_conv_layer_norm")
+    record("convnext_block")
     inputs = random_block((images, channels, side, side, multiplier, (7, 7)), dtype=torch.float32)
     depthwise(functional)(*inputs[:3], *inputs[-2:])
     assert ("depthwise_conv_layer_norm" in called) == convolution

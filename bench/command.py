@@ -1,0 +1,127 @@
+"""`fastconv bench`: run workloads, keep and show what was found, and compare two such files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastconv import environment
+
+from . import contenders, plots, results, suite, tables, workloads
+from .suite import Row
+
+# For the timing of one direction of a workload.
+SECONDS, QUICK_SECONDS = 6.0, 1.5
+
+
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The most important, in two minutes on two cores.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Only workloads whose name holds this, as block or batch 128.")
+    ] = "",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to run.")] = "auto",
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the tensors.")] = "float32",
+    float32_products: Annotated[
+        Literal["highest", "high", "medium"],
+        typer.Option(help="torch.set_float32_matmul_precision, and tf32 in convolutions unless highest; for all."),
+    ] = "highest",
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="For timing each direction of a workload.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the results here.", show_default="bench/results/<device>-<torch>-<date>.json"),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Run nothing; print what moved beyond the noise from one file to another."),
+    ] = None,
+    render: Annotated[
+        Path | None, typer.Option(help="Run nothing; print the tables of a file, and draw its pictures beside it.")
+    ] = None,
+) -> None:
+    """Time operations, block, classifier and training step against what PyTorch offers.
+
+    All contenders take turns, and only right results have a speed-up. Results are kept after each workload, so
+    that Ctrl-C loses one at most.
+    """
+    try:
+        if compare is not None:
+            show_comparison(*compare)
+            return
+        if render is not None:
+            show(render)
+            return
+        place = environment.choose_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    chosen = [w for w in (workloads.quick() if quick else workloads.full()) if only in str(w)]
+    if not chosen:
+        names = "\n".join(map(str, workloads.quick() if quick else workloads.full()))
+        raise typer.BadParameter(f"no workload's name holds {only!r}; there are\n{names}", param_hint="--only")
+    torch.set_float32_matmul_precision(float32_products)
+    torch.backends.cudnn.allow_tf32 = float32_products != "highest"
+    about = results.provenance(place)
+    path = out or results.default_path(about)
+    ways = contenders.choose(place, quick)
+    budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
+    rows: list[Row] = []
+    with progress(suite.steps(chosen)) as advanced:
+        for found in suite.run(chosen, ways, place, dtype, budget, advanced):
+            rows += found
+            results.write(path, about, rows)
+    show(path)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with the time that is left, on a terminal; a line for each advance elsewhere."""
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+
+        def advanced(done: str) -> None:
+            bar.update(task, advance=1, description=done)
+            if bar.disable:
+                console.print(done, highlight=False, soft_wrap=True)
+
+        yield advanced
+
+
+def show(path: Path) -> None:
+    about, rows = results.read(path)
+    print(tables.every_row(about, rows))
+    for written in [path, *plots.write_all(rows, path)]:
+        print(written)
+    wrong = [row for row in rows if not row.get("right", True)]
+    if wrong:
+        print(f"WRONG: {len(wrong)} results; `fastconv check` tells more")
+        raise typer.Exit(1)
+
+
+def show_comparison(before: Path, after: Path) -> None:
+    (old, old_rows), (new, new_rows) = results.read(before), results.read(after)
+    for about in (old, new):
+        print(tables.machine(about))
+    if old["device"] != new["device"]:
+        print("These are different devices: what moved need not be the code's doing.")
+    print()
+    print(tables.moved(*results.compare(old_rows, new_rows)))

@@ -1,0 +1,147 @@
+"""Results as pictures: how much faster each contender is, and how time grows with the batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastconv.checkpoint import write_atomically
+from fastconv.extras import import_extra
+
+from .contenders import BASELINE, CONTENDERS
+from .suite import Row
+from .tables import named
+
+# Where time is drawn against the batch.
+GROWING = "convnext_block"
+# One colour for each contender in every picture: greys for PyTorch's, warm ones for ours.
+COLOURS = dict(
+    zip(
+        (contender.name for contender in CONTENDERS),
+        ("#222222", "#777777", "#3b6ea5", "#6fa3d2", "#a9cbe8", "#d1495b", "#edae49", "#c2571a"),
+        strict=True,
+    )
+)
+# The key of a PNG's text by which a picture tells what it was drawn from.
+SOURCE = "Source"
+
+
+def write_all(rows: list[Row], results: Path) -> list[Path]:
+    """Draw what can be drawn beside the file of results; return the pictures.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+    """
+    written = []
+    for suffix, chosen, draw in (
+        ("speedups", most_common_batch(rows), draw_speedups),
+        ("batches", growing(rows), draw_batches),
+    ):
+        if chosen:
+            path = results.with_name(f"{results.stem}-{suffix}.png")
+            write_atomically(path, painter(draw, chosen))
+            written.append(path)
+    return written
+
+
+def painter(draw: Callable[[list[Row], BinaryIO], None], rows: list[Row]) -> Callable[[BinaryIO], None]:
+    return lambda file: draw(rows, file)
+
+
+def digest(rows: list[Row]) -> str:
+    """Of what a picture shows."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def most_common_batch(rows: list[Row]) -> list[Row]:
+    """The rows of one size: those of the first workload, which is the most important."""
+    if not rows:
+        return []
+    first = rows[0]
+    size = ("images", "dtype")
+    return [
+        row
+        for row in rows
+        if "speedup" in row
+        and row["right"]
+        and all(row[name] == first[name] for name in size)
+        and (row["channels"], row["side"]) == (32, 8)
+    ]
+
+
+def growing(rows: list[Row]) -> list[Row]:
+    """The rows of one block, forward and backward, if there are several batch sizes."""
+    found = [
+        row
+        for row in rows
+        if (row["level"], row["direction"], row["channels"], row["side"]) == (GROWING, "both", 32, 8)
+        and "failed" not in row
+        and row["dtype"] == rows[0]["dtype"]
+    ]
+    return found if len({row["images"] for row in found}) > 2 else []
+
+
+def draw_speedups(rows: list[Row], file: BinaryIO) -> None:
+    """Bars, with a line from the 20th to the 80th percentile of the rounds."""
+    labels = list(dict.fromkeys(label(row) for row in rows))
+    names = [name for name in COLOURS if name != BASELINE and any(row["contender"] == name for row in rows)]
+    by_place = {(label(row), row["contender"]): row["speedup"] for row in rows}
+    figure: Any = import_extra("matplotlib.figure").Figure(
+        figsize=(8, 0.6 + 0.22 * len(labels) * (len(names) + 1)), layout="constrained"
+    )
+    axes = figure.subplots()
+    for k, name in enumerate(names):
+        places = [i * (len(names) + 1) + k for i, text in enumerate(labels) if (text, name) in by_place]
+        spreads = [by_place[text, name] for text in labels if (text, name) in by_place]
+        middles = [middle for _, middle, _ in spreads]
+        errors = [[m - low for low, m, _ in spreads], [high - m for _, m, high in spreads]]
+        axes.barh(places, middles, xerr=errors, height=0.9, color=COLOURS[name], label=name)
+    axes.axvline(1, color=COLOURS[BASELINE], linewidth=1)
+    axes.set_yticks([i * (len(names) + 1) + (len(names) - 1) / 2 for i in range(len(labels))], labels)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"times as fast as eager PyTorch, batch {rows[0]['images']}, {rows[0]['dtype']}")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    save(figure, rows, file)
+
+
+def label(row: Row) -> str:
+    level = row["level"].replace("_", " ")
+    return level if row["level"] in ("training_step", "epoch") else f"{level},\n{named(row['direction'])}"
+
+
+def draw_batches(rows: list[Row], file: BinaryIO) -> None:
+    """Milliseconds against the batch, both logarithmic, with the floor below."""
+    figure: Any = import_extra("matplotlib.figure").Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in COLOURS.items():
+        own = sorted((row for row in rows if row["contender"] == name), key=lambda row: row["images"])
+        if own:
+            images = [row["images"] for row in own]
+            low, middle, high = zip(*(row["ms"] for row in own), strict=True)
+            axes.plot(images, middle, marker="o", markersize=4, color=colour, label=name)
+            axes.fill_between(images, low, high, color=colour, alpha=0.2, linewidth=0)
+    floors = sorted({(row["images"], row["floor_ms"]) for row in rows})
+    axes.plot(*zip(*floors, strict=True), color="black", linestyle=":", label="floor of memory and arithmetic")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([images for images, _ in floors], [str(images) for images, _ in floors])
+    axes.set_xlabel("images in a batch")
+    axes.set_ylabel("milliseconds")
+    first = rows[0]
+    axes.set_title(
+        f"ConvNextBlock, {first['channels']} channels, {first['side']} x {first['side']}, "
+        f"forward and backward, {first['dtype']}",
+        fontsize="medium",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, rows, file)
+
+
+def save(figure: Any, rows: list[Row], file: BinaryIO) -> None:
+    figure.savefig(file, format="png", dpi=120, metadata={SOURCE: digest(rows)})

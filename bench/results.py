@@ -1,0 +1,171 @@
+"""What a run found, as a file: its rows, and on what, of what and by which command they were measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastconv import environment
+from fastconv.checkpoint import write_atomically
+
+from .suite import Row
+
+SCHEMA = 1
+FOLDER = Path(__file__).with_name("results")
+# What identifies a row; the rest of it is measured.
+KEY = ("level", "images", "channels", "side", "direction", "dtype", "contender")
+
+
+class ResultsError(ValueError):
+    """A file that does not hold results, or results that cannot be compared; the message says why."""
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where the numbers come from; what cannot be known is None."""
+    on_gpu = device.type == "cuda"
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "driver": nvidia_smi("driver_version", device) if on_gpu else None,
+        # Of multiprocessors and memory, as the benchmark starts.
+        "clocks": nvidia_smi("clocks.sm,clocks.mem", device) if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "float32_products": torch.get_float32_matmul_precision(),
+        "system": platform.system(),
+        **environment.versions(),
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else changes != "",
+        "command": shlex.join(["fastconv", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git(*arguments: str) -> str | None:
+    return output_of("git", "-C", str(FOLDER.parent), *arguments)
+
+
+def nvidia_smi(query: str, device: torch.device) -> str | None:
+    number = str(torch.cuda.get_device_properties(device).uuid)
+    return output_of("nvidia-smi", f"--id=GPU-{number}", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, or None if there is no such command or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def default_path(about: dict[str, Any]) -> Path:
+    """<device>-<torch>-<date>.json, in the repository's folder of results, or here if this is not a clone.
+
+    If there is such a file, the first free of the names with -2, -3 and so on.
+    """
+    name = f"{about['device']}-{about['torch']}-{about['date']}"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
+    folder = FOLDER if FOLDER.is_dir() else Path()
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for suffix in suffixes if not (path := folder / f"{name}{suffix}.json").exists())
+
+
+def write(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """One row a line, so that differences read well."""
+    lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in rows)
+    header = f'"schema": {SCHEMA}, "provenance": {json.dumps(about, indent=1)}'
+    text = f'{{{header}, "rows": [\n{lines}\n]}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def rounded(value: Any) -> Any:
+    """Four digits of each number; JSON has no NaN and no infinity."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The provenance and the rows of a file.
+
+    Raises:
+        ResultsError: it is not one of ours.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] != SCHEMA:
+            raise ResultsError(f"{path} has schema {found['schema']}; this version reads {SCHEMA}")
+        return found["provenance"], found["rows"]
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ResultsError):
+            raise
+        raise ResultsError(f"{path} holds no results; expected a file that `fastconv bench` wrote") from error
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+class Move(NamedTuple):
+    """A row whose time moved beyond the noise of both runs: the old row, and the new."""
+
+    before: Row
+    after: Row
+
+    @property
+    def factor(self) -> float:
+        """How many times as long it takes."""
+        return self.after["ms"][1] / self.before["ms"][1]
+
+
+def compare(before: list[Row], after: list[Row]) -> tuple[list[Move], int]:
+    """What moved from one run to another, and how many rows they have in common.
+
+    A row moved if the times between its 20th and 80th percentiles do not overlap. A machine that was slower as a
+    whole moves nothing: where a row has a speed-up over eager PyTorch, measured in turns with it, that must have
+    moved too. A row that was measured once has no noise to judge by.
+
+    Raises:
+        ResultsError: they have no row in common.
+    """
+    old = {key(row): row for row in before}
+    pairs = [(old[key(row)], row) for row in after if key(row) in old]
+    pairs = [(a, b) for a, b in pairs if min(a.get("rounds", 0), b.get("rounds", 0)) > 1]
+    if not pairs:
+        raise ResultsError("the two files have no workload in common")
+    moves = [Move(a, b) for a, b in pairs if apart(a["ms"], b["ms"]) and speedup_moved(a, b)]
+    return moves, len(pairs)
+
+
+def apart(a: list[float], b: list[float]) -> bool:
+    return a[2] < b[0] or b[2] < a[0]
+
+
+def speedup_moved(a: Row, b: Row) -> bool:
+    if "speedup" not in a or "speedup" not in b or a["contender"] == "eager":
+        return True
+    return apart(a["speedup"], b["speedup"])

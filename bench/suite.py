@@ -1,0 +1,154 @@
+"""Runs workloads: first whether each contender is right, then how long it takes, in turns with the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from textwrap import shorten
+from typing import Any
+
+import torch
+import torch._functorch.config
+
+from fastconv.accuracy import FLOOR
+from fastconv.training import keep_freed_memory
+
+from . import ceilings, contenders, timing
+from .contenders import BASELINE, Contender, Gate, Runner
+from .timing import Call
+from .workloads import Workload, cost
+
+Row = dict[str, Any]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Rounds fill so many seconds, within these bounds.
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+
+
+def run(
+    workloads: Sequence[Workload],
+    chosen: Sequence[Contender],
+    device: torch.device,
+    dtype_name: str,
+    seconds: float,
+    advanced: Callable[[str], None],
+) -> Iterator[list[Row]]:
+    """Yield the rows of each workload.
+
+    Args:
+        seconds: to spend on timing each direction of a workload; compiling and judging come on top.
+        advanced: is told of each direction of a workload that is done.
+    """
+    dtype = DTYPES[dtype_name]
+    keep_freed_memory()
+    # Compiled backward functions would free what a second call of them needs.
+    torch._functorch.config.donated_buffer = False
+    limits = ceilings.measure(device, dtype)
+    for workload in workloads:
+        # Otherwise a size that was compiled before makes the next compiled function one for all sizes.
+        torch.compiler.reset()
+        yield list(measure(workload, chosen, device, dtype_name, limits, seconds, advanced))
+
+
+def steps(workloads: Sequence[Workload]) -> int:
+    """How often `run` tells of an advance."""
+    return sum(len(workload.directions) for workload in workloads)
+
+
+def measure(
+    workload: Workload,
+    chosen: Sequence[Contender],
+    device: torch.device,
+    dtype_name: str,
+    limits: ceilings.Ceilings,
+    seconds: float,
+    advanced: Callable[[str], None],
+) -> Iterator[Row]:
+    dtype = DTYPES[dtype_name]
+    exact = contenders.exact_results(workload, device, dtype)
+    gates: dict[str, Gate] = {}
+    runners: dict[str, Runner] = {}
+    failures: dict[str, str] = {}
+    for contender in chosen:
+        with noted(failures, contender.name):
+            runner = Runner(contender, workload, device, dtype)
+            gates[contender.name] = contenders.judge(runner.results(), exact)
+            runners[contender.name] = runner
+    for direction in workload.directions:
+        calls: dict[str, Call] = {}
+        for name, runner in runners.items():
+            if runner.can_run(direction):
+                with noted(failures, name):
+                    call = runner.call(direction)
+                    # An epoch is long enough to be its own warm-up.
+                    if workload.level != "epoch":
+                        call(0)
+                    calls[name] = call
+        samples = time_all(calls, workload, device, seconds)
+        least = cost(workload, direction)
+        moved = least.elements * dtype.itemsize
+        for contender in chosen:
+            name = contender.name
+            row: Row = {**workload._asdict(), "direction": direction, "dtype": dtype_name, "contender": name}
+            row["floor_ms"] = limits.floor_milliseconds(moved, least.flops)
+            if name in failures:
+                yield row | {"failed": failures[name]}
+            elif name in calls:
+                row |= figures(name, samples, moved, least.flops)
+                row |= resources(calls[name], workload, device)
+                row |= {"output_error": gates[name].output, "gradients_error": gates[name].gradients}
+                yield row | {"right": is_right(gates[name], gates.get(BASELINE), dtype)}
+        advanced(f"{workload}, {direction}")
+
+
+@contextmanager
+def noted(failures: dict[str, str], name: str) -> Iterator[None]:
+    """A contender that cannot run, such as torch.compile without a compiler, is a row of the table too."""
+    try:
+        yield
+    except Exception as error:
+        failures[name] = shorten(f"{type(error).__name__}: {error}", 200)
+
+
+def time_all(
+    calls: dict[str, Call], workload: Workload, device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    if workload.level == "epoch":
+        return timing.interleave(calls, 1, 0, device)
+    return timing.interleave(calls, choose_rounds(calls, device, seconds), 1, device)
+
+
+def choose_rounds(calls: dict[str, Call], device: torch.device, seconds: float) -> int:
+    """As many as fit into so many seconds, judging by one."""
+    start = time.perf_counter()
+    timing.interleave(calls, 0, 1, device)
+    return round(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / (time.perf_counter() - start))))
+
+
+def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) -> Row:
+    """Times and what follows from them; the speed-up is of each round, and so are its percentiles."""
+    times = timing.percentiles(samples[name])
+    row: Row = {"ms": times, "rounds": len(samples[name])}
+    row |= {"gb_per_s": moved / times.p50 / 1e6, "tflop_per_s": flops / times.p50 / 1e9}
+    if BASELINE in samples:
+        ratios = [base / own for base, own in zip(samples[BASELINE], samples[name], strict=True)]
+        row["speedup"] = timing.percentiles(ratios)
+    return row
+
+
+def resources(call: Call, workload: Workload, device: torch.device) -> Row:
+    """The time of the kernels alone, and the memory; an epoch has those of its step."""
+    if workload.level == "epoch":
+        return {"kernel_ms": None, "peak_mib": None}
+    return {
+        "kernel_ms": timing.kernel_milliseconds(call) if device.type == "cuda" else None,
+        "peak_mib": timing.peak_mebibytes(call, device),
+    }
+
+
+def is_right(gate: Gate, baseline: Gate | None, dtype: torch.dtype) -> bool:
+    """At most twice the error of eager PyTorch, or a floor; NaN is not."""
+    if baseline is None:
+        baseline = Gate(0.0, 0.0)
+    return all(own <= max(2 * other, FLOOR[dtype]) for own, other in zip(gate, baseline, strict=True))
