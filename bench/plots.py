@@ -14,6 +14,7 @@ from fastconv.extras import import_extra
 from .contenders import BASELINE, CONTENDERS
 from .suite import Row
 from .tables import named
+from .workloads import LECTURE
 
 # Where time is drawn against the batch.
 GROWING = "convnext_block"
@@ -37,7 +38,7 @@ def write_all(rows: list[Row], results: Path) -> list[Path]:
     """
     written = []
     for suffix, chosen, draw in (
-        ("speedups", most_common_batch(rows), draw_speedups),
+        ("speedups", lecture_batch(rows), draw_speedups),
         ("batches", growing(rows), draw_batches),
     ):
         if chosen:
@@ -56,19 +57,15 @@ def digest(rows: list[Row]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def most_common_batch(rows: list[Row]) -> list[Row]:
-    """The rows of one size: those of the first workload, which is the most important."""
-    if not rows:
-        return []
-    first = rows[0]
-    size = ("images", "dtype")
+def lecture_batch(rows: list[Row]) -> list[Row]:
+    """The right rows at the lecture's first stage, of the batch and the dtype of the first workload."""
     return [
         row
         for row in rows
         if "speedup" in row
         and row["right"]
-        and all(row[name] == first[name] for name in size)
-        and (row["channels"], row["side"]) == (32, 8)
+        and (row["images"], row["dtype"]) == (rows[0]["images"], rows[0]["dtype"])
+        and (row["channels"], row["side"]) == LECTURE[0]
     ]
 
 
@@ -77,7 +74,7 @@ def growing(rows: list[Row]) -> list[Row]:
     found = [
         row
         for row in rows
-        if (row["level"], row["direction"], row["channels"], row["side"]) == (GROWING, "both", 32, 8)
+        if (row["level"], row["direction"], row["channels"], row["side"]) == (GROWING, "both", *LECTURE[0])
         and "failed" not in row
         and row["dtype"] == rows[0]["dtype"]
     ]

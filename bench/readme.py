@@ -12,7 +12,7 @@ from pathlib import Path
 from . import plots, results, tables
 from .suite import Row
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- python -m bench.readme: begin -->\n", "<!-- end -->\n"
 # What the table shows: the batch of the lecture, at its first stage.
 SHOWN = {"images": 128, "channels": 32, "side": 8}

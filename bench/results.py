@@ -21,7 +21,7 @@ from fastconv.checkpoint import write_atomically
 from .suite import Row
 
 SCHEMA = 1
-FOLDER = Path(__file__).with_name("results")
+FOLDER = Path(__file__).resolve().with_name("results")
 # What identifies a row; the rest of it is measured.
 KEY = ("level", "images", "channels", "side", "direction", "dtype", "contender")
 

@@ -38,9 +38,18 @@ def workload_of(row: Row) -> tuple[Any, ...]:
 
 
 def title(row: Row) -> str:
-    maps = f"{row['channels']} channels, {row['side']} x {row['side']}, batch {row['images']}"
+    return f"{task(row)}, {size(row)}"
+
+
+def task(row: Row) -> str:
+    """What is done."""
     direction = "" if row["level"] in ("training_step", "epoch") else f", {named(row['direction'])}"
-    return f"{row['level']}, {maps}{direction}, {row['dtype']}"
+    return f"{row['level']}{direction}"
+
+
+def size(row: Row) -> str:
+    """With what."""
+    return f"{row['channels']} channels, {row['side']} x {row['side']}, batch {row['images']}, {row['dtype']}"
 
 
 def named(direction: str) -> str:
@@ -80,19 +89,18 @@ def every_row(about: dict[str, Any], rows: list[Row]) -> str:
 
 
 def speedups(rows: list[Row]) -> str:
-    """A row for each workload and direction: eager milliseconds, and the speed-up of each contender."""
+    """A row for each task, all of one size: eager milliseconds, and the speed-up of each contender."""
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     lines = []
     for _, group in groupby(rows, key=workload_of):
         members = {row["contender"]: row for row in group}
-        first = next(iter(members.values()))
         baseline = members["eager"]
-        cells = [title(first), milliseconds(baseline["ms"][1])]
+        cells = [task(baseline), milliseconds(baseline["ms"][1])]
         for name in contenders[1:]:
             row = members.get(name)
             cells.append("-" if row is None or "failed" in row else speedup(row))
         lines.append(cells)
-    return table(["", "eager, ms", *contenders[1:]], lines)
+    return table([size(rows[0]), "eager, ms", *contenders[1:]], lines)
 
 
 def moved(moves: list[Move], count: int) -> str:
@@ -117,5 +125,5 @@ def moved(moves: list[Move], count: int) -> str:
 def table(header: Iterable[str], lines: Iterable[list[str]]) -> str:
     """A Markdown table: names to the left, numbers to the right."""
     header = list(header)
-    rule = "|".join("---" if name in ("", "contender") else "---:" for name in header)
+    rule = "|".join("---" if i == 0 or name == "contender" else "---:" for i, name in enumerate(header))
     return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
