@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastconv import environment
+from fastconv.progress import progress
 
 from . import contenders, plots, results, suite, tables, workloads
 from .suite import Row
@@ -75,35 +73,11 @@ def bench(
     ways = contenders.choose(place, quick)
     budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
     rows: list[Row] = []
-    with progress(suite.steps(chosen)) as advanced:
+    with progress(Console(stderr=True), suite.steps(chosen), otherwise_lines=True) as advanced:
         for found in suite.run(chosen, ways, place, dtype, budget, advanced):
             rows += found
             results.write(path, about, rows)
     show(path)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time that is left, on a terminal; a line for each advance elsewhere."""
-    console = Console(stderr=True)
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-
-        def advanced(done: str) -> None:
-            bar.update(task, advance=1, description=done)
-            if bar.disable:
-                console.print(done, highlight=False, soft_wrap=True)
-
-        yield advanced
 
 
 def show(path: Path) -> None:

@@ -89,7 +89,10 @@ def kernel_milliseconds(call: Call) -> float:
 
 
 def peak_mebibytes(call: Call, device: torch.device) -> float | None:
-    """The most memory that calls take above what is held before them; None where that cannot be known."""
+    """The most memory that a call takes above what is held before it; None where that cannot be known.
+
+    A CUDA graph holds its memory already, and takes none.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

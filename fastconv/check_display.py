@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,22 +19,6 @@ STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
 # Of a terminal, for all columns.
 WIDE = 130
 SHOWN_STEPS = (1, *range(10, STEPS + 1, 10))
-
-
-@contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar, on a terminal only; yields a function that advances it, and is told by what."""
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, advance=1, description=done)
 
 
 def show(report: Report, console: Console) -> None:

@@ -24,6 +24,7 @@ from fastconv import check as checking
 from fastconv.bench.command import bench
 from fastconv.display import Display, model_summary
 from fastconv.extras import MissingPackage, import_extra
+from fastconv.progress import progress
 from fastconv.training import Recipe
 
 CHECKPOINT = "checkpoint.pt"
@@ -340,7 +341,7 @@ def check(device: DeviceOption = "auto", backend: BackendOption = "auto", json_o
         environment.choose_backend(backend, place)
     console = Console(stderr=json_output)
     cases = problems.cases()
-    with check_display.progress(console, checking.steps(cases)) as advanced:
+    with progress(console, checking.steps(cases)) as advanced:
         report = checking.run(place, cases, advanced)
     check_display.show(report, console)
     if json_output:

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 TOEPLITZ_MAX_PIXELS = 144
 TOEPLITZ_ALWAYS_PIXELS = 49
 TOEPLITZ_MAX_ENTRIES_PER_IMAGE = 400
+# Elements from which a copy by tiles is the faster one: see bench/NOTES.md.
+LEAST_TILED = 2**19
 
 
 class Geometry(NamedTuple):
@@ -76,6 +78,9 @@ def from_memory_order(x: Tensor, geometry: Geometry) -> Tensor:
 def restore_format(y: Tensor, x: Tensor) -> Tensor:
     """Give `y` the memory format of `x`, so that a caller who passes plain tensors may `view` the result."""
     if x.is_contiguous():
+        # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
+        if choose_geometry(y.shape).batch_last and y.numel() >= LEAST_TILED:
+            return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
         return y.contiguous()
     if x.is_contiguous(memory_format=torch.channels_last):
         return y.contiguous(memory_format=torch.channels_last)

@@ -459,3 +459,16 @@ def test_pytorch_computes_what_is_small(case, monkeypatch):
     assert ("depthwise_conv_layer_norm" in called) == convolution
     block(functional)(*inputs)
     assert ("convnext_block" in called) == whole
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_copy_by_tiles_copies_the_same(name, monkeypatch):
+    inputs = as_dtype(random_block(SHAPES[name]), torch.float32)
+    leaves = [*inputs[:3], *inputs[-2:]]
+    grad = torch.randn_like(depthwise(functional)(*leaves))
+    expected = outputs_and_grads(depthwise(functional), leaves, grad)
+    monkeypatch.setattr(columns, "LEAST_TILED", 1)
+    found = outputs_and_grads(depthwise(functional), leaves, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert found[0].is_contiguous()
