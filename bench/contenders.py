@@ -38,6 +38,10 @@ class Contender(NamedTuple):
     graph: bool = False
     gpu_only: bool = False
 
+    @property
+    def uses_graphs(self) -> bool:
+        return self.graph or self.compile_mode == "reduce-overhead"
+
 
 CONTENDERS = (
     Contender(BASELINE),
@@ -127,8 +131,8 @@ class Runner:
         return capture(call) if self.contender.graph else call
 
     def can_run(self, direction: str) -> bool:
-        """The forward of torch.compile's CUDA graphs would overwrite what an earlier one's backward needs."""
-        return direction != "backward" or self.contender.compile_mode != "reduce-overhead"
+        """A CUDA graph holds the forward that its backward belongs to."""
+        return direction != "backward" or not self.contender.uses_graphs
 
     def stepper(self) -> Callable[[int], Tensor]:
         """A step of the lecture's training, which returns the loss."""

@@ -97,6 +97,14 @@ def test_calls_rotate_through_their_inputs(direction):
     assert not torch.equal(last[0], last[1])
 
 
+def test_cuda_graphs_do_not_part_a_backward_from_its_forward():
+    for contender in contenders.CONTENDERS:
+        runner = contenders.Runner(contender, SMALL[1], CPU, torch.float32)
+        assert runner.can_run("both")
+        graphs = contender.name in ("compile reduce-overhead", "fastconv in a CUDA graph")
+        assert runner.can_run("backward") != graphs
+
+
 def test_a_training_step_trains_and_an_epoch_sees_all_images(monkeypatch):
     monkeypatch.setattr(contenders, "EPOCH_IMAGES", 7)
     runner = contenders.Runner(contenders.CONTENDERS[5], Workload("epoch", 3, 2, 4), CPU, torch.float32)
