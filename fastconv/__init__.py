@@ -3,6 +3,7 @@
 from fastconv import functional
 from fastconv.backends import BackendUnavailable, backend
 from fastconv.modules import Classifier, ConvNextBlock, DepthwiseConvLayerNorm, PointwiseConvGELU
+from fastconv.swapping import SwapReport, swap, unswap
 
 __all__ = [
     "BackendUnavailable",
@@ -10,6 +11,9 @@ __all__ = [
     "ConvNextBlock",
     "DepthwiseConvLayerNorm",
     "PointwiseConvGELU",
+    "SwapReport",
     "backend",
     "functional",
+    "swap",
+    "unswap",
 ]

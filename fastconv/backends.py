@@ -112,16 +112,26 @@ def _module(backend: str) -> ModuleType:
     return _MODULES[backend]
 
 
+def choose(x: Tensor) -> str | None:
+    """The backend that is to run the operations on `x`; None if the forced one cannot."""
+    return next((name for name in candidates() if can_run(name, x) is None), None)
+
+
+def leaves_to_pytorch(x: Tensor) -> bool:
+    """Whether, where the portable backend is slower than PyTorch's own operations, those are to run."""
+    return _forced == "auto" and choose(x) == "portable"
+
+
 def select(operation: str, x: Tensor) -> ModuleType:
     """Return the module that is to run `operation` on `x`.
 
     Raises:
         BackendUnavailable: a forced backend cannot.
     """
-    for name in candidates():
-        reason = can_run(name, x)
-        if reason is None:
-            return _module(name)
-    raise BackendUnavailable(
-        f'backend "{name}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
-    )
+    name = choose(x)
+    if name is None:
+        raise BackendUnavailable(
+            f'backend "{_forced}" cannot run {operation}: {can_run(_forced, x)}; '
+            'use "auto", "portable" or "reference"'
+        )
+    return _module(name)

@@ -1,4 +1,4 @@
-"""The command line: fastconv train, evaluate, predict, summary, check, bench, info."""
+"""The command line: fastconv train, evaluate, predict, summary, check, bench, swap-report, info."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -19,7 +20,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastconv import backends, check_display, checkpoint, curves, data, environment, prediction, problems, training
+from fastconv import (
+    backends,
+    check_display,
+    checkpoint,
+    curves,
+    data,
+    environment,
+    prediction,
+    problems,
+    swapping,
+    training,
+    zoo,
+)
 from fastconv import check as checking
 from fastconv.bench.command import bench
 from fastconv.display import Display, model_summary
@@ -350,6 +363,23 @@ def check(device: DeviceOption = "auto", backend: BackendOption = "auto", json_o
 
 
 app.command()(bench)
+
+
+@app.command()
+def swap_report(
+    model: Annotated[
+        str, typer.Argument(help="Of torchvision or timm, for example convnext_tiny, timm/convnext_tiny.")
+    ],
+    json_output: JsonOption = False,
+) -> None:
+    """Tell which modules of a model fastconv.swap takes, which it leaves, and why; with random weights."""
+    with usage_errors():
+        network = zoo.create_model(model)
+    with warnings.catch_warnings():
+        # The report says it, too.
+        warnings.simplefilter("ignore")
+        report = swapping.swap(network)
+    print(json.dumps([candidate._asdict() for candidate in report.candidates]) if json_output else report)
 
 
 @app.command()

@@ -151,6 +151,9 @@ def convolve_backward(
             groups=geometry.channels,
             output_mask=[needs_x, needs_weight, False],
         )
+        if needs_weight:
+            # PyTorch gives it a stride of 1 for its channel dimension of size 1; views have the parameter's strides.
+            grad_weight = grad_weight.view(weight.shape)
         return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
     grad_rows = grad.unflatten(0, (geometry.channels, -1)).flatten(1, 2)  # [C, M * P, N]
     grad_x = torch.bmm(matrix.transpose(1, 2), grad_rows) if needs_x else None

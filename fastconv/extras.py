@@ -11,7 +11,7 @@ class MissingPackage(Exception):
 
 
 def import_extra(module: str) -> Any:
-    """Import a module of the `train` extra.
+    """Import a module of the `train` extra, or timm.
 
     Raises:
         MissingPackage: it cannot be imported.
@@ -19,6 +19,7 @@ def import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        install = "timm" if module == "timm" else '"fastconv[train]"'
         raise MissingPackage(
-            f'{module} cannot be imported ({error}); install it with: pip install "fastconv[train]"'
+            f"{module} cannot be imported ({error}); install it with: pip install {install}"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -211,17 +213,22 @@ class Classifier(nn.Module):
         self.bottleneck = nn.Conv2d(2 * width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.patch_conv(x, self.stem.weight, self.stem.bias)
-        x = functional.layer_norm(x, norm=self.norm)
-        x = self.conv_block_1(x)
-        x = functional.layer_norm(x, norm=self.norm)
-        x = functional.patch_conv(x, self.downsample.weight, self.downsample.bias)
-        x = self.conv_block_2(x)
-        x = functional.patch_conv(x, self.bottleneck.weight, self.bottleneck.bias)
-        return x.mean((2, 3))
+        return classify(self, x, self.norm)
 
     def extra_repr(self) -> str:
         return f"norm={self.norm}"
+
+
+def classify(model: Any, x: Tensor, norm: str) -> Tensor:
+    """The forward of `Classifier`, with the parameters and the blocks of `model`."""
+    x = functional.patch_conv(x, model.stem.weight, model.stem.bias)
+    x = functional.layer_norm(x, norm=norm)
+    x = model.conv_block_1(x)
+    x = functional.layer_norm(x, norm=norm)
+    x = functional.patch_conv(x, model.downsample.weight, model.downsample.bias)
+    x = model.conv_block_2(x)
+    x = functional.patch_conv(x, model.bottleneck.weight, model.bottleneck.bias)
+    return x.mean((2, 3))
 
 
 def _check_positive(**values: int) -> None:

@@ -41,6 +41,10 @@ from fastconv.columns import (
 SMALL_CONVOLUTION = 2**16
 SMALL_BLOCK = 2**15
 MOST_TOEPLITZ_PIXELS_PER_IMAGE = 12
+# Of depthwise convolution + norm "channel", multiplier 1: images, pixels of a map, and elements in training.
+FEW_IMAGES = 8
+LARGEST_MAP_SLOW_IN_PYTORCH = 4
+SMALL_CHANNEL_NORM = 2**16
 
 
 def is_small(x: Tensor, weight: Tensor, size: int) -> bool:
@@ -49,6 +53,19 @@ def is_small(x: Tensor, weight: Tensor, size: int) -> bool:
     if choose_geometry(x.shape).batch_last:
         return height * width > MOST_TOEPLITZ_PIXELS_PER_IMAGE * images
     return images * weight.shape[0] * height * width <= size
+
+
+def depthwise_channel_norm_pays(x: Tensor) -> bool:
+    """Whether depthwise convolution + norm "channel" is faster here than PyTorch's operations, on a CPU.
+
+    It is on the smallest maps; and in training on plain maps, where PyTorch's gradient of the taps is slow, which
+    that of channels_last maps is not.
+    """
+    pixels = x.shape[2] * x.shape[3]
+    plain = not x.is_contiguous(memory_format=torch.channels_last)
+    if x.shape[0] >= FEW_IMAGES and pixels <= (LARGEST_MAP_SLOW_IN_PYTORCH if plain else 1):
+        return True
+    return plain and torch.is_grad_enabled() and x.numel() >= SMALL_CHANNEL_NORM
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:

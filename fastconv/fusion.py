@@ -1,0 +1,219 @@
+"""How the modules that `swap` recognises are computed by the fused operations, from the parameters they have.
+
+Each class names the parts of one kind of module; its `forward` takes the place of the module's own. They hold
+names and not modules, so that a swapped module can be copied, pickled and moved as before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastconv import backends, functional, modules, portable
+
+
+def find(module: nn.Module, path: str) -> Any:
+    """The submodule or parameter at a dotted path."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What takes the place of a module's forward.
+
+    `recompute` keeps only the input for the backward and computes the rest again there (Chen et al.,
+    arXiv:1604.06174).
+    """
+
+    kind: ClassVar[str]
+    # Whether on a CPU the module's own forward is often the faster.
+    by_size: ClassVar[bool] = False
+    recompute: bool = False
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The paths of submodules that are not called any more."""
+        raise NotImplementedError
+
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        """The submodules, at any depth, that nothing else may fuse."""
+        return set(module.modules())
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
+        raise NotImplementedError
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, module, x, use_reentrant=False)
+        return self.compute(module, x)
+
+
+@dataclass(frozen=True)
+class LectureBlock(Fusion):
+    """depthwise, norm without parameters, pointwise, GELU, pointwise, residual: one operation."""
+
+    kind: ClassVar[str] = "lecture's block"
+    depthwise: str = "conv1"
+    pointwise: str = "conv2"
+    projection: str = "conv3"
+    norm: str = "tensor"
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return self.depthwise, self.pointwise, self.projection
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        convolutions = [find(module, path) for path in self.fused]
+        parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
+        return functional.convnext_block(x, *parameters, norm=self.norm)
+
+
+@dataclass(frozen=True)
+class LectureClassifier(Fusion):
+    """The lecture's classifier, with the operations between its blocks."""
+
+    kind: ClassVar[str] = "lecture's classifier"
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return "stem", "downsample", "bottleneck"
+
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        return {find(module, path) for path in self.fused}
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        return modules.classify(module, x, "tensor")
+
+
+@dataclass(frozen=True)
+class ConvNeXtBlock(Fusion):
+    """x + drop_path(scale * projection(gelu(pointwise(norm(depthwise(x)))))), of Liu et al., arXiv:2201.03545.
+
+    Args:
+        depthwise, norm, pointwise, projection: paths of the modules that hold the parameters; the pointwise
+            ones are nn.Linear or 1x1 nn.Conv2d.
+        scale: path of the layer scale of C elements, or None.
+        drop_path: path of a module that drops whole images in training, or None.
+        approximate: of GELU.
+    """
+
+    kind: ClassVar[str] = "ConvNeXt block"
+    by_size: ClassVar[bool] = True
+    depthwise: str = ""
+    norm: str = ""
+    pointwise: str = ""
+    activation: str = ""
+    projection: str = ""
+    scale: str | None = None
+    drop_path: str | None = None
+    approximate: str = "none"
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return self.depthwise, self.norm, self.pointwise, self.activation, self.projection
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return portable.depthwise_channel_norm_pays(x)
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        y = depthwise_norm(find(module, self.depthwise), find(module, self.norm), x)
+        pointwise, projection = find(module, self.pointwise), find(module, self.projection)
+        weight, bias = projection.weight.flatten(1), projection.bias
+        dtype = x.dtype
+        if self.scale is not None:
+            scale = find(module, self.scale).flatten()
+            # In the weights, which are smaller than the maps, and have not been cast by autocast.
+            weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+            dtype = torch.promote_types(dtype, scale.dtype)
+        branch = self._mlp(y, pointwise.weight.flatten(1), pointwise.bias, weight, bias)
+        branch = branch.to(torch.promote_types(dtype, branch.dtype))
+        if self.drop_path is not None:
+            branch = find(module, self.drop_path)(branch)
+        # In the memory format of the branch, which is that of x; x + branch of strides that tie is not.
+        return branch + x
+
+    def _mlp(
+        self,
+        y: Tensor,
+        weight: Tensor,  # [O, K]
+        bias: Tensor | None,
+        projection: Tensor,  # [C, O]
+        projection_bias: Tensor | None,
+    ) -> Tensor:
+        if backends.choose(y) == "triton":
+            y = functional.pointwise_conv_gelu(y, weight[..., None, None], bias, approximate=self.approximate)
+            if not y.is_contiguous(memory_format=torch.channels_last):
+                return F.conv2d(y, projection[..., None, None], projection_bias)
+            return F.linear(y.permute(0, 2, 3, 1), projection, projection_bias).permute(0, 3, 1, 2)
+        # Products of pixels by channels are what a CPU multiplies fastest.
+        y = F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
+        return F.linear(y, projection, projection_bias).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Chain(Fusion):
+    """Pairs of neighbours in an nn.Sequential: depthwise convolution + norm, pointwise convolution + GELU."""
+
+    kind: ClassVar[str] = "pairs in a Sequential"
+    by_size: ClassVar[bool] = True
+    # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
+    pairs: tuple[tuple[str, str, str | None], ...] = ()
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return tuple(name for first, second, _ in self.pairs for name in (first, second))
+
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        return {find(module, path) for path in self.fused}
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        # Decided for each pair, on the maps that reach it.
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
+        seconds = [second for second, _ in pairs.values()]
+        for name, child in module.named_children():
+            if name in pairs:
+                x = self._pair(child, find(module, pairs[name][0]), pairs[name][1], x)
+            elif name not in seconds:
+                x = child(x)
+        return x
+
+    def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
+        if approximate is not None:
+            return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
+        if backends.leaves_to_pytorch(x) and not portable.depthwise_channel_norm_pays(x):
+            return second(first(x))
+        return depthwise_norm(first, second, x)
+
+
+def depthwise_norm(depthwise: Any, norm: Any, x: Tensor) -> Tensor:
+    """Depthwise convolution and norm of each pixel, with the parameters of two modules."""
+    return functional.depthwise_conv_layer_norm(
+        x,
+        depthwise.weight,
+        depthwise.bias,
+        norm="channel",
+        eps=norm.eps,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+    )

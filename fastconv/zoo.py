@@ -1,0 +1,42 @@
+"""Models of torchvision and timm by name, with random weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+
+from torch import nn
+
+from fastconv.extras import import_extra
+
+LIBRARIES = ("torchvision", "timm")
+
+
+class UnknownModel(ValueError):
+    """No library that is installed has a model of this name; the message names some that are like it."""
+
+
+def create_model(name: str) -> nn.Module:
+    """A classifier of torchvision or, if that has none of this name or the name begins with "timm/", of timm.
+
+    Raises:
+        UnknownModel: neither has it.
+        MissingPackage: it is to come from timm, which is not installed.
+    """
+    known: list[str] = []
+    library, _, model = name.rpartition("/")
+    if library not in ("", *LIBRARIES):
+        raise UnknownModel(f"{name} is of {library!r}; expected a name of {' or '.join(LIBRARIES)}")
+    if library != "timm" and importlib.util.find_spec("torchvision"):
+        models = import_extra("torchvision.models")
+        if model in models.list_models():
+            return models.get_model(model, weights=None)
+        known += models.list_models()
+    if library == "timm" or (not library and importlib.util.find_spec("timm")):
+        timm = import_extra("timm")
+        if model in timm.list_models():
+            return timm.create_model(model, pretrained=False)
+        known += timm.list_models()
+    close = ", ".join(difflib.get_close_matches(model, sorted(set(known)))) or "none is like it"
+    missing = "" if importlib.util.find_spec("timm") else "; for timm's models: pip install timm"
+    raise UnknownModel(f"there is no model {name!r}; did you mean: {close}{missing}")
