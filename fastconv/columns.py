@@ -152,7 +152,7 @@ def convolve_backward(
             output_mask=[needs_x, needs_weight, False],
         )
         if needs_weight:
-            # PyTorch gives it a stride of 1 for its channel dimension of size 1; views have the parameter's strides.
+            # Of strides [49, 1, 7, 1] for [49, 49, 7, 1]: a parameter's gradient has the parameter's strides.
             grad_weight = grad_weight.view(weight.shape)
         return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
     grad_rows = grad.unflatten(0, (geometry.channels, -1)).flatten(1, 2)  # [C, M * P, N]

@@ -131,20 +131,28 @@ class ConvNeXtBlock(Fusion):
         return self.depthwise, self.norm, self.pointwise, self.activation, self.projection
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return portable.depthwise_channel_norm_pays(x)
+        return portable.swapping_pays(x)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        if backends.choose(x) != "triton":
+            # Products of pixels by channels are what a CPU multiplies fastest.
+            x = x.contiguous(memory_format=torch.channels_last)
         y = depthwise_norm(find(module, self.depthwise), find(module, self.norm), x)
         pointwise, projection = find(module, self.pointwise), find(module, self.projection)
         weight, bias = projection.weight.flatten(1), projection.bias
         dtype = x.dtype
-        if self.scale is not None:
-            scale = find(module, self.scale).flatten()
-            # In the weights, which are smaller than the maps, and have not been cast by autocast.
-            weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+        scale = None if self.scale is None else find(module, self.scale).flatten()
+        if scale is not None:
             dtype = torch.promote_types(dtype, scale.dtype)
+            pixels = y.shape[0] * y.shape[2] * y.shape[3]
+            if pixels > weight.shape[1] and scale.dtype not in (torch.float16, torch.bfloat16):
+                # The weights are smaller than the maps. From theirs in half precision the gradient of the scale,
+                # a sum of terms that cancel, would be poor; autocast has not cast them.
+                weight, bias, scale = weight * scale[:, None], None if bias is None else bias * scale, None
         branch = self._mlp(y, pointwise.weight.flatten(1), pointwise.bias, weight, bias)
         branch = branch.to(torch.promote_types(dtype, branch.dtype))
+        if scale is not None:
+            branch = branch * scale[:, None, None]
         if self.drop_path is not None:
             branch = find(module, self.drop_path)(branch)
         # In the memory format of the branch, which is that of x; x + branch of strides that tie is not.
@@ -163,7 +171,6 @@ class ConvNeXtBlock(Fusion):
             if not y.is_contiguous(memory_format=torch.channels_last):
                 return F.conv2d(y, projection[..., None, None], projection_bias)
             return F.linear(y.permute(0, 2, 3, 1), projection, projection_bias).permute(0, 3, 1, 2)
-        # Products of pixels by channels are what a CPU multiplies fastest.
         y = F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
         return F.linear(y, projection, projection_bias).permute(0, 3, 1, 2)
 
@@ -201,7 +208,7 @@ class Chain(Fusion):
     def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
         if approximate is not None:
             return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
-        if backends.leaves_to_pytorch(x) and not portable.depthwise_channel_norm_pays(x):
+        if backends.leaves_to_pytorch(x) and not portable.swapping_pays(x):
             return second(first(x))
         return depthwise_norm(first, second, x)
 

@@ -33,6 +33,7 @@ from fastconv.columns import (
     mix_channels,
     restore_format,
     to_columns,
+    toeplitz_matrix,
 )
 
 # Of a convolution's output, and of a block's widest maps: up to so many elements PyTorch's own operations, which
@@ -41,10 +42,16 @@ from fastconv.columns import (
 SMALL_CONVOLUTION = 2**16
 SMALL_BLOCK = 2**15
 MOST_TOEPLITZ_PIXELS_PER_IMAGE = 12
-# Of depthwise convolution + norm "channel", multiplier 1: images, pixels of a map, and elements in training.
-FEW_IMAGES = 8
-LARGEST_MAP_SLOW_IN_PYTORCH = 4
-SMALL_CHANNEL_NORM = 2**16
+# Of depthwise convolutions with multiplier 1 in channels_last, in training: pixels up to which the Toeplitz matrix
+# always pays; up to which it does if there are images enough; and pixels for each image.
+CHANNELWISE_ALWAYS_PIXELS = 16
+CHANNELWISE_MAX_PIXELS = 49
+CHANNELWISE_PIXELS_PER_IMAGE = 3
+# Of convolutions with norm that `swap` may leave to PyTorch: images from which its own of the smallest plain maps
+# is slow, how many pixels these have, and elements from which in training its own of plain maps is.
+SEVERAL_IMAGES = 8
+SLOW_PIXELS = 4
+SLOW_ELEMENTS = 2**16
 
 
 def is_small(x: Tensor, weight: Tensor, size: int) -> bool:
@@ -55,17 +62,37 @@ def is_small(x: Tensor, weight: Tensor, size: int) -> bool:
     return images * weight.shape[0] * height * width <= size
 
 
-def depthwise_channel_norm_pays(x: Tensor) -> bool:
-    """Whether depthwise convolution + norm "channel" is faster here than PyTorch's operations, on a CPU.
+def norms_in_channels_last(x: Tensor, weight: Tensor, norm: str) -> bool:
+    """Whether the faster layout is channels_last, in which PyTorch's own norm of each pixel is fast."""
+    return norm == "channel" and (weight.shape[0] == x.shape[1] or not choose_geometry(x.shape).batch_last)
 
-    It is on the smallest maps; and in training on plain maps, where PyTorch's gradient of the taps is slow, which
-    that of channels_last maps is not.
+
+def multiplies_channelwise(x: Tensor) -> bool:
+    """Whether a Toeplitz matrix is the faster depthwise convolution of channels_last maps, with multiplier 1.
+
+    PyTorch has fast kernels for it, but for its gradients on small maps, and for one pixel.
     """
-    pixels = x.shape[2] * x.shape[3]
+    images, _, height, width = x.shape
+    pixels = height * width
+    if not torch.is_grad_enabled():
+        return pixels == 1
+    paid_for = pixels <= min(CHANNELWISE_MAX_PIXELS, CHANNELWISE_PIXELS_PER_IMAGE * images)
+    return pixels <= CHANNELWISE_ALWAYS_PIXELS or paid_for
+
+
+def swapping_pays(x: Tensor) -> bool:
+    """Whether depthwise convolution + norm "channel" of `x` is faster here than PyTorch's operations, on a CPU.
+
+    Other blocks than these take as long either way: PyTorch's channels_last maps are what ours become.
+    """
+    images, _, height, width = x.shape
+    pixels = height * width
     plain = not x.is_contiguous(memory_format=torch.channels_last)
-    if x.shape[0] >= FEW_IMAGES and pixels <= (LARGEST_MAP_SLOW_IN_PYTORCH if plain else 1):
+    if images >= SEVERAL_IMAGES and pixels <= (SLOW_PIXELS if plain else 1):
         return True
-    return plain and torch.is_grad_enabled() and x.numel() >= SMALL_CHANNEL_NORM
+    if not plain or not torch.is_grad_enabled() or x.numel() < SLOW_ELEMENTS:
+        return False
+    return pixels > CHANNELWISE_MAX_PIXELS or multiplies_channelwise(x)
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
@@ -154,6 +181,40 @@ class _LayerNorm(torch.autograd.Function):
         h, scale = ctx.saved_tensors
         grad_x = normalise_backward(grad, h, scale, ctx.dims)
         return from_columns(grad_x.to(grad.dtype), ctx.geometry), None, None
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """The convolution by itself, as a Toeplitz product: plain maps or any other to channels_last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, 1, kh, kw)
+        bias: Tensor | None,  # (K,)
+    ) -> Tensor:
+        geometry = choose_geometry(x.shape)._replace(batch_last=True)
+        columns = to_columns(x, geometry)
+        h, _ = convolve(columns, weight, geometry)
+        if bias is not None:
+            h.add_(bias[:, None, None])
+        ctx.geometry = geometry
+        # Not the matrix, which may be larger than the maps.
+        ctx.save_for_backward(columns, weight)
+        # [K, P, N] -> [P, N, K], which PyTorch copies by tiles, -> [N, P, K], which it copies by rows.
+        by_pixel = h.flatten(1).t().contiguous().unflatten(0, h.shape[1:])
+        return by_pixel.transpose(0, 1).contiguous().unflatten(1, x.shape[2:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        matrix = toeplitz_matrix(weight, columns.shape[0], ctx.geometry)
+        grad = to_columns(grad.permute(0, 3, 1, 2), ctx.geometry)
+        grad_bias = grad.sum((1, 2)) if needs_bias else None
+        grad_x, grad_weight = convolve_backward(grad, columns, weight, matrix, ctx.geometry, needs_x, needs_weight)
+        return None if grad_x is None else from_columns(grad_x, ctx.geometry), grad_weight, grad_bias
 
 
 class _DepthwiseConvLayerNorm(torch.autograd.Function):
@@ -280,6 +341,9 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    if norm == "channel":
+        y = reference.layer_norm(x, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
+        return restore_format(y, x)
     return _affine(_to_maps(_LayerNorm.apply(x, norm, eps), x), norm_weight, norm_bias)
 
 
@@ -293,6 +357,10 @@ def depthwise_conv_layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    if norms_in_channels_last(x, weight, norm):
+        y = _depthwise_conv(x, weight, bias)
+        y = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+        return restore_format(y.permute(0, 3, 1, 2), x)
     if is_small(x, weight, SMALL_CONVOLUTION):
         y = reference.depthwise_conv_layer_norm(
             x, weight, bias, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias
@@ -310,6 +378,14 @@ def _to_maps(y: Tensor, x: Tensor) -> Tensor:
     """
     geometry = choose_geometry(x.shape)
     return restore_format(from_columns(from_memory_order(y, geometry), geometry), x)
+
+
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, C, H, W) -> (N, H, W, K), in which PyTorch's own norm of each pixel is the fastest."""
+    if weight.shape[0] == x.shape[1] and multiplies_channelwise(x):
+        return _DepthwiseConv.apply(x, weight, bias)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -346,6 +422,12 @@ def convnext_block(
     norm_bias: Tensor | None = None,
     approximate: str = "none",
 ) -> Tensor:
+    if norms_in_channels_last(x, depthwise_weight, norm):
+        y = _depthwise_conv(x.to(depthwise_weight.dtype), depthwise_weight, depthwise_bias)
+        y = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+        y = F.gelu(F.linear(y, pointwise_weight.flatten(1), pointwise_bias), approximate=approximate)
+        y = F.linear(y, projection_weight.flatten(1), projection_bias)
+        return restore_format(y.permute(0, 3, 1, 2) + x, x)
     if is_small(x, depthwise_weight, SMALL_BLOCK):
         y = reference.convnext_block(
             x,

@@ -23,7 +23,8 @@ def layer_norm(
     elif norm == "sample":
         x = F.layer_norm(x, x.shape[1:], eps=eps)
     else:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
+        return y.permute(0, 3, 1, 2)
     if norm_weight is not None:
         x = x * norm_weight[:, None, None]
     if norm_bias is not None:

@@ -21,9 +21,9 @@ from fastconv.recognition import ALREADY_FUSED, Unsuitable, recognise
 
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
-    f"{BY_SIZE}: on a CPU, of {portable.FEW_IMAGES} images or more on maps of one pixel; and unless the memory "
-    f"format is channels_last, up to {portable.LARGEST_MAP_SLOW_IN_PYTORCH} pixels, and in training on inputs of "
-    f"{portable.SMALL_CHANNEL_NORM:,} elements or more. Else the module's own forward runs."
+    f"{BY_SIZE}: on a CPU, from {portable.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
+    f"up to {portable.SLOW_PIXELS}; and in training plain maps of {portable.SLOW_ELEMENTS:,} elements or more. "
+    "Others the module's own forward computes as fast."
 )
 
 
