@@ -155,11 +155,6 @@ class Swapped(nn.Module):
     fastconv_fusion: Fusion
     fastconv_original: type[nn.Module]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and len(args) == 1 and _can_fuse(self, args[0]):
-            return self.fastconv_fusion.forward(self, args[0])
-        return self.fastconv_original.forward(self, *args, **kwargs)
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
         return _rebuild, (self.fastconv_original, self.fastconv_fusion), *reduced[2:]
@@ -172,6 +167,12 @@ class Swapped(nn.Module):
 
     def _get_name(self) -> str:
         return f"{self.fastconv_original.__name__}[fastconv]"
+
+
+def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not kwargs and len(args) == 1 and _can_fuse(module, args[0]):
+        return module.fastconv_fusion.forward(module, args[0])
+    return module.fastconv_original.forward(module, *args, **kwargs)
 
 
 def _can_fuse(module: Swapped, x: Any) -> bool:
@@ -206,6 +207,10 @@ def _subclass(original: type[nn.Module], fusion: Fusion) -> type[Any]:
             # Libraries look modules up by the names of their classes.
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
+            # And arguments, as torch.export does, by the signature of forward.
+            "forward": functools.wraps(original.forward)(
+                lambda self, *args, **kwargs: _forward(self, args, kwargs)
+            ),
         }
         _SUBCLASSES[key] = type(original.__name__, (Swapped, original), attributes)
     return _SUBCLASSES[key]
