@@ -2,7 +2,8 @@
 
     python -m bench.budget
 
-compiles the kernels of all operations at the lecture's shapes and prints a table; `--json` prints its rows, and
+compiles the kernels of all operations at the lecture's shapes, and those of the stages of ConvNeXts at theirs, and
+prints a table; `--json` prints its rows, and
 `--write` rewrites bench/budget.json, which the tests hold the kernels to.
 
 Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
@@ -115,8 +116,36 @@ class Shape(NamedTuple):
         }.get(kernel, 0)
 
 
+class Stage(NamedTuple):
+    """Of a ConvNeXt for images of 224x224, in channels_last, the layout that its blocks keep."""
+
+    channels: int
+    side: int
+    images: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.channels}, {self.side}x{self.side}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        x = torch.empty(self.images, self.channels, self.side, self.side, dtype=dtype)
+        vectors = {name: torch.empty(self.channels, dtype=dtype) for name in ("bias", "norm_weight", "norm_bias")}
+        tensors = {
+            "x": x.contiguous(memory_format=torch.channels_last),
+            "weight": torch.empty(self.channels, 1, 7, 7, dtype=dtype),
+            **vectors,
+        }
+        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def flops(self, kernel: str) -> int:
+        """Of products: the stencils have none."""
+        return 0
+
+
 # The lecture's, and the widest block that is one operator.
 SHAPES = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4), Shape(128, 128, 4, 4)]
+
+# ConvNeXt-T's (and -S's), and -B's.
+STAGES = [Stage(channels << i, 56 >> i) for channels in (96, 128) for i in range(4)]
 
 OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "convnext_block": lambda tensors: operations.convnext_block(
@@ -130,29 +159,39 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     ),
     "layer_norm": lambda tensors: operations.layer_norm(tensors["x"]),
 }
+STAGE_OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "depthwise_conv_channel_norm": lambda tensors: operations.depthwise_conv_layer_norm(
+        **tensors, norm="channel", eps=1e-6
+    ),
+}
 
 
 def measure(architecture: str, precision_name: str) -> list[Row]:
     """A row for each launch of all operations, forward and backward."""
     precision = PRECISIONS[precision_name]
     torch.set_float32_matmul_precision(precision.float32)
+    cases: list[tuple[str, Callable[[dict[str, Any]], Tensor], Shape | Stage]] = [
+        (operation, call, shape) for operation, call in OPERATIONS.items() for shape in SHAPES
+    ]
+    if precision.float32 == "highest":
+        # Without products, the others would be the same kernels again.
+        cases += [(operation, call, stage) for operation, call in STAGE_OPERATIONS.items() for stage in STAGES]
     rows = []
-    for operation, call in OPERATIONS.items():
-        for shape in SHAPES:
-            with dry_run(architecture) as launches:
-                tensors = shape.tensors(precision.dtype)
-                y = call(tensors)
-                torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
-            for launch in launches:
-                labels = {
-                    "operation": operation,
-                    "shape": str(shape),
-                    "kernel": launch.kernel,
-                    "dtype": precision_name,
-                    "architecture": architecture,
-                }
-                flops = shape.flops(launch.kernel) * precision.cost
-                rows.append(labels | describe(launch, architecture, flops))
+    for operation, call, shape in cases:
+        with dry_run(architecture) as launches:
+            tensors = shape.tensors(precision.dtype)
+            y = call(tensors)
+            torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
+        for launch in launches:
+            labels = {
+                "operation": operation,
+                "shape": str(shape),
+                "kernel": launch.kernel,
+                "dtype": precision_name,
+                "architecture": architecture,
+            }
+            flops = shape.flops(launch.kernel) * precision.cost
+            rows.append(labels | describe(launch, architecture, flops))
     return rows
 
 
