@@ -119,7 +119,7 @@ class Runner:
         """What is timed: it is given a number, by which it rotates through the inputs."""
         if self.workload.level == "epoch":
             return self.epoch()
-        if self.workload.level == "training_step":
+        if self.workload.level in ("training_step", "convnext_tiny"):
             call: Call = self.stepper()
         elif direction == "backward":
             outputs = [self.run(i) for i in range(BATCHES)]

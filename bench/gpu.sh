@@ -2,13 +2,20 @@
 # A visit to a GPU, in at most nine minutes: is everything right, how fast is it, and a whole training.
 #
 #     bench/gpu.sh OUT [DATA]
+#     bench/gpu.sh --convnext OUT
 #
+# The second is a visit of its own, of as many minutes: the stages of ConvNeXt-T and training steps of a swapped one.
 # The machine needs PyTorch, Triton and pytest: no network, and nothing is installed. OUT gets at most eight files, the
 # most important first, each kept if time runs out. DATA is a folder that `fastconv train --data` would take; without
 # it training is on random pictures, and only its time means something. Without a GPU it rehearses on less.
 set -uo pipefail
 
-[ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUT [DATA]" >&2; exit 2; }
+convnext=
+if [ "${1:-}" = --convnext ]; then
+    convnext=1
+    shift
+fi
+[ $# -ge 1 ] || { echo "usage: bench/gpu.sh [--convnext] OUT [DATA]" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -45,6 +52,11 @@ export root
 : > "$out/summary.txt"
 { nvidia-smi || echo "no nvidia-smi"; } > "$out/machine.txt" 2>&1
 python -m fastconv info >> "$out/machine.txt" 2>&1 || python -c "import torch; print(torch.__version__)" >> "$out/machine.txt"
+
+if [ "$convnext" ]; then
+    part convnext 540 python -m fastconv.bench.gpu_visit convnext "$out"
+    exit "$failed"
+fi
 
 suite=("$root/tests/test_gpu.py" "$root/tests/test_triton.py" "$root/tests/test_stencil.py")
 if on_gpu; then

@@ -1,6 +1,6 @@
 """The parts of a visit to a GPU that are Python; bench/gpu.sh calls them one by one, and sets their time limits.
 
-    python -m fastconv.bench.gpu_visit check|benchmarks|training OUT [DATA]
+    python -m fastconv.bench.gpu_visit check|benchmarks|convnext|training OUT [DATA]
 
 They need PyTorch and Triton alone. Without a GPU they rehearse on less.
 """
@@ -58,6 +58,16 @@ def run_benchmarks(out: Path) -> None:
             results.write(out / "benchmarks.json", about, rows)
 
 
+def run_convnext(out: Path) -> None:
+    """convnext.json: ConvNeXt-T's stages and, with torchvision, the whole model, in bf16."""
+    about = results.provenance(DEVICE)
+    chosen = [*workloads.convnext(64), *workloads.convnext(256)] if ON_GPU else workloads.convnext(2)[3:4]
+    rows: list[suite.Row] = []
+    for found in suite.run(chosen, contenders.choose(DEVICE, quick=True), DEVICE, "bfloat16", SECONDS, print):
+        rows += found
+        results.write(out / "convnext.json", about, rows)
+
+
 def run_training(out: Path, directory: Path | None) -> None:
     """training.json: five epochs fused, then with the reference, each written when it is done."""
     dataset = pictures() if directory is None else data.load(directory)
@@ -108,6 +118,8 @@ def main() -> None:
         run_check(Path(out))
     elif part == "benchmarks":
         run_benchmarks(Path(out))
+    elif part == "convnext":
+        run_convnext(Path(out))
     else:
         run_training(Path(out), Path(rest[0]) if rest else None)
 

@@ -43,7 +43,9 @@ def title(row: Row) -> str:
 
 def task(row: Row) -> str:
     """What is done."""
-    direction = "" if row["level"] in ("training_step", "epoch") else f", {named(row['direction'])}"
+    direction = (
+        "" if row["level"] in ("training_step", "epoch", "convnext_tiny") else f", {named(row['direction'])}"
+    )
     return f"{row['level']}{direction}"
 
 

@@ -1,4 +1,5 @@
-"""What is timed: operations, the block, the classifier, its training step and an epoch, at the lecture's shapes.
+"""What is timed: operations, the block, the classifier, its training step and an epoch, at the lecture's shapes;
+and the operation of ConvNeXts' stages, and training steps of a swapped ConvNeXt-T, at theirs.
 
 Each workload has a reference module and a fused one with the same parameters, and a floor: the bytes that it must
 move if each tensor is read or written once, and the operations that the convolutions' definitions take.
@@ -6,6 +7,8 @@ move if each tensor is read or written once, and the operations that the convolu
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -13,10 +16,13 @@ from torch import Tensor, nn
 
 import fastconv
 from fastconv import reference
+from fastconv.extras import import_extra
 
 OPERATIONS = ("depthwise_conv_layer_norm", "pointwise_conv_gelu", "convnext_block")
 # The second measures optimizer steps, the third as many as an epoch of the lecture has.
-CLASSIFIERS = ("classifier", "training_step", "epoch")
+CLASSIFIERS = ("classifier", "training_step", "epoch", "convnext_tiny")
+# Depthwise, with multiplier 1, and norm of each pixel.
+STAGE = "depthwise_conv_channel_norm"
 DIRECTIONS = ("forward", "backward", "both")
 
 MULTIPLIER = 4
@@ -24,6 +30,8 @@ KERNEL = 7
 DEPTH = 5
 IMAGE = 32
 CLASSES = 10
+CONVNEXT_PATCH = 4
+CONVNEXT_TINY_DEPTHS = (3, 3, 9, 3)
 # 80 % of CIFAR-10's training images.
 EPOCH_IMAGES = 40_000
 BATCH_SIZES = (1, 8, 32, 128, 512, 1024)
@@ -35,7 +43,7 @@ class Workload(NamedTuple):
     """One thing to time.
 
     Args:
-        level: one of OPERATIONS or CLASSIFIERS.
+        level: one of OPERATIONS or CLASSIFIERS, or STAGE.
         images: of a batch.
         channels: of the block's input; for a classifier, its width.
         side: of the square maps; for a classifier, of the maps after its stem.
@@ -51,7 +59,7 @@ class Workload(NamedTuple):
 
     @property
     def directions(self) -> tuple[str, ...]:
-        if self.level in OPERATIONS:
+        if self.level in OPERATIONS or self.level == STAGE:
             return DIRECTIONS
         return ("forward",) if self.level == "classifier" else ("both",)
 
@@ -79,6 +87,19 @@ class DepthwiseReference(nn.Conv2d):
         return reference.depthwise_conv_layer_norm(x, self.weight, self.bias)
 
 
+class StageReference(fastconv.DepthwiseConvLayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.depthwise_conv_layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            norm="channel",
+            eps=self.eps,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+        )
+
+
 class PointwiseReference(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return reference.pointwise_conv_gelu(x, self.weight, self.bias)
@@ -96,6 +117,18 @@ def make_modules(workload: Workload) -> tuple[nn.Module, nn.Module]:
     elif workload.level == "pointwise_conv_gelu":
         plain = PointwiseReference(hidden, channels, 1)
         fused = fastconv.PointwiseConvGELU(hidden, channels)
+    elif workload.level == STAGE:
+        plain, fused = (
+            kind(channels, 1, KERNEL, norm="channel", eps=1e-6, affine=True)
+            for kind in (StageReference, fastconv.DepthwiseConvLayerNorm)
+        )
+    elif workload.level == "convnext_tiny":
+        # Without paths that are dropped at random, and with branches that count.
+        plain = import_extra("torchvision.models").convnext_tiny(
+            num_classes=CLASSES, layer_scale=1.0, stochastic_depth_prob=0.0
+        )
+        fused = copy.deepcopy(plain)
+        fastconv.swap(fused)
     elif workload.level == "convnext_block":
         plain, fused = reference.ConvNextBlock(channels), fastconv.ConvNextBlock(channels)
     else:
@@ -107,17 +140,18 @@ def make_modules(workload: Workload) -> tuple[nn.Module, nn.Module]:
 
 def input_shape(workload: Workload) -> tuple[int, int, int, int]:
     if workload.level in CLASSIFIERS:
-        return workload.images, 3, IMAGE, IMAGE
+        image = CONVNEXT_PATCH * workload.side if workload.level == "convnext_tiny" else IMAGE
+        return workload.images, 3, image, image
     wide = MULTIPLIER if workload.level == "pointwise_conv_gelu" else 1
     return workload.images, wide * workload.channels, workload.side, workload.side
 
 
 def cost(workload: Workload, direction: str) -> Cost:
     """The least that a workload takes in a direction."""
-    if workload.level in OPERATIONS:
+    if workload.level in OPERATIONS or workload.level == STAGE:
         pixels = workload.images * workload.side**2
         return operation_cost(workload.level, pixels, workload.channels, direction)
-    step = classifier_cost(workload, direction)
+    step = (convnext_cost if workload.level == "convnext_tiny" else classifier_cost)(workload, direction)
     if workload.level == "classifier":
         return step
     parameters = sum(p.numel() for p in make_modules(workload)[0].parameters())
@@ -133,6 +167,9 @@ def operation_cost(operation: str, pixels: int, channels: int, direction: str) -
         return module_cost(pixels * channels, pixels * hidden, depthwise, direction)
     if operation == "pointwise_conv_gelu":
         return module_cost(pixels * hidden, pixels * channels, pointwise, direction)
+    if operation == STAGE:
+        taps = Cost((KERNEL**2 + 3) * channels, 2 * pixels * channels * KERNEL**2)
+        return module_cost(pixels * channels, pixels * channels, taps, direction)
     return module_cost(pixels * channels, pixels * channels, depthwise + pointwise + projection, direction)
 
 
@@ -152,10 +189,7 @@ def classifier_cost(workload: Workload, direction: str) -> Cost:
     images, width, side = workload.images, workload.channels, workload.side
 
     def patches(inputs: int, outputs: int, patch: int, side: int) -> Cost:
-        """A convolution of patches, to maps of `side`."""
-        pixels, taps = images * side**2, inputs * patch**2
-        weight = Cost((taps + 1) * outputs, 2 * pixels * taps * outputs)
-        return module_cost(pixels * taps, pixels * outputs, weight, direction)
+        return patches_cost(images, inputs, outputs, patch, side, direction)
 
     def blocks(channels: int, side: int) -> Cost:
         return operation_cost("convnext_block", images * side**2, channels, direction).times(DEPTH)
@@ -163,6 +197,29 @@ def classifier_cost(workload: Workload, direction: str) -> Cost:
     total = patches(3, width, IMAGE // side, side) + blocks(width, side)
     total += patches(width, 2 * width, 2, side // 2) + blocks(2 * width, side // 2)
     return total + patches(2 * width, CLASSES, 1, side // 2)
+
+
+def convnext_cost(workload: Workload, direction: str) -> Cost:
+    """As if each block, and each convolution of patches with its norm, were one operation."""
+    images, channels, side = workload.images, workload.channels, workload.side
+    total = patches_cost(images, 3, channels, CONVNEXT_PATCH, side, direction)
+    for stage, depth in enumerate(CONVNEXT_TINY_DEPTHS):
+        if stage > 0:
+            total += patches_cost(images, channels, 2 * channels, 2, side // 2, direction)
+            channels, side = 2 * channels, side // 2
+        pixels = images * side**2
+        taps = Cost((KERNEL**2 + 3) * channels, 2 * pixels * channels * KERNEL**2)
+        # Two products, with their biases and the layer scale.
+        products = Cost(8 * channels**2 + 6 * channels, 16 * pixels * channels**2)
+        total += module_cost(pixels * channels, pixels * channels, taps + products, direction).times(depth)
+    return total + module_cost(images * channels, images * CLASSES, Cost((channels + 1) * CLASSES, 0), direction)
+
+
+def patches_cost(images: int, inputs: int, outputs: int, patch: int, side: int, direction: str) -> Cost:
+    """Of a convolution of patches, to maps of `side`."""
+    pixels, taps = images * side**2, inputs * patch**2
+    weight = Cost((taps + 1) * outputs, 2 * pixels * taps * outputs)
+    return module_cost(pixels * taps, pixels * outputs, weight, direction)
 
 
 # channels and side: the lecture's two stages; then those of the homework's variants, patch 2 and width 64.
@@ -179,7 +236,15 @@ def full() -> list[Workload]:
         workloads += [Workload(level, images, *LECTURE[0]) for images in BATCH_SIZES]
         # Patch 2, and width 64.
         workloads += [Workload(level, 128, 32, 16), Workload(level, 128, 64, 8)]
-    return [*workloads, Workload("epoch", 128, *LECTURE[0])]
+    return [*workloads, Workload("epoch", 128, *LECTURE[0]), *convnext(8)]
+
+
+def convnext(images: int) -> list[Workload]:
+    """The stages of a ConvNeXt-T for 224x224, and if torchvision is installed a training step of the whole."""
+    workloads = [Workload(STAGE, images, 96 << stage, 56 >> stage) for stage in range(4)]
+    if importlib.util.find_spec("torchvision"):
+        workloads.append(Workload("convnext_tiny", images, 96, 56))
+    return workloads
 
 
 def quick() -> list[Workload]:

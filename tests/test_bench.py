@@ -16,7 +16,9 @@ from fastconv.bench.ceilings import Ceilings
 from fastconv.bench.workloads import Workload
 
 CPU = torch.device("cpu")
-SMALL = [Workload(level, 3, 2, 4) for level in (*workloads.OPERATIONS, "classifier", "training_step")]
+SMALL = [
+    Workload(level, 3, 2, 4) for level in (*workloads.OPERATIONS, workloads.STAGE, "classifier", "training_step")
+]
 COMMITTED = sorted(results.FOLDER.glob("*.json"))
 
 
@@ -54,6 +56,18 @@ def test_elements_are_inputs_outputs_and_parameters():
     epoch = workloads.cost(Workload("epoch", 128, 32, 8), "both")
     step = workloads.cost(Workload("training_step", 128, 32, 8), "both")
     assert epoch.flops == 313 * step.flops
+
+
+def test_a_convnexts_cost_is_that_of_its_layers():
+    workload = Workload("convnext_tiny", 2, 96, 8)
+    plain, fused = workloads.make_modules(workload)
+    assert type(plain.features[1][0]) is not type(fused.features[1][0])
+    flops = direct_flops(plain, torch.rand(workloads.input_shape(workload)))
+    for block in plain.modules():
+        if type(block).__name__ == "CNBlock":
+            flops += 16 * block.layer_scale.numel() ** 2 * 2 * (8 * 96 // block.layer_scale.numel()) ** 2
+    assert workloads.convnext_cost(workload, "forward").flops == flops
+    assert workloads.cost(workload, "both").flops == 3 * flops
 
 
 def test_the_floor_is_the_longer_of_moving_and_multiplying():
@@ -356,7 +370,7 @@ def test_the_visits_script_is_bash():
     script = Path(readme.README).parent / "bench/gpu.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: bench/gpu.sh OUT [DATA]\n")
+    assert (done.returncode, done.stderr) == (2, "usage: bench/gpu.sh [--convnext] OUT [DATA]\n")
 
 
 def test_json_of_results_is_one_row_a_line(tmp_path):
