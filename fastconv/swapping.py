@@ -176,16 +176,15 @@ def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _can_fuse(module: Swapped, x: Any) -> bool:
-    if not isinstance(x, Tensor) or torch.jit._trace.is_tracing():
+    if not isinstance(x, Tensor) or x.dim() != 4 or torch.jit._trace.is_tracing():
         return False
-    if any(_has_hooks(find(module, path)) for path in module.fastconv_fusion.fused):
-        return False
-    if x.dim() != 4 or not backends.leaves_to_pytorch(x):
-        return x.dim() == 4
-    # Of other devices that have no kernels there is no measurement; and an exported program takes any batch.
-    if x.device.type != "cpu" or torch.compiler.is_exporting():
-        return False
-    return module.fastconv_fusion.pays(module, x)
+    if backends.leaves_to_pytorch(x):
+        # Of other devices that have no kernels there is no measurement; and an exported program takes any batch.
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
+            return False
+        if not module.fastconv_fusion.pays(module, x):
+            return False
+    return not any(_has_hooks(find(module, path)) for path in module.fastconv_fusion.fused)
 
 
 def _has_hooks(module: nn.Module) -> bool:
