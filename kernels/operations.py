@@ -48,7 +48,9 @@ def convnext_block(
         y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
         return x + _pointwise_conv(y, projection_weight, projection_bias)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
-    weight, bias = pointwise_weight.flatten(1), pointwise_bias
+    # Contiguous first: a matrix product may round otherwise for other strides.
+    weight, bias = pointwise_weight.flatten(1).contiguous(), _contiguous(pointwise_bias)
+    norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
     if norm_bias is not None:
         shift = weight @ norm_bias
         bias = shift if bias is None else bias + shift
@@ -58,8 +60,8 @@ def convnext_block(
         x,
         depthwise_weight.contiguous(),
         _contiguous(depthwise_bias),
-        weight.contiguous(),
-        _contiguous(bias),
+        weight,
+        bias,
         projection_weight.flatten(1).contiguous(),
         _contiguous(projection_bias),
         norm,
