@@ -32,8 +32,14 @@ class Launch(NamedTuple):
     # Triton's CompiledKernel.
     compiled: Any
     programs: int
-    # Of all tensors the kernel is given.
-    bytes: int
+    # All that it is given, by name.
+    arguments: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that the kernel is given."""
+        tensors = {id(argument): argument for argument in self.arguments.values() if isinstance(argument, Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 class DryDriver:
@@ -66,10 +72,11 @@ class DryDriver:
         compiled = next(kernel for kernel in kernels if kernel.metadata is metadata)
 
         def launch(programs: int, *arguments: Any) -> None:
-            tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            names = source.fn.arg_names
+            # Triton's own arguments come first.
+            named = dict(zip(names, arguments[-len(names) :], strict=True))
             # A kernel keeps this function beyond the driver that made it.
-            triton.runtime.driver.active.launches.append(Launch(source.fn.__name__, compiled, programs, size))
+            triton.runtime.driver.active.launches.append(Launch(source.fn.__name__, compiled, programs, named))
 
         return launch
 

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import triton
 
-# Of a line of NVIDIA's disassembly, after its address and perhaps a predicate: `@!P3 LDG.E.128 R28, ...`.
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# A line of NVIDIA's disassembly, perhaps with a predicate: `/*0a70*/  @!P3 LDG.E.128 R28, ... ;`. A branch names
+# the address that it leads to.
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 _GLOBAL = {"LDG", "STG", "LDGSTS"}
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "SHFL"}
 _SPILLS = {"LDL", "STL"}
+_MEMORY = _GLOBAL | _SHARED | _SPILLS
 _TENSOR = {"HMMA", "HGMMA", "UTCHMMA"}
 
 
@@ -31,6 +33,9 @@ class MachineCode(NamedTuple):
     narrow_accesses: int
     # Cycles for which the instructions of one warp occupy the path to memory, 128 bytes wide.
     memory_cycles: int
+    # How many of these instructions, and of these cycles, are within a loop.
+    looped_instructions: int
+    looped_memory_cycles: int
 
 
 # The same kernel serves several operations.
@@ -45,13 +50,20 @@ def _read_nvidia(binary: bytes) -> MachineCode:
         file.write(binary)
         file.flush()
         registers = re.search(r"\bREG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
-        opcodes = [code for code in _INSTRUCTION.findall(_cuobjdump("-sass", file.name)) if code != "NOP"]
+        lines = _INSTRUCTION.findall(_cuobjdump("-sass", file.name))
+    code_at = {int(address, 16): opcode for address, opcode, _ in lines if opcode != "NOP"}
+    opcodes = list(code_at.values())
     if registers is None or not opcodes:
         raise RuntimeError("cuobjdump prints something else than it used to: no registers, or no instructions")
     names = Counter(code.split(".")[0] for code in opcodes)
     accesses = [code for code in opcodes if code.split(".")[0] in _GLOBAL]
     spills = [code for code in opcodes if code.split(".")[0] in _SPILLS]
-    shared = [code for code in opcodes if code.split(".")[0] in _SHARED]
+    loops = [
+        range(int(target[1], 16), int(address, 16) + 1)
+        for address, opcode, operands in lines
+        if opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    looped = [code for address, code in code_at.items() if any(address in loop for loop in loops)]
     return MachineCode(
         registers=int(registers[1]),
         spills=sum(map(_width, spills)),
@@ -59,8 +71,14 @@ def _read_nvidia(binary: bytes) -> MachineCode:
         tensor={name: names[name] for name in sorted(_TENSOR & names.keys())},
         wide_accesses=sum(_width(code) == 16 for code in accesses),
         narrow_accesses=sum(_width(code) < 16 for code in accesses),
-        memory_cycles=sum(max(1, _width(code) // 4) for code in (*accesses, *spills, *shared)),
+        memory_cycles=_memory_cycles(opcodes),
+        looped_instructions=len(looped),
+        looped_memory_cycles=_memory_cycles(looped),
     )
+
+
+def _memory_cycles(opcodes: list[str]) -> int:
+    return sum(max(1, _width(code) // 4) for code in opcodes if code.split(".")[0] in _MEMORY)
 
 
 def _cuobjdump(option: str, file: str) -> str:
@@ -92,4 +110,6 @@ def _read_amd(assembly: str) -> MachineCode:
         wide_accesses=sum("dwordx4" in code for code in accesses),
         narrow_accesses=sum("dwordx4" not in code for code in accesses),
         memory_cycles=0,
+        looped_instructions=0,
+        looped_memory_cycles=0,
     )

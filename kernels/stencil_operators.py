@@ -20,15 +20,33 @@ from .launch import (
 from .partials import sum_partials
 from .stencil import stencil, stencil_backward_taps, stencil_channel_norm
 
-# Pixels of a program, and channels of a thread, which keeps a sum for each pixel of each of its channels.
+# Pixels of a program in a row, and channels of a thread, which keeps a sum for each pixel of each of its channels.
+# With three times as many channels the strip is half as wide.
 WIDEST_STRIP = 14
+WIDEST_STRIP_OF_CHUNKS = 7
 CHANNELS_OF_THREAD = 4
 # The same where it keeps a sum for each tap.
-MOST_TAPS = 28
-WIDEST_STRIP_OF_TAPS = 8
+MOST_TAPS = 49
+WIDEST_STRIP_OF_TAPS = 7
 CHANNELS_OF_THREAD_OF_TAPS = 2
-# Programs of the taps' gradient: some for each multiprocessor of a large GPU.
-PROGRAMS = 2048
+# Rows below each other share inputs, but no multiprocessor of a large GPU should be without programs.
+MOST_LINES = 8
+MOST_WARPS = 4
+FEWEST_PROGRAMS = 512
+# Of the taps' gradient: as many as a large GPU runs at once with their registers, because each keeps partial sums.
+PROGRAMS = 1024
+
+
+def block_of(channels: int) -> int:
+    """The power of two, of 16 to 128, that divides channels into blocks with the fewest left over."""
+    return min((128, 64, 32, 16), key=lambda block: ceil_div(channels, block) * block)
+
+
+def chunks_of(channels: int) -> tuple[int, int]:
+    """(1 or 3, a power of two) whose product is at least `channels`: ConvNeXt's are often three times one."""
+    third = next_power_of_2(ceil_div(channels, 3))
+    whole = next_power_of_2(channels)
+    return (3, third) if 3 * third < whole and third >= 16 else (1, whole)
 
 
 class Stencil:
@@ -38,8 +56,6 @@ class Stencil:
         self.images, self.channels, self.height, self.width = x.shape
         self.outputs, _, self.kernel_height, self.kernel_width = weight.shape
         self.multiplier = self.outputs // self.channels
-        self.strips = ceil_div(self.width, WIDEST_STRIP)
-        self.block_width = ceil_div(self.width, self.strips)
         self.lines = self.images * self.height
         self.options: dict[str, Any] = {
             "MULTIPLIER": self.multiplier,
@@ -55,24 +71,31 @@ class Stencil:
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transposed: bool) -> None:
         channels = y.shape[1]
-        block = min(next_power_of_2(channels), 32 * CHANNELS_OF_THREAD)
+        block = block_of(channels)
+        blocks = ceil_div(channels, block)
+        strips, width = self._strips(WIDEST_STRIP)
+        lines, warps = self._lines_and_warps(block, strips * blocks)
         launch(
             stencil,
-            self.lines * self.strips * ceil_div(channels, block),
+            ceil_div(self.lines, lines) * strips * blocks,
             x,
             taps_first(weight),
             bias,
             y,
+            self.lines,
             self.height,
             self.width,
-            *strides(x),
+            x.stride(0),
+            x.stride(2),
+            X_COLUMN_STRIDE=x.stride(3),
             CHANNELS=channels,
             OUTPUTS=self.outputs,
             TRANSPOSED=transposed,
             HAS_BIAS=bias is not None,
+            BLOCK_LINES=lines,
+            BLOCK_WIDTH=width,
             BLOCK_CHANNELS=block,
-            BLOCK_WIDTH=self.block_width,
-            num_warps=1,
+            num_warps=warps,
             **self.options,
         )
 
@@ -88,10 +111,12 @@ class Stencil:
         normalised: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        block = next_power_of_2(self.outputs)
+        chunks, block = chunks_of(self.outputs)
+        strips, width = self._strips(WIDEST_STRIP if chunks == 1 else WIDEST_STRIP_OF_CHUNKS)
+        lines, warps = self._lines_and_warps(block, strips)
         launch(
             stencil_channel_norm,
-            self.lines * self.strips,
+            ceil_div(self.lines, lines) * strips,
             x,
             taps_first(weight),
             bias,
@@ -100,29 +125,55 @@ class Stencil:
             y,
             normalised,
             scale,
+            self.lines,
             self.height,
             self.width,
             eps,
-            *strides(x),
+            x.stride(0),
+            x.stride(2),
+            X_COLUMN_STRIDE=x.stride(3),
             CHANNELS=self.outputs,
             HAS_BIAS=bias is not None,
             HAS_NORM_WEIGHT=norm_weight is not None,
             HAS_NORM_BIAS=norm_bias is not None,
             KEEP_NORMALISED=normalised is not None,
             KEEP_SCALE=scale is not None,
+            BLOCK_LINES=lines,
+            BLOCK_WIDTH=width,
+            CHUNKS=chunks,
             BLOCK_CHANNELS=block,
-            BLOCK_WIDTH=self.block_width,
-            num_warps=max(1, block // (32 * CHANNELS_OF_THREAD)),
+            num_warps=warps,
             **self.options,
         )
 
+    def _strips(self, widest: int) -> tuple[int, int]:
+        """Into how many strips of how many pixels a row is divided."""
+        strips = ceil_div(self.width, widest)
+        return strips, ceil_div(self.width, strips)
+
+    def _lines_and_warps(self, block: int, programs_of_line: int) -> tuple[int, int]:
+        """Rows and warps of a program that has `block` channels of each row."""
+        of_warp = 32 * CHANNELS_OF_THREAD
+        lines = max(1, of_warp // block)
+        while (
+            2 * lines <= MOST_LINES
+            and 2 * lines * block <= MOST_WARPS * of_warp
+            and self.lines * programs_of_line >= 2 * lines * FEWEST_PROGRAMS
+        ):
+            lines *= 2
+        return lines, max(1, lines * block // of_warp)
+
     def backward_parameters(self, grad: Tensor, x: Tensor) -> Tensor:
         """The gradients of the taps, then of the bias: [kh * kw + 1, K]."""
-        block = min(next_power_of_2(self.outputs), 32 * CHANNELS_OF_THREAD_OF_TAPS)
+        of_warp = 32 * CHANNELS_OF_THREAD_OF_TAPS
+        block = min(block_of(self.outputs), of_warp)
+        lines = of_warp // block
         tap_rows = max(1, min(self.kernel_height, MOST_TAPS // self.kernel_width))
         tiles = ceil_div(self.outputs, block) * ceil_div(self.kernel_height, tap_rows)
-        rounds = ceil_div(self.lines, max(1, PROGRAMS // tiles))
-        parts = ceil_div(self.lines, rounds)
+        strips, width = self._strips(WIDEST_STRIP_OF_TAPS)
+        blocks = ceil_div(self.lines * strips, lines)
+        rounds = ceil_div(blocks, max(1, PROGRAMS // tiles))
+        parts = ceil_div(blocks, rounds)
         taps = self.kernel_height * self.kernel_width
         partials = grad.new_empty(parts, taps + 1, self.outputs, dtype=accumulator(grad))
         launch(
@@ -135,20 +186,18 @@ class Stencil:
             rounds,
             self.height,
             self.width,
-            *strides(x),
+            x.stride(0),
+            x.stride(2),
+            X_COLUMN_STRIDE=x.stride(3),
             CHANNELS=self.outputs,
-            BLOCK_CHANNELS=block,
-            BLOCK_WIDTH=ceil_div(self.width, ceil_div(self.width, WIDEST_STRIP_OF_TAPS)),
             BLOCK_TAP_ROWS=tap_rows,
+            BLOCK_LINES=lines,
+            BLOCK_WIDTH=width,
+            BLOCK_CHANNELS=block,
             num_warps=1,
             **self.options,
         )
         return sum_partials(partials)
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of image, row and column."""
-    return x.stride(0), x.stride(2), x.stride(3)
 
 
 def channels_side_by_side(x: Tensor) -> Tensor:
@@ -160,8 +209,9 @@ def channels_side_by_side(x: Tensor) -> Tensor:
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """[K, 1, kh, kw] as [kh * kw, K]."""
-    return weight.flatten(1).t().contiguous()
+    """[K, 1, kh, kw] as [kh * kw, K], in the dtype of sums, so that no program has to convert them."""
+    taps = weight.flatten(1).t()
+    return torch.empty_like(taps, dtype=accumulator(weight), memory_format=torch.contiguous_format).copy_(taps)
 
 
 def new_channels_last(x: Tensor, channels: int) -> Tensor:

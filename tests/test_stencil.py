@@ -15,8 +15,7 @@ from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and
 pytest.importorskip("triton")
 from fastconv.kernels import channel_norm_operators, operations, stencil_operators
 
-# images, channels, height, width, multiplier, kernel: small, because the interpreter takes a tenth of a second for
-# each row of a map.
+# images, channels, height, width, multiplier, kernel: small, because the interpreter is slow.
 SHAPES = {
     "7x7 taps": (1, 5, 3, 7, 1, (7, 7)),
     "several strips": (1, 3, 2, 19, 1, (3, 5)),
@@ -24,6 +23,8 @@ SHAPES = {
     "more rows of taps than a program sums": (1, 3, 2, 3, 1, (11, 11)),
     "multiplier": (2, 3, 3, 4, 3, (3, 3)),
     "wide": (1, 130, 1, 2, 1, (3, 3)),
+    "three chunks of channels": (2, 40, 2, 9, 1, (3, 3)),
+    "blocks of channels": (1, 80, 3, 2, 1, (3, 3)),
     "one pixel": (3, 7, 1, 1, 2, (3, 3)),
     "one channel": (2, 1, 3, 2, 1, (3, 3)),
     "one tap": (2, 5, 2, 3, 1, (1, 1)),
@@ -146,6 +147,13 @@ def test_more_rows_than_programs_keep_partial_sums_for(device, monkeypatch):
     monkeypatch.setattr(stencil_operators, "PROGRAMS", 2)
     monkeypatch.setattr(channel_norm_operators, "PROGRAMS", 2)
     FEW(sampler((3, 5, 3, 2, 1, (3, 3)), device))
+
+
+@pytest.mark.parametrize("name", ["7x7 taps", "multiplier", "three chunks of channels"])
+def test_more_rows_to_a_program_where_there_are_many(name, device, monkeypatch):
+    monkeypatch.setattr(stencil_operators, "FEWEST_PROGRAMS", 1)
+    images, *shape = SHAPES[name]
+    FEW(sampler((3 * images, *shape), device))
 
 
 def test_channels_too_wide_for_one_program(device, monkeypatch):
