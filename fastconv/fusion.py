@@ -43,6 +43,11 @@ class Fusion:
         """The paths of submodules that are not called any more."""
         raise NotImplementedError
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The paths of submodules that are called as they are, whatever they compute."""
+        return ()
+
     def parts(self, module: nn.Module) -> set[nn.Module]:
         """The submodules, at any depth, that nothing else may fuse."""
         return set(module.modules())
@@ -105,7 +110,10 @@ class LectureClassifier(Fusion):
 
 @dataclass(frozen=True)
 class ConvNeXtBlock(Fusion):
-    """x + drop_path(scale * projection(gelu(pointwise(norm(depthwise(x)))))), of Liu et al., arXiv:2201.03545.
+    """x + drop_path(scale * projection(response(gelu(pointwise(norm(depthwise(x))))))).
+
+    ConvNeXt's (Liu et al., arXiv:2201.03545) with a layer scale, and ConvNeXt V2's (Woo et al., arXiv:2301.00808)
+    with a response norm.
 
     Args:
         depthwise, norm, pointwise, projection: paths of the modules that hold the parameters; the pointwise
@@ -113,6 +121,8 @@ class ConvNeXtBlock(Fusion):
         scale: path of the layer scale of C elements, or None.
         drop_path: path of a module that drops whole images in training, or None.
         approximate: of GELU.
+        response: path of the module that follows GELU, or None; and whether it takes maps, (N, O, H, W), rather
+            than (N, H, W, O).
     """
 
     kind: ClassVar[str] = "ConvNeXt block"
@@ -125,18 +135,23 @@ class ConvNeXtBlock(Fusion):
     scale: str | None = None
     drop_path: str | None = None
     approximate: str = "none"
+    response: str | None = None
+    response_of_maps: bool = False
 
     @property
     def fused(self) -> tuple[str, ...]:
         return self.depthwise, self.norm, self.pointwise, self.activation, self.projection
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        return () if self.drop_path is None else (self.drop_path,)
+
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         return portable.swapping_pays(x)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        if backends.choose(x) != "triton":
-            # Products of pixels by channels are what a CPU multiplies fastest.
-            x = x.contiguous(memory_format=torch.channels_last)
+        # All that follows is fastest where channels lie side by side, and the next block finds them so.
+        x = x.contiguous(memory_format=torch.channels_last)
         y = depthwise_norm(find(module, self.depthwise), find(module, self.norm), x)
         pointwise, projection = find(module, self.pointwise), find(module, self.projection)
         weight, bias = projection.weight.flatten(1), projection.bias
@@ -149,30 +164,27 @@ class ConvNeXtBlock(Fusion):
                 # The weights are smaller than the maps. From theirs in half precision the gradient of the scale,
                 # a sum of terms that cancel, would be poor; autocast has not cast them.
                 weight, bias, scale = weight * scale[:, None], None if bias is None else bias * scale, None
-        branch = self._mlp(y, pointwise.weight.flatten(1), pointwise.bias, weight, bias)
+        y = self._widened(y, pointwise.weight.flatten(1), pointwise.bias)
+        if self.response is not None:
+            response = find(module, self.response)
+            y = response(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.response_of_maps else response(y)
+        branch = F.linear(y, weight, bias).permute(0, 3, 1, 2)
         branch = branch.to(torch.promote_types(dtype, branch.dtype))
         if scale is not None:
             branch = branch * scale[:, None, None]
         if self.drop_path is not None:
             branch = find(module, self.drop_path)(branch)
-        # In the memory format of the branch, which is that of x; x + branch of strides that tie is not.
+        # In the memory format of the branch, channels_last; x + branch of strides that tie is not.
         return branch + x
 
-    def _mlp(
-        self,
-        y: Tensor,
-        weight: Tensor,  # [O, K]
-        bias: Tensor | None,
-        projection: Tensor,  # [C, O]
-        projection_bias: Tensor | None,
-    ) -> Tensor:
+    def _widened(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The pointwise convolution (weight [O, C]) with GELU, of maps (N, C, H, W): (N, H, W, O)."""
         if backends.choose(y) == "triton":
-            y = functional.pointwise_conv_gelu(y, weight[..., None, None], bias, approximate=self.approximate)
-            if not y.is_contiguous(memory_format=torch.channels_last):
-                return F.conv2d(y, projection[..., None, None], projection_bias)
-            return F.linear(y.permute(0, 2, 3, 1), projection, projection_bias).permute(0, 3, 1, 2)
-        y = F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
-        return F.linear(y, projection, projection_bias).permute(0, 3, 1, 2)
+            weight = weight[..., None, None]
+            return functional.pointwise_conv_gelu(y, weight, bias, approximate=self.approximate).permute(
+                0, 2, 3, 1
+            )
+        return F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ training, its own forward and ours give the same results and gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,19 +35,26 @@ class Unsuitable(Exception):
     """A candidate cannot be fused; the message says why."""
 
 
-def recognise(module: nn.Module, recompute: bool) -> Fusion | None:
+# By all that decides what a module computes, how it is fused: of modules that are alike one is tried.
+Verified = dict[tuple[Any, ...], Fusion]
+
+
+def recognise(module: nn.Module, recompute: bool, verified: Verified) -> Fusion | None:
     """How to fuse a module; None if it is no candidate.
+
+    Args:
+        verified: of the modules that were recognised before; is added to.
 
     Raises:
         Unsuitable: it is one, but differs from what the fused operations compute.
     """
     if _is_classifier(module):
-        return _verified(module, [LectureClassifier(recompute)], _images_for(module))
+        return _verify(module, [LectureClassifier(recompute)], _images_for(module), verified)
     if isinstance(module, nn.Sequential):
-        return _chain(module, recompute)
+        return _chain(module, recompute, verified)
     if not _is_block(module):
         return None
-    return _block(module, recompute)
+    return _block(module, recompute, verified)
 
 
 def _is_classifier(module: nn.Module) -> bool:
@@ -86,7 +96,7 @@ def _is_block(module: nn.Module) -> bool:
     return has_parts(module) and not any(has_parts(child) for child in smaller)
 
 
-def _block(module: nn.Module, recompute: bool) -> Fusion:
+def _block(module: nn.Module, recompute: bool, verified: Verified) -> Fusion:
     if "forward" in vars(module):
         raise Unsuitable("its forward was replaced on the instance")
     leaves = dict(_leaves(module))
@@ -97,10 +107,11 @@ def _block(module: nn.Module, recompute: bool) -> Fusion:
     norms = [name for name, leaf in leaves.items() if _is_norm(leaf)]
     used = {depthwise, pointwise, projection, *norms[:1]}
     for name, leaf in leaves.items():
-        if name not in used and (any(True for _ in leaf.parameters()) or any(True for _ in leaf.buffers())):
-            raise Unsuitable(f"it has {name}, {_a(leaf)}, which the fused block has not")
         if isinstance(leaf, nn.Dropout) and leaf.p > 0:
             raise Unsuitable(f"it has {name}, {_a(leaf)} with p={leaf.p}; expected none within the block")
+    others = [name for name, leaf in leaves.items() if name not in used and _has_state(leaf)]
+    if others and (not norms or len(others) > 1 or any(True for _ in leaves[others[0]].buffers())):
+        raise _unknown(others[0], leaves[others[0]])
     for name in used:
         _check_own_forward(leaves[name])
     drop_path = next((name for name, _ in module.named_children() if "drop" in name or "stochastic" in name), None)
@@ -109,7 +120,7 @@ def _block(module: nn.Module, recompute: bool) -> Fusion:
         fusions = [
             LectureBlock(recompute, depthwise, pointwise, projection, norm) for norm in functional.NORMS[:2]
         ]
-        return _verified(module, fusions, images)
+        return _verify(module, fusions, images, verified)
     parameters = [name for name, _ in module.named_parameters(recurse=False)]
     if len(parameters) > 1:
         raise Unsuitable(f"it has the parameters {', '.join(parameters)}; expected one layer scale at most")
@@ -125,10 +136,25 @@ def _block(module: nn.Module, recompute: bool) -> Fusion:
         drop_path=drop_path,
         approximate=approximate,
     )
-    return _verified(module, [fusion], images)
+    if not others:
+        return _verify(module, [fusion], images, verified)
+    # What remains may be the response norm of ConvNeXt V2.
+    responses = [replace(fusion, response=others[0], response_of_maps=of_maps) for of_maps in (False, True)]
+    try:
+        return _verify(module, responses, images, verified)
+    except Unsuitable:
+        raise _unknown(others[0], leaves[others[0]]) from None
 
 
-def _chain(module: nn.Sequential, recompute: bool) -> Fusion | None:
+def _unknown(name: str, leaf: nn.Module) -> Unsuitable:
+    return Unsuitable(f"it has {name}, {_a(leaf)}, which the fused block has not")
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def _chain(module: nn.Sequential, recompute: bool, verified: Verified) -> Fusion | None:
     if type(module).forward is not nn.Sequential.forward:
         return None
     children = list(module.named_children())
@@ -147,7 +173,7 @@ def _chain(module: nn.Sequential, recompute: bool) -> Fusion | None:
         _check_own_forward(first)
         pair = nn.Sequential(first, second)
         fusion = Chain(pairs=(("0", "1", pairs[-1][2]),))
-        _verified(pair, [fusion], torch.empty(2, first.in_channels, 3, 4))
+        _verify(pair, [fusion], torch.empty(2, first.in_channels, 3, 4), verified)
     return Chain(recompute, tuple(pairs)) if pairs else None
 
 
@@ -213,27 +239,53 @@ def _activation(leaves: dict[str, nn.Module]) -> tuple[str, str]:
     raise Unsuitable(f"no GELU is among its parts ({others}); other activations are not fused")
 
 
-def _verified(module: nn.Module, fusions: Sequence[Fusion], images: Tensor) -> Fusion:
+def _verify(module: nn.Module, fusions: Sequence[Fusion], images: Tensor, verified: Verified) -> Fusion:
     """The first that computes what `module` does, on random images like `images`, with random parameters.
 
     Raises:
         Unsuitable: none does.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        twin = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.uniform_(-1, 1)
-        images = torch.rand_like(images, dtype=torch.float64).requires_grad_()
-        differences = [_difference(twin, fusion, images) for fusion in fusions]
-    best = min(differences)
-    if not best <= VERIFIED:
-        raise Unsuitable(
-            f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
-            f"{fusions[0].kind}'s by {best:.1e}"
+    key = _signature(module, fusions[0]), *fusions
+    if key not in verified:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            twin = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.uniform_(-1, 1)
+            images = torch.rand_like(images, dtype=torch.float64).requires_grad_()
+            differences = [_difference(twin, fusion, images) for fusion in fusions]
+        best = min(differences)
+        if not best <= VERIFIED:
+            raise Unsuitable(
+                f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
+                f"{fusions[0].kind}'s by {best:.1e}"
+            )
+        verified[key] = fusions[differences.index(best)]
+    return verified[key]
+
+
+def _signature(module: nn.Module, fusion: Fusion) -> tuple[Any, ...]:
+    """All that decides what a module computes, but for what fused or not it calls, and the parameters' values."""
+    called = tuple(f"{path}." for path in fusion.called)
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple((key, _value(value)) for key, value in vars(part).items() if key not in vars(nn.Module())),
+            tuple((key, None if value is None else value.shape) for key, value in part._parameters.items()),
+            tuple((key, id(value)) for key, value in part._buffers.items()),
         )
-    return fusions[differences.index(best)]
+        for name, part in module.named_modules()
+        if not f"{name}.".startswith(called)
+    )
+
+
+def _value(value: object) -> Any:
+    """Something equal for equal numbers, strings, and sequences of them, and for one and the same object."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_value, value))
+    return value if value is None or isinstance(value, int | float | str) else id(value)
 
 
 def _difference(twin: nn.Module, fusion: Fusion, images: Tensor) -> float:
@@ -241,27 +293,29 @@ def _difference(twin: nn.Module, fusion: Fusion, images: Tensor) -> float:
     largest = 0.0
     for training in (False, True):
         twin.train(training)
-        results = []
-        for forward in (twin.forward, lambda x: fusion.compute(twin, x)):
-            # Both drop the same paths.
-            torch.manual_seed(1)
-            try:
-                with backend("reference"):
-                    y = forward(images)
-            except Exception as error:
-                raise Unsuitable(
-                    f"its forward cannot be tried on a probe {tuple(images.shape)}: {error}"
-                ) from error
-            if not isinstance(y, Tensor):
-                raise Unsuitable(f"its forward returns {_a(y)}; expected one tensor")
-            inputs = [images, *twin.parameters()]
-            grads = torch.autograd.grad(
-                y, inputs, torch.linspace(-1, 1, y.numel()).view(y.shape).to(y), allow_unused=True
-            )
-            results.append((y.detach(), *grads))
-        for own, ours in zip(*results, strict=True):
-            largest = max(largest, _relative(own, ours))
+        try:
+            own = _results(twin.forward, twin, images)
+        except Exception as error:
+            raise Unsuitable(f"its forward cannot be tried on a probe {tuple(images.shape)}: {error}") from error
+        try:
+            ours = _results(functools.partial(fusion.compute, twin), twin, images)
+        except Exception:
+            # The parts do not fit together as in what they are taken for.
+            return math.inf
+        largest = max(largest, *map(_relative, own, ours))
     return largest
+
+
+def _results(forward: Callable[[Tensor], Any], twin: nn.Module, images: Tensor) -> list[Tensor | None]:
+    """What `forward` returns, and the gradients of the images and of each parameter of `twin`."""
+    # All drop the same paths.
+    torch.manual_seed(1)
+    with backend("reference"):
+        y = forward(images)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"it returns {_a(y)}; expected one tensor")
+    grad = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
+    return [y.detach(), *torch.autograd.grad(y, [images, *twin.parameters()], grad, allow_unused=True)]
 
 
 def _relative(own: Tensor | None, ours: Tensor | None) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastconv import backends, portable
 from fastconv.fusion import Fusion, find
-from fastconv.recognition import ALREADY_FUSED, Unsuitable, recognise
+from fastconv.recognition import ALREADY_FUSED, Unsuitable, Verified, recognise
 
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
@@ -98,6 +98,7 @@ def swap(
     candidates: list[Candidate] = []
     changes: list[tuple[nn.Module, Fusion]] = []
     decided: set[nn.Module] = set()
+    verified: Verified = {}
     for name, module in model.named_modules():
         if module in decided:
             continue
@@ -111,7 +112,7 @@ def swap(
             decided.update(module.fastconv_fusion.parts(module))
             continue
         try:
-            fusion = recognise(module, recompute)
+            fusion = recognise(module, recompute, verified)
         except Unsuitable as error:
             candidates.append(row("", False, str(error)))
             continue

@@ -10,7 +10,10 @@ from fastconv import reference
 
 
 class Network(NamedTuple):
-    """A model by name, the size of its images, and how many of its modules `swap` takes."""
+    """A model by name, the size of its images, and how many of its modules `swap` takes.
+
+    To a name of timm's an option may be added: "convnext_atto, use_grn".
+    """
 
     library: str
     name: str
@@ -36,7 +39,8 @@ def _of_torchvision(name, **options):
 
 def _of_timm(name, **options):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    return timm.create_model(name, pretrained=False, num_classes=5, **options)
+    name, *flags = name.split(", ")
+    return timm.create_model(name, pretrained=False, num_classes=5, **dict.fromkeys(flags, True), **options)
 
 
 def _of_huggingface(name, **options):
@@ -45,6 +49,9 @@ def _of_huggingface(name, **options):
     if name == "ConvNext":
         config = transformers.ConvNextConfig(**sizes, num_labels=5)
         return Outputs(transformers.ConvNextForImageClassification(config), "logits")
+    if name == "ConvNextV2":
+        config = transformers.ConvNextV2Config(**sizes, num_labels=5)
+        return Outputs(transformers.ConvNextV2ForImageClassification(config), "logits")
     if name == "DINOv3ConvNext":
         return Outputs(
             transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(**sizes)), "pooler_output"
@@ -74,8 +81,11 @@ NETWORKS = {
         Network("timm", "convnext_large_mlp", (2, 3, 64, 64), 36, slow=True),
         Network("timm", "test_convnext", (8, 3, 64, 64), 9),
         Network("timm", "test_convnext2", (8, 3, 64, 64), 4),
+        Network("timm", "convnextv2_atto", (8, 3, 64, 64), 12),
+        Network("timm", "convnext_atto, use_grn", (2, 3, 64, 64), 12),
         Network("timm", "edgenext_xx_small", (2, 3, 64, 64), 9),
         Network("huggingface", "ConvNext", (8, 3, 64, 64), 5),
+        Network("huggingface", "ConvNextV2", (8, 3, 64, 64), 5),
         Network("huggingface", "DINOv3ConvNext", (8, 3, 64, 64), 5),
         Network("huggingface", "SAM 2's memory fuser", (4, 16, 13, 11), 2),
     )
@@ -83,7 +93,6 @@ NETWORKS = {
 # Of each, what is not fused, in the words of the report.
 REFUSED = {
     "test_convnext3": "no GELU is among its parts (SiLU",
-    "convnextv2_atto": "it has mlp.grn, a GlobalResponseNorm, which the fused block has not",
     "convnext_zepto_rms": "it has norm, a SimpleNorm2d, which the fused block has not",
 }
 
@@ -123,9 +132,9 @@ def plain_pairs():
 
 
 def randomise(model):
-    """Layer scales of 1e-6 and biases of 0, as of a new model, would hide what is wrong with a block."""
+    """Scales of 1e-6 or 0 and biases of 0, as of a new model, would hide what is wrong with a block."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1 or parameter.shape[1:].numel() == 1:
+            if parameter.numel() == max(parameter.shape):
                 parameter.copy_(torch.rand_like(parameter) + 0.25)
     return model

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv import fusion, portable, reference
+from fastconv import fusion, portable, recognition, reference
 
 
 class Block(nn.Module):
@@ -51,6 +51,15 @@ def conv(channels=6, size=7, padding=3, **options):
     return nn.Conv2d(channels, channels, size, padding=padding, groups=channels, **options)
 
 
+class ScaledPath(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * x
+
+
 class DoubledConv(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -86,6 +95,7 @@ REFUSED_BLOCKS = {
     "group norm": ({"norm": nn.GroupNorm(2, 6)}, "does not compute what its parts suggest|cannot be tried"),
     "no residual": ({"residual": False}, "does not compute what its parts suggest: on a probe"),
     "a convolution of its own": ({"conv": DoubledConv(6, 6, 7, padding=3, groups=6)}, "DoubledConv has a forward"),
+    "a scale more": ({"drop": ScaledPath()}, "it has stochastic, a ScaledPath, which the fused block has not"),
     "dropout": ({"drop": nn.Dropout(0.1)}, "stochastic, a Dropout with p=0.1"),
 }
 
@@ -257,6 +267,23 @@ def test_filter_fn_chooses_by_module_and_name():
     assert seen == ["0", "1", "2"]
     assert [candidate.name for candidate in report.swapped] == ["1"]
     assert {candidate.reason for candidate in report.skipped} == {"filter_fn left it out"}
+
+
+def test_of_blocks_that_are_alike_one_is_tried(monkeypatch):
+    tried = []
+
+    def difference(*args, original=recognition._difference):
+        tried.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(recognition, "_difference", difference)
+    wider, alike, other = Block(wide=12), [Block(drop=DropImages()) for _ in range(3)], Block(residual=False)
+    alike[1].stochastic.rate = 0.7
+    other.stochastic = DropImages()
+    report = fastconv.swap(nn.Sequential(*alike, wider, other))
+    # What differs in a number counts as another; what drops paths is called as it is.
+    assert [candidate.swapped for candidate in report.candidates] == [True] * 4 + [False]
+    assert len(tried) == 3
 
 
 def test_a_filter_that_raises_leaves_the_model_as_it_was():

@@ -16,6 +16,7 @@ SMALL = {
     "timm/test_convnext": (2, 3, 32, 32),
     "timm/test_convnext2": (2, 3, 32, 32),
     "huggingface/ConvNext": (2, 3, 32, 32),
+    "huggingface/ConvNextV2": (2, 3, 32, 32),
     "huggingface/SAM 2's memory fuser": (2, 16, 5, 3),
 }
 FULL = {
@@ -24,6 +25,7 @@ FULL = {
     "torchvision/convnext_base": (4, 3, 224, 224),
     "timm/convnext_tiny": (8, 3, 224, 224),
     "timm/convnext_tiny_hnf": (4, 3, 288, 288),
+    "timm/convnextv2_atto": (8, 3, 224, 224),
     "timm/convnext_large_mlp": (2, 3, 384, 384),
     "huggingface/ConvNext": (8, 3, 224, 224),
 }
