@@ -28,6 +28,8 @@ from fastconv.modules import ConvNextBlock as FusedBlock
 # Both compute the same in float64, but for the order of sums.
 VERIFIED = 1e-8
 LECTURE_CHILDREN = ("stem", "conv_block_1", "downsample", "conv_block_2", "bottleneck")
+# Attributes that are no module's own: its parts, hooks, and whether it is training.
+OF_ANY_MODULE = frozenset(vars(nn.Module()))
 ALREADY_FUSED = (Classifier, FusedBlock, DepthwiseConvLayerNorm, PointwiseConvGELU)
 
 
@@ -272,7 +274,7 @@ def _signature(module: nn.Module, fusion: Fusion) -> tuple[Any, ...]:
         (
             name,
             type(part),
-            tuple((key, _value(value)) for key, value in vars(part).items() if key not in vars(nn.Module())),
+            tuple((key, _value(value)) for key, value in vars(part).items() if key not in OF_ANY_MODULE),
             tuple((key, None if value is None else value.shape) for key, value in part._parameters.items()),
             tuple((key, id(value)) for key, value in part._buffers.items()),
         )

@@ -22,8 +22,8 @@ from fastconv.recognition import ALREADY_FUSED, Unsuitable, Verified, recognise
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
     f"{BY_SIZE}: on a CPU, from {portable.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
-    f"up to {portable.SLOW_PIXELS}; and in training plain maps of {portable.SLOW_ELEMENTS:,} elements or more. "
-    "Others the module's own forward computes as fast."
+    f"up to {portable.SLOW_PIXELS} pixels; and in training, plain maps of {portable.SLOW_ELEMENTS:,} elements or "
+    "more. The module's own forward is as fast for others, and runs."
 )
 
 

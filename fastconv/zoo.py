@@ -37,6 +37,7 @@ def create_model(name: str) -> nn.Module:
         if model in timm.list_models():
             return timm.create_model(model, pretrained=False)
         known += timm.list_models()
-    close = ", ".join(difflib.get_close_matches(model, sorted(set(known)))) or "none is like it"
+    close = ", ".join(difflib.get_close_matches(model, sorted(set(known))))
+    suggestion = f"; did you mean: {close}" if close else "; expected a name such as convnext_tiny"
     missing = "" if importlib.util.find_spec("timm") else "; for timm's models: pip install timm"
-    raise UnknownModel(f"there is no model {name!r}; did you mean: {close}{missing}")
+    raise UnknownModel(f"there is no model {name!r}{suggestion}{missing}")

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Those of inference and of default_cfgs download weights.
-TESTS = "(convnext_atto or test_convnext) and not inference and not default_cfgs and not pretrained"
+MODELS = "(convnext_atto or convnextv2_atto or test_convnext)"
+TESTS = f"{MODELS} and not inference and not default_cfgs and not pretrained"
 
 
 @pytest.fixture
