@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastconv.data import ImageSet
 
 from .timing import Call
-from .workloads import CLASSES, CLASSIFIERS, EPOCH_IMAGES, Workload, input_shape, make_modules
+from .workloads import CLASSES, CLASSIFIERS, CONVNEXTS, EPOCH_IMAGES, Workload, input_shape, make_modules
 
 # Inputs to rotate through, so that none stays in a cache.
 BATCHES = 4
@@ -119,7 +119,7 @@ class Runner:
         """What is timed: it is given a number, by which it rotates through the inputs."""
         if self.workload.level == "epoch":
             return self.epoch()
-        if self.workload.level in ("training_step", "convnext_tiny"):
+        if self.workload.level in ("training_step", *CONVNEXTS):
             call: Call = self.stepper()
         elif direction == "backward":
             outputs = [self.run(i) for i in range(BATCHES)]

@@ -59,7 +59,7 @@ def run_benchmarks(out: Path) -> None:
 
 
 def run_convnext(out: Path) -> None:
-    """convnext.json: ConvNeXt-T's stages and, with torchvision, the whole model, in bf16."""
+    """convnext.json: ConvNeXt-T's stages and the whole models of torchvision and timm, if installed, in bf16."""
     about = results.provenance(DEVICE)
     chosen = [*workloads.convnext(64), *workloads.convnext(256)] if ON_GPU else workloads.convnext(2)[3:4]
     rows: list[suite.Row] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 from .results import Move
 from .suite import Row
+from .workloads import CONVNEXTS
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "contender": lambda row: row["contender"],
@@ -15,6 +16,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "p50": lambda row: milliseconds(row["ms"][1]),
     "p80": lambda row: milliseconds(row["ms"][2]),
     "speed-up": lambda row: speedup(row),
+    "images/s": lambda row: "-" if row["level"] == "epoch" else f"{1e3 * row['images'] / row['ms'][1]:.0f}",
     "kernels, ms": lambda row: optional(row["kernel_ms"], milliseconds),
     "of the floor": lambda row: f"{100 * row['floor_ms'] / row['ms'][1]:.0f} %",
     "GB/s": lambda row: f"{row['gb_per_s']:.3g}",
@@ -43,9 +45,7 @@ def title(row: Row) -> str:
 
 def task(row: Row) -> str:
     """What is done."""
-    direction = (
-        "" if row["level"] in ("training_step", "epoch", "convnext_tiny") else f", {named(row['direction'])}"
-    )
+    direction = "" if row["level"] in ("training_step", "epoch", *CONVNEXTS) else f", {named(row['direction'])}"
     return f"{row['level']}{direction}"
 
 

@@ -20,7 +20,9 @@ from fastconv.extras import import_extra
 
 OPERATIONS = ("depthwise_conv_layer_norm", "pointwise_conv_gelu", "convnext_block")
 # The second measures optimizer steps, the third as many as an epoch of the lecture has.
-CLASSIFIERS = ("classifier", "training_step", "epoch", "convnext_tiny")
+CLASSIFIERS = ("classifier", "training_step", "epoch", "convnext_tiny", "timm_convnext_tiny")
+# Training steps of a library's ConvNeXt-T.
+CONVNEXTS = {"convnext_tiny": "torchvision", "timm_convnext_tiny": "timm"}
 # Depthwise, with multiplier 1, and norm of each pixel.
 STAGE = "depthwise_conv_channel_norm"
 DIRECTIONS = ("forward", "backward", "both")
@@ -122,11 +124,15 @@ def make_modules(workload: Workload) -> tuple[nn.Module, nn.Module]:
             kind(channels, 1, KERNEL, norm="channel", eps=1e-6, affine=True)
             for kind in (StageReference, fastconv.DepthwiseConvLayerNorm)
         )
-    elif workload.level == "convnext_tiny":
+    elif workload.level in CONVNEXTS:
         # Without paths that are dropped at random, and with branches that count.
-        plain = import_extra("torchvision.models").convnext_tiny(
-            num_classes=CLASSES, layer_scale=1.0, stochastic_depth_prob=0.0
-        )
+        if CONVNEXTS[workload.level] == "timm":
+            timm = import_extra("timm")
+            plain = timm.create_model("convnext_tiny", num_classes=CLASSES, ls_init_value=1.0, drop_path_rate=0.0)
+        else:
+            plain = import_extra("torchvision.models").convnext_tiny(
+                num_classes=CLASSES, layer_scale=1.0, stochastic_depth_prob=0.0
+            )
         fused = copy.deepcopy(plain)
         fastconv.swap(fused)
     elif workload.level == "convnext_block":
@@ -140,7 +146,7 @@ def make_modules(workload: Workload) -> tuple[nn.Module, nn.Module]:
 
 def input_shape(workload: Workload) -> tuple[int, int, int, int]:
     if workload.level in CLASSIFIERS:
-        image = CONVNEXT_PATCH * workload.side if workload.level == "convnext_tiny" else IMAGE
+        image = CONVNEXT_PATCH * workload.side if workload.level in CONVNEXTS else IMAGE
         return workload.images, 3, image, image
     wide = MULTIPLIER if workload.level == "pointwise_conv_gelu" else 1
     return workload.images, wide * workload.channels, workload.side, workload.side
@@ -151,7 +157,7 @@ def cost(workload: Workload, direction: str) -> Cost:
     if workload.level in OPERATIONS or workload.level == STAGE:
         pixels = workload.images * workload.side**2
         return operation_cost(workload.level, pixels, workload.channels, direction)
-    step = (convnext_cost if workload.level == "convnext_tiny" else classifier_cost)(workload, direction)
+    step = (convnext_cost if workload.level in CONVNEXTS else classifier_cost)(workload, direction)
     if workload.level == "classifier":
         return step
     parameters = sum(p.numel() for p in make_modules(workload)[0].parameters())
@@ -240,11 +246,10 @@ def full() -> list[Workload]:
 
 
 def convnext(images: int) -> list[Workload]:
-    """The stages of a ConvNeXt-T for 224x224, and if torchvision is installed a training step of the whole."""
+    """The stages of a ConvNeXt-T for 224x224, and a training step of each library's that is installed."""
     workloads = [Workload(STAGE, images, 96 << stage, 56 >> stage) for stage in range(4)]
-    if importlib.util.find_spec("torchvision"):
-        workloads.append(Workload("convnext_tiny", images, 96, 56))
-    return workloads
+    whole = [level for level, library in CONVNEXTS.items() if importlib.util.find_spec(library)]
+    return workloads + [Workload(level, images, 96, 56) for level in whole]
 
 
 def quick() -> list[Workload]:
