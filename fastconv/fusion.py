@@ -16,6 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fastconv import backends, functional, modules, portable
 
+DROPOUTS = nn.modules.dropout._DropoutNd
+
+
+def _is_still(part: Any, kind: type[Any]) -> bool:
+    if type(part) is not kind or "forward" in part.__dict__:
+        return False
+    if issubclass(kind, DROPOUTS) and part.p > 0:
+        return False
+    return not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
 
 def find(module: nn.Module, path: str) -> Any:
     """The submodule or parameter at a dotted path."""
@@ -29,28 +39,38 @@ def find(module: nn.Module, path: str) -> Any:
 class Fusion:
     """What takes the place of a module's forward.
 
-    `recompute` keeps only the input for the backward and computes the rest again there (Chen et al.,
-    arXiv:1604.06174).
+    Args:
+        recompute: keep only the input for the backward and compute the rest again there (Chen et al.,
+            arXiv:1604.06174).
+        seen: paths and types of the submodules that are not called any more, as they were at the swap.
     """
 
     kind: ClassVar[str]
     # Whether on a CPU the module's own forward is often the faster.
     by_size: ClassVar[bool] = False
     recompute: bool = False
-
-    @property
-    def fused(self) -> tuple[str, ...]:
-        """The paths of submodules that are not called any more."""
-        raise NotImplementedError
+    seen: tuple[tuple[str, type[nn.Module]], ...] = ()
 
     @property
     def called(self) -> tuple[str, ...]:
         """The paths of submodules that are called as they are, whatever they compute."""
         return ()
 
+    @property
+    def fused(self) -> tuple[str, ...] | None:
+        """The paths of submodules that are not called any more; None if only those in `called` are."""
+        return None
+
     def parts(self, module: nn.Module) -> set[nn.Module]:
         """The submodules, at any depth, that nothing else may fuse."""
-        return set(module.modules())
+        return set(module.modules()) if self.fused is None else {find(module, path) for path in self.fused}
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
+        try:
+            return all(_is_still(find(module, path), kind) for path, kind in self.seen)
+        except AttributeError:
+            return False
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
@@ -75,15 +95,11 @@ class LectureBlock(Fusion):
     projection: str = "conv3"
     norm: str = "tensor"
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        return self.depthwise, self.pointwise, self.projection
-
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         return True
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        convolutions = [find(module, path) for path in self.fused]
+        convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
         parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
         return functional.convnext_block(x, *parameters, norm=self.norm)
 
@@ -97,9 +113,6 @@ class LectureClassifier(Fusion):
     @property
     def fused(self) -> tuple[str, ...]:
         return "stem", "downsample", "bottleneck"
-
-    def parts(self, module: nn.Module) -> set[nn.Module]:
-        return {find(module, path) for path in self.fused}
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         return True
@@ -139,12 +152,8 @@ class ConvNeXtBlock(Fusion):
     response_of_maps: bool = False
 
     @property
-    def fused(self) -> tuple[str, ...]:
-        return self.depthwise, self.norm, self.pointwise, self.activation, self.projection
-
-    @property
     def called(self) -> tuple[str, ...]:
-        return () if self.drop_path is None else (self.drop_path,)
+        return tuple(path for path in (self.drop_path, self.response) if path is not None)
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         return portable.swapping_pays(x)
@@ -200,9 +209,6 @@ class Chain(Fusion):
     def fused(self) -> tuple[str, ...]:
         return tuple(name for first, second, _ in self.pairs for name in (first, second))
 
-    def parts(self, module: nn.Module) -> set[nn.Module]:
-        return {find(module, path) for path in self.fused}
-
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         # Decided for each pair, on the maps that reach it.
         return True
@@ -210,11 +216,12 @@ class Chain(Fusion):
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
         seconds = [second for second, _ in pairs.values()]
-        for name, child in module.named_children():
+        # A module that occurs twice runs twice, which named_children would not tell.
+        for name, child in module._modules.items():
             if name in pairs:
                 x = self._pair(child, find(module, pairs[name][0]), pairs[name][1], x)
             elif name not in seconds:
-                x = child(x)
+                x = find(module, name)(x)
         return x
 
     def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:

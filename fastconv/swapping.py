@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import backends, portable
-from fastconv.fusion import Fusion, find
+from fastconv.fusion import Fusion
 from fastconv.recognition import ALREADY_FUSED, Unsuitable, Verified, recognise
 
 BY_SIZE = "where it is faster"
@@ -51,6 +51,8 @@ class SwapReport(NamedTuple):
         return tuple(candidate for candidate in self.candidates if not candidate.swapped)
 
     def __str__(self) -> str:
+        if not self.candidates:
+            return "nothing to swap: no ConvNeXt block, nor such a pair in an nn.Sequential"
         # Here, because whoever swaps a model need not have rich, nor wait for it.
         from rich.console import Console
         from rich.table import Table
@@ -76,8 +78,9 @@ def swap(
     random parameters, it computes the same, gradients included; a module is swapped as a whole, or not at all.
 
     Parameters are shared, names, hooks and modes kept: optimizers and checkpoints stay valid. A swapped model can
-    be copied, pickled, compiled, exported and put into DistributedDataParallel. Where PyTorch's own operations are
-    faster, as measured on a CPU, and while a part has hooks of its own, the module's own forward runs.
+    be copied, pickled, compiled, exported and put into DistributedDataParallel. The module's own forward runs
+    where PyTorch's operations are faster, as measured on a CPU; and while a part of it has hooks, or after a part
+    was replaced. What else a forward reads, as a number that the module keeps, must not change: unswap it first.
 
     Args:
         model: is changed; the root may be swapped, too.
@@ -88,13 +91,15 @@ def swap(
         What became of each candidate, to be printed.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, or `filter_fn` no function.
         RuntimeError: `model` is compiled, scripted, or on the meta device, or gradients are disabled.
 
     Warns:
         UserWarning: nothing was swapped.
     """
     _check(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is {filter_fn!r}; expected a function of a module and its name, or None")
     candidates: list[Candidate] = []
     changes: list[tuple[nn.Module, Fusion]] = []
     decided: set[nn.Module] = set()
@@ -108,7 +113,9 @@ def swap(
             candidates.append(row("fastconv", False, "it is fused already"))
             continue
         if isinstance(module, Swapped):
-            candidates.append(row(module.fastconv_fusion.kind, True, "before"))
+            same = module.fastconv_fusion.recompute == recompute
+            note = "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
+            candidates.append(row(module.fastconv_fusion.kind, True, note))
             decided.update(module.fastconv_fusion.parts(module))
             continue
         try:
@@ -125,8 +132,10 @@ def swap(
         decided.update(fusion.parts(module))
         on_cpu = next(module.parameters()).device.type == "cpu"
         candidates.append(row(fusion.kind, True, BY_SIZE if on_cpu and fusion.by_size else ""))
-    for module, fusion in changes:
-        module.__class__ = _subclass(type(module), fusion)
+    # All, before any is used: a class may refuse to be derived from.
+    classes = [_subclass(type(module), fusion) for module, fusion in changes]
+    for (module, _), swapped in zip(changes, classes, strict=True):
+        module.__class__ = swapped
     report = SwapReport(tuple(candidates))
     if not report.swapped:
         warnings.warn(
@@ -141,13 +150,19 @@ def unswap(model: nn.Module) -> None:
 
     Raises:
         TypeError: `model` is no nn.Module.
+        RuntimeError: the class of a swapped module was changed again, as by parametrizations or FSDP.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
-    for module in model.modules():
-        if isinstance(module, Swapped):
-            restored: Any = module
-            restored.__class__ = module.fastconv_original
+    swapped: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
+    for module in swapped:
+        if type(module) is not _subclass(module.fastconv_original, module.fastconv_fusion):
+            raise RuntimeError(
+                f"a swapped {module.fastconv_original.__name__} is a {type(module).__name__} by now; undo first "
+                "what changed its class after the swap, as parametrizations and FSDP do"
+            )
+    for module in swapped:
+        module.__class__ = module.fastconv_original
 
 
 class Swapped(nn.Module):
@@ -177,7 +192,10 @@ def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _can_fuse(module: Swapped, x: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or torch.jit._trace.is_tracing():
+    if torch.jit._trace.is_tracing() or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        return False
+    # Under vmap and other transforms of torch.func, which our operations do not know.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     if backends.leaves_to_pytorch(x):
         # Of other devices that have no kernels there is no measurement; and an exported program takes any batch.
@@ -185,13 +203,7 @@ def _can_fuse(module: Swapped, x: Any) -> bool:
             return False
         if not module.fastconv_fusion.pays(module, x):
             return False
-    return not any(_has_hooks(find(module, path)) for path in module.fastconv_fusion.fused)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return module.fastconv_fusion.applies(module)
 
 
 _SUBCLASSES: dict[tuple[type[nn.Module], Fusion], type[Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 
 from torch import nn
 
@@ -30,11 +31,15 @@ def create_model(name: str) -> nn.Module:
     if library != "timm" and importlib.util.find_spec("torchvision"):
         models = import_extra("torchvision.models")
         if model in models.list_models():
-            return models.get_model(model, weights=None)
+            # Detectors would download a classifier to build upon.
+            builder = models.get_model_builder(model)
+            without = {"weights_backbone"} & inspect.signature(builder).parameters.keys()
+            return builder(weights=None, **dict.fromkeys(without))
         known += models.list_models()
     if library == "timm" or (not library and importlib.util.find_spec("timm")):
         timm = import_extra("timm")
-        if model in timm.list_models():
+        # Also with the tag of pretrained weights, as in convnext_tiny.fb_in1k.
+        if timm.is_model(model):
             return timm.create_model(model, pretrained=False)
         known += timm.list_models()
     close = ", ".join(difflib.get_close_matches(model, sorted(set(known))))

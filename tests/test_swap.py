@@ -1,9 +1,12 @@
 """fastconv.swap and unswap: what they take, refuse, keep and report; numbers are in test_swapped_networks.py."""
 
 import copy
+import functools
 import io
 import json
 import pickle
+import re
+import threading
 import warnings
 
 import pytest
@@ -277,13 +280,274 @@ def test_of_blocks_that_are_alike_one_is_tried(monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(recognition, "_difference", difference)
-    wider, alike, other = Block(wide=12), [Block(drop=DropImages()) for _ in range(3)], Block(residual=False)
-    alike[1].stochastic.rate = 0.7
-    other.stochastic = DropImages()
-    report = fastconv.swap(nn.Sequential(*alike, wider, other))
-    # What differs in a number counts as another; what drops paths is called as it is.
-    assert [candidate.swapped for candidate in report.candidates] == [True] * 4 + [False]
-    assert len(tried) == 3
+    alike, other = [Block(drop=DropImages()) for _ in range(4)], Block(drop=DropImages(), residual=False)
+    for block, rate in zip([*alike, other], (0.0, 0.2, 0.7, 0.9, 0.9), strict=True):
+        block.stochastic.rate = rate
+    report = fastconv.swap(nn.Sequential(*alike, Block(wide=12), other))
+    assert [candidate.swapped for candidate in report.candidates] == [True] * 5 + [False]
+    # Of the rates of what drops paths, which is called as it is, only that they are positive matters.
+    assert len(tried) == 4
+
+
+class TwiceActivated(Block):
+    """With one activation, which is applied again if `last`."""
+
+    def __init__(self, last):
+        super().__init__()
+        del self.widen, self.activate, self.narrow
+        activation = nn.GELU()
+        self.mix = nn.Sequential(nn.Linear(6, 24), activation, nn.Linear(24, 6), *([activation] if last else []))
+
+    def forward(self, x):
+        y = self.mix(self.normalise(self.spatial(x).permute(0, 2, 3, 1)))
+        return x + (self.scale * y).permute(0, 3, 1, 2)
+
+
+class DropWithin(Block):
+    """With dropout of channels where the fused block has none."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.dropout = DropChannels(p)
+
+    def forward(self, x):
+        y = self.activate(self.widen(self.normalise(self.spatial(x).permute(0, 2, 3, 1))))
+        y = self.dropout(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + (self.scale * self.narrow(y)).permute(0, 3, 1, 2)
+
+
+class DropChannels(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return F.dropout2d(x, self.p, self.training)
+
+
+@pytest.mark.parametrize(
+    ("taken", "refused"),
+    [(TwiceActivated(False), TwiceActivated(True)), (DropWithin(0.0), DropWithin(0.2))],
+    ids=["a module that occurs twice", "dropout of no rate"],
+)
+def test_blocks_that_only_seem_alike_are_tried_each(taken, refused):
+    report = fastconv.swap(nn.Sequential(taken, refused))
+    assert [candidate.swapped for candidate in report.candidates] == [True, False]
+
+
+class Skipping(Block):
+    def forward(self, x):
+        return x if self.training and torch.rand(1).item() < 0.01 else super().forward(x)
+
+
+class RootScaled(Block):
+    def forward(self, x):
+        return x + (super().forward(x) - x) * self.scale.sqrt()[:, None, None]
+
+
+def with_buffer(block):
+    block.register_buffer("mask", torch.ones(6))
+    return block
+
+
+def with_lock(block):
+    block.lock = threading.Lock()
+    return block
+
+
+def with_weight_norm(block):
+    nn.utils.weight_norm(block.widen)
+    return block
+
+
+def patched(block):
+    block.widen.forward = functools.partial(F.linear, weight=torch.zeros(24, 6))
+    return block
+
+
+CANNOT_BE_FUSED = {
+    "it skips itself at random": (lambda: Skipping(), "takes random numbers beside those of its drop path"),
+    "NaN on the probe": (lambda: RootScaled(), "differ from a ConvNeXt block's by inf"),
+    "a buffer": (lambda: with_buffer(Block()), "it has the buffer mask; expected none"),
+    "no copy": (lambda: with_lock(Block()), "it cannot be copied for a probe: cannot pickle"),
+    "weight_norm": (
+        lambda: with_weight_norm(Block()),
+        "Linear has the parameters bias, weight_g, weight_v; expected",
+    ),
+    "a patched part": (lambda: patched(Block()), "forward of a Linear was replaced"),
+    "a traced graph": (lambda: torch.fx.symbolic_trace(Block()), "a graph of torch.fx; swap the module that was"),
+    "two dimensions of dropout": (lambda: Block(drop=nn.Dropout2d(0.1)), r"a Dropout2d with p=0.1"),
+    "GELU is a function": (lambda: Block(activation=nn.Identity()), "expected it as a module, such as nn.GELU"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", CANNOT_BE_FUSED)
+def test_what_cannot_be_fused_is_skipped_and_the_rest_swapped(name):
+    create, reason = CANNOT_BE_FUSED[name]
+    report = fastconv.swap(nn.ModuleList([create(), Block()]))
+    (skipped,) = report.skipped
+    assert re.search(reason, skipped.reason), skipped.reason
+    assert [candidate.name for candidate in report.swapped] == ["1"]
+
+
+class Adapted(nn.Linear):
+    """As libraries put into the place of an nn.Linear to train less of it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.added = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) + self.added
+
+
+def adapt(block):
+    block.widen = Adapted(block.widen)
+
+
+def exchange(block):
+    block.activate = nn.ReLU()
+
+
+def patch(block):
+    block.narrow.forward = lambda y: 2 * F.linear(y, block.narrow.weight, block.narrow.bias)
+
+
+def drop(block):
+    block.nothing.p = 0.5
+    block.train()
+
+
+def hook(block):
+    block.spatial.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+@pytest.mark.parametrize("change", [adapt, exchange, patch, drop, hook])
+def test_a_part_that_changes_after_the_swap_brings_the_own_forward_back(change, fused, calls):
+    class Dropping(Block):
+        def __init__(self):
+            super().__init__()
+            self.nothing = nn.Dropout(0.0)
+
+        def forward(self, x):
+            return self.nothing(super().forward(x))
+
+    block = Dropping()
+    twin = copy.deepcopy(block)
+    fastconv.swap(block)
+    for each in (block, twin):
+        change(each)
+    x = torch.rand(3, 6, 5, 4)
+    calls.clear()
+    torch.manual_seed(1)
+    y = block(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, twin(x))
+    assert calls == []
+
+
+def test_hooks_on_what_holds_parts_run(fused, calls):
+    block = TwiceActivated(False)
+    block.mix.register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.rand(2, 6, 5, 4)
+    expected = block(x)
+    fastconv.swap(block)
+    calls.clear()
+    assert torch.equal(block(x), expected)
+    assert calls == []
+
+
+def test_recognition_leaves_no_trace():
+    calls, norm = [], nn.BatchNorm2d(6, affine=False)
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), norm, nn.Conv2d(6, 6, 1), nn.Dropout(0.5), Block())
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: calls.append(1))
+    state = torch.get_rng_state()
+    fastconv.swap(model)
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert calls == []
+
+
+def test_a_module_that_occurs_twice_in_a_sequential_runs_twice(fused, calls):
+    activation = nn.GELU()
+    model = nn.Sequential(
+        nn.Conv2d(6, 8, 1), activation, nn.Conv2d(8, 6, 3), activation, nn.Conv2d(6, 4, 1), activation
+    )
+    x = torch.rand(2, 6, 5, 4)
+    expected = model(x)
+    fastconv.swap(model)
+    calls.clear()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert calls == ["pairs in a Sequential"]
+
+
+def test_a_sequential_can_be_cut_and_changed_after_the_swap(fused):
+    model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Conv2d(6, 8, 1), nn.GELU(), nn.ReLU())
+    twin = copy.deepcopy(model)
+    fastconv.swap(model)
+    x = torch.rand(2, 6, 5, 4)
+    assert torch.equal(model[:2](x), twin[:2](x))
+    assert torch.equal(model[2:](x), twin[2:](x))
+    for each in (model, twin):
+        each.insert(2, nn.BatchNorm2d(8))
+    assert torch.equal(model(x), twin(x))
+
+
+def test_of_a_sequential_with_an_unsuitable_pair_the_others_are_swapped():
+    model = nn.Sequential(
+        nn.Conv2d(6, 6, 3, groups=6), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 4, 1), nn.GELU()
+    )
+    (candidate,) = fastconv.swap(model).candidates
+    assert candidate.swapped
+    assert model.fastconv_fusion.fused == ("2", "3")
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        (candidate,) = fastconv.swap(nn.Sequential(*list(model)[:2])).candidates
+    assert "padding (0, 0)" in candidate.reason
+
+
+def test_transforms_of_torch_func_run_the_own_forward():
+    block = Block()
+    x = torch.rand(4, 2, 6, 3, 3)
+    expected = torch.vmap(block)(x)
+    fastconv.swap(block)
+    assert torch.equal(torch.vmap(block)(x), expected)
+
+
+def test_unswap_does_not_undo_what_came_after_the_swap():
+    model = nn.Sequential(Block(), Block())
+    fastconv.swap(model)
+    nn.utils.parametrize.register_parametrization(model[1], "scale", nn.Identity())
+    with pytest.raises(RuntimeError, match="a swapped Block is a ParametrizedBlock by now; undo first"):
+        fastconv.unswap(model)
+    nn.utils.parametrize.remove_parametrizations(model[1], "scale")
+    fastconv.unswap(model)
+    assert [type(block) for block in model] == [Block, Block]
+
+
+def test_a_class_that_refuses_to_be_derived_from_leaves_all_as_it_was():
+    class Final(Block):
+        def __init_subclass__(cls, **options):
+            raise TypeError("no subclasses")
+
+    model = nn.Sequential(Block(), Final())
+    with pytest.raises(TypeError, match="no subclasses"):
+        fastconv.swap(model)
+    assert [type(block) for block in model] == [Block, Final]
+
+
+def test_a_swap_with_another_option_says_how_to_change_it():
+    block = Block()
+    fastconv.swap(block)
+    (candidate,) = fastconv.swap(block, recompute=True).candidates
+    assert candidate.reason == "before, with recompute=False: unswap it first to change that"
+
+
+def test_a_filter_that_is_no_function_is_an_error():
+    with pytest.raises(TypeError, match="filter_fn is 'stages'; expected a function of a module and its name"):
+        fastconv.swap(Block(), "stages")
 
 
 def test_a_filter_that_raises_leaves_the_model_as_it_was():
