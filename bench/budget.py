@@ -8,11 +8,11 @@ prints a table; `--json` prints its rows, and
 
 Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
 access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
-run; and moving every tensor that the kernel is given once, as if none were in the L2 cache. The loops of stencils
-and of the norm's backward count as often as they run, but of other kernels each instruction once, though they loop
-over channels and over partial sums; and latencies, bank conflicts, what L1 takes from L2, and the launch itself
-count for nothing. A kernel takes longer than its estimate, which compares versions of one kernel, not kernels. The
-floor is the longer of moving the tensors and multiplying, were the work spread evenly.
+run; and moving every tensor that the kernel is given once, as if none were in the L2 cache. The loops of stencils,
+of the norm's backward and of sums count as often as they run, but of other kernels each instruction once, though
+they loop over channels and over partial sums; and latencies, bank conflicts, what L1 takes from L2, and the launch
+itself count for nothing. A kernel takes longer than its estimate, which compares versions of one kernel, not
+kernels. The floor is the longer of moving the tensors and multiplying, were the work spread evenly.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from .dry_run import TARGETS, Launch, dry_run
 
 TABLE = Path(__file__).with_name("budget.json")
 
-# Which of a kernel's arguments is how often its loop runs.
-ROUNDS = {
-    "stencil": "KERNEL_HEIGHT",
-    "stencil_channel_norm": "KERNEL_HEIGHT",
-    "stencil_backward_taps": "rounds",
-    "channel_norm_backward": "rounds",
+# How often a kernel's loop runs, by its arguments.
+ROUNDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "stencil": lambda arguments: arguments["KERNEL_HEIGHT"],
+    "stencil_channel_norm": lambda arguments: arguments["KERNEL_HEIGHT"],
+    "stencil_backward_taps": lambda arguments: arguments["rounds"],
+    "channel_norm_backward": lambda arguments: arguments["rounds"],
+    "sum_columns": lambda arguments: ceil(arguments["rows"] / arguments["BLOCK_ROWS"]),
 }
 
 Row = dict[str, Any]
@@ -226,7 +227,7 @@ def describe(launch: Launch, architecture: str, flops: int) -> Row:
     # The busiest multiprocessor's, which issues an instruction of four warps in each cycle.
     programs = ceil(launch.programs / gpu.multiprocessors)
     warps = programs * row["warps"]
-    again = launch.arguments[ROUNDS[launch.kernel]] - 1 if launch.kernel in ROUNDS else 0
+    again = ROUNDS[launch.kernel](launch.arguments) - 1 if launch.kernel in ROUNDS else 0
     instructions = code.instructions + again * code.looped_instructions
     issued = instructions * warps / 4 / (gpu.gigahertz * 1e3)
     memory_cycles = code.memory_cycles + again * code.looped_memory_cycles

@@ -33,7 +33,7 @@ def depthwise_conv_layer_norm(
     Output channel c * M + m of the convolution reads input channel c, as with `groups=C` in PyTorch. The norm
     is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the
     dtype and the memory format of `x`; under autocast it has the autocast dtype. Statistics are float32 or
-    better. On small maps a NaN or an infinity in `x` may spread over its map, not only as far as the kernel.
+    better. A NaN or an infinity in `x` may spread over its map, not only as far as the kernel.
 
     Args:
         x: floating point (N, C, H, W), of any strides.

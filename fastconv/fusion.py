@@ -143,7 +143,6 @@ class ConvNeXtBlock(Fusion):
     depthwise: str = ""
     norm: str = ""
     pointwise: str = ""
-    activation: str = ""
     projection: str = ""
     scale: str | None = None
     drop_path: str | None = None

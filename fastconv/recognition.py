@@ -28,7 +28,7 @@ from fastconv.fusion import DROPOUTS, Chain, ConvNeXtBlock, Fusion, LectureBlock
 from fastconv.modules import Classifier, DepthwiseConvLayerNorm, PointwiseConvGELU
 from fastconv.modules import ConvNextBlock as FusedBlock
 
-# Both compute the same in float64, but for the order of sums.
+# Both compute the same in float64, but for the order of sums; what is rounded to float32 between differs by more.
 VERIFIED = 1e-8
 ROUNDED = 1e-5
 LECTURE_CHILDREN = ("stem", "conv_block_1", "downsample", "conv_block_2", "bottleneck")
@@ -136,13 +136,12 @@ def _block(module: nn.Module, recompute: bool, verified: Verified) -> Fusion:
     parameters = [name for name, _ in module.named_parameters(recurse=False)]
     if len(parameters) > 1:
         raise Unsuitable(f"it has the parameters {', '.join(parameters)}; expected one layer scale at most")
-    activation, approximate = _activation({name: leaf for name, leaf in leaves.items() if name not in used})
+    approximate = _activation([leaf for name, leaf in leaves.items() if name not in used])
     fusion = ConvNeXtBlock(
         recompute,
         depthwise=depthwise,
         norm=norms[0],
         pointwise=pointwise,
-        activation=activation,
         projection=projection,
         scale=parameters[0] if parameters else None,
         drop_path=drop_path,
@@ -182,7 +181,7 @@ def _chain(module: nn.Sequential, recompute: bool, verified: Verified) -> Fusion
                 pairs.append((name, next_name, approximate))
     if pairs:
         chain = Chain(recompute, pairs=tuple(pairs))
-        return replace(chain, seen=tuple((path, type(find(module, path))) for path in chain.fused))
+        return replace(chain, seen=_seen(module, chain))
     if unsuitable:
         raise unsuitable[0]
     return None
@@ -266,12 +265,12 @@ def _gelu(module: nn.Module) -> str | None:
     return None
 
 
-def _activation(leaves: dict[str, nn.Module]) -> tuple[str, str]:
-    for name, leaf in leaves.items():
-        approximate = _gelu(leaf)
-        if approximate is not None:
-            return name, approximate
-    others = ", ".join(type(leaf).__name__ for leaf in leaves.values() if not isinstance(leaf, nn.Identity))
+def _activation(leaves: list[nn.Module]) -> str:
+    """GELU's `approximate`, of the first of `leaves` that computes it."""
+    found = (approximate for leaf in leaves if (approximate := _gelu(leaf)) is not None)
+    if (approximate := next(found, None)) is not None:
+        return approximate
+    others = ", ".join(type(leaf).__name__ for leaf in leaves if not isinstance(leaf, nn.Identity))
     raise Unsuitable(
         f"no GELU is among its parts ({others}); other activations are not fused"
         if others

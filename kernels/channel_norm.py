@@ -16,7 +16,7 @@ def rows_of_block(block, pixels, BLOCK_ROWS: tl.constexpr):
     return row // pixels, row % pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def channel_norm(
     x,  # (N, C, P), of any strides
     weight,  # [C]
@@ -27,12 +27,13 @@ def channel_norm(
     images,
     pixels,
     eps,
-    x_image_stride,
+    x_image_stride,  # in units of STRIDE_UNIT
     x_channel_stride,
-    x_pixel_stride,
-    y_image_stride,
+    x_pixel_stride,  # in units of STRIDE_UNIT
+    y_image_stride,  # in units of STRIDE_UNIT
     y_channel_stride,
-    y_pixel_stride,
+    y_pixel_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -42,7 +43,7 @@ def channel_norm(
     n, p = rows_of_block(tl.program_id(0), pixels, BLOCK_ROWS)
     c = tl.arange(0, BLOCK_CHANNELS)[None, :].to(tl.int64)
     inside = (n < images) & (c < CHANNELS)
-    offset = n * x_image_stride + p * x_pixel_stride + c * x_channel_stride
+    offset = (n * x_image_stride + p * x_pixel_stride) * STRIDE_UNIT + c * x_channel_stride
     values = widen(tl.load(x + offset, mask=inside, other=0.0))
     means = tl.sum(values, 1, keep_dims=True) / CHANNELS
     values = tl.where(inside, values - means, 0.0)
@@ -54,11 +55,11 @@ def channel_norm(
         values *= widen(tl.load(weight + c, mask=c < CHANNELS, other=0.0))
     if HAS_BIAS:
         values += widen(tl.load(bias + c, mask=c < CHANNELS, other=0.0))
-    offset = n * y_image_stride + p * y_pixel_stride + c * y_channel_stride
+    offset = (n * y_image_stride + p * y_pixel_stride) * STRIDE_UNIT + c * y_channel_stride
     tl.store(y + offset, values.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "rounds"])
 def channel_norm_backward(
     grad,  # (N, C, P), of any strides
     x,  # (N, C, P), of any strides: what was normalised or, without a mean, the normalised tensor itself
@@ -70,15 +71,16 @@ def channel_norm_backward(
     images,
     pixels,
     rounds,
-    grad_image_stride,
+    grad_image_stride,  # in units of STRIDE_UNIT
     grad_channel_stride,
-    grad_pixel_stride,
-    x_image_stride,
+    grad_pixel_stride,  # in units of STRIDE_UNIT
+    x_image_stride,  # in units of STRIDE_UNIT
     x_channel_stride,
-    x_pixel_stride,
-    grad_x_image_stride,
+    x_pixel_stride,  # in units of STRIDE_UNIT
+    grad_x_image_stride,  # in units of STRIDE_UNIT
     grad_x_channel_stride,
-    grad_x_pixel_stride,
+    grad_x_pixel_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -98,13 +100,13 @@ def channel_norm_backward(
         n, p = rows_of_block(part * rounds + round, pixels, BLOCK_ROWS)
         inside = (n < images) & (c < CHANNELS)
         row = n * pixels + p
-        offset = n * x_image_stride + p * x_pixel_stride + c * x_channel_stride
+        offset = (n * x_image_stride + p * x_pixel_stride) * STRIDE_UNIT + c * x_channel_stride
         normalised = widen(tl.load(x + offset, mask=inside, other=0.0))
         scales = tl.load(scale + row, mask=n < images, other=0.0)
         if HAS_MEAN:
             means = tl.load(mean + row, mask=n < images, other=0.0)
             normalised = tl.where(inside, (normalised - means) * scales, 0.0)
-        offset = n * grad_image_stride + p * grad_pixel_stride + c * grad_channel_stride
+        offset = (n * grad_image_stride + p * grad_pixel_stride) * STRIDE_UNIT + c * grad_channel_stride
         values = widen(tl.load(grad + offset, mask=inside, other=0.0))
         if NEEDS_PARAMETERS:
             weight_sums += values * normalised
@@ -114,7 +116,7 @@ def channel_norm_backward(
         average = tl.sum(values, 1, keep_dims=True) / CHANNELS
         slope = tl.sum(values * normalised, 1, keep_dims=True) / CHANNELS
         values = scales * (values - average - normalised * slope)
-        offset = n * grad_x_image_stride + p * grad_x_pixel_stride + c * grad_x_channel_stride
+        offset = (n * grad_x_image_stride + p * grad_x_pixel_stride) * STRIDE_UNIT + c * grad_x_channel_stride
         tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=inside)
     if NEEDS_PARAMETERS:
         target = partials + part.to(tl.int64) * 2 * CHANNELS + tl.arange(0, BLOCK_CHANNELS)

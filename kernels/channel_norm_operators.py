@@ -15,12 +15,13 @@ from .launch import (
     flat_pixels,
     launch,
     next_power_of_2,
+    stride_unit,
     strides,
 )
 from .partials import sum_partials
 
-# Of the backward: some for each multiprocessor of a large GPU.
-PROGRAMS = 1024
+# Of the backward: as many as a large GPU runs at once, because each keeps partial sums.
+PROGRAMS = 512
 
 
 class ChannelNorm:
@@ -46,6 +47,7 @@ class ChannelNorm:
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, statistics: Tensor
     ) -> None:
+        unit, in_units = _strides_in_units(x, y)
         launch(
             channel_norm,
             self.blocks,
@@ -58,8 +60,8 @@ class ChannelNorm:
             self.images,
             self.pixels,
             eps,
-            *strides(x),
-            *strides(y),
+            *in_units,
+            STRIDE_UNIT=unit,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             **self.options,
@@ -83,6 +85,7 @@ class ChannelNorm:
         rounds = ceil_div(self.blocks, PROGRAMS)
         programs = ceil_div(self.blocks, rounds)
         partials = scale.new_empty(programs, 2, self.channels) if needs_parameters else None
+        unit, in_units = _strides_in_units(grad, x, grad_x)
         launch(
             channel_norm_backward,
             programs,
@@ -96,15 +99,21 @@ class ChannelNorm:
             self.images,
             self.pixels,
             rounds,
-            *strides(grad),
-            *strides(x),
-            *strides(grad_x),
+            *in_units,
+            STRIDE_UNIT=unit,
             HAS_MEAN=mean is not None,
             HAS_WEIGHT=weight is not None,
             NEEDS_PARAMETERS=needs_parameters,
             **self.options,
         )
         return scale.new_empty(0, self.channels) if partials is None else sum_partials(partials)
+
+
+def _strides_in_units(*maps: Tensor) -> tuple[int, list[int]]:
+    """A unit, and of each of `maps` the strides of image and pixel in it, and between them that of channel."""
+    found = [strides(x) for x in maps]
+    unit = stride_unit(*(stride for image, _, pixel in found for stride in (image, pixel)))
+    return unit, [stride for image, channel, pixel in found for stride in (image // unit, channel, pixel // unit)]
 
 
 @torch.library.custom_op("fastconv::channel_norm", mutates_args=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,23 +64,32 @@ def next_power_of_2(number: int) -> int:
     return 1 << (int(number) - 1).bit_length()
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if the channels of `x` lie side by side, though perhaps not its pixels: else contiguous."""
+    side_by_side = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if side_by_side else torch.contiguous_format
+
+
 def flat_pixels(x: Tensor) -> Tensor:
     """`x` itself if one stride leads from each pixel to the next, else a copy of which that is true."""
     height, width = x.shape[2:]
     if height == 1 or width == 1 or x.stride(2) == width * x.stride(3):
         return x
-    return x.contiguous()
+    return x.contiguous(memory_format=memory_format(x))
 
 
 def new_maps(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised maps like `x` but for their channels, channels_last if it is."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(
-        (x.shape[0], channels, *x.shape[2:]),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    """Uninitialised maps like `x` but for their channels, in its memory format."""
+    size = x.shape[0], channels, *x.shape[2:]
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def stride_unit(*strides: int) -> int:
+    """What divides all strides, up to the 16 elements of which wide accesses are.
+
+    Of an integer Triton knows only whether 16 divides it, and channels are often 8 times something.
+    """
+    return math.gcd(16, *strides)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -62,8 +62,9 @@ def convolve_strip(
     k,  # [BLOCK_LINES, BLOCK_CHANNELS]: channels of the result
     height,
     width,
-    x_image_stride,
-    x_row_stride,
+    x_image_stride,  # in units of STRIDE_UNIT
+    x_row_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
     OUTPUTS: tl.constexpr,  # of the convolution
     MULTIPLIER: tl.constexpr,
@@ -90,7 +91,8 @@ def convolve_strip(
         for tap_row in range(KERNEL_HEIGHT):
             x_row = row + tap_row - KERNEL_HEIGHT // 2
             on_map = (line < lines) & (x_row >= 0) & (x_row < height)
-            source = x + (image * x_image_stride + x_row * x_row_stride + left * X_COLUMN_STRIDE) + x_channel
+            source = x + (image * x_image_stride + x_row * x_row_stride) * STRIDE_UNIT + x_channel
+            source += left.to(tl.int64) * X_COLUMN_STRIDE
             tap_values = ()
             for tap_column in tl.static_range(KERNEL_WIDTH):
                 tap = tap_row * KERNEL_WIDTH + tap_column
@@ -108,7 +110,7 @@ def convolve_strip(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "height", "width"])
 def stencil(
     x,  # (N, C, H, W), channels side by side
     taps,  # [kh * kw, outputs of the convolution], as the sums: float32, or float64
@@ -117,8 +119,9 @@ def stencil(
     lines,  # N * H
     height,
     width,
-    x_image_stride,
-    x_row_stride,
+    x_image_stride,  # in units of STRIDE_UNIT
+    x_row_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,  # K, of y
     OUTPUTS: tl.constexpr,
@@ -146,6 +149,7 @@ def stencil(
         width,
         x_image_stride,
         x_row_stride,
+        STRIDE_UNIT,
         X_COLUMN_STRIDE,
         OUTPUTS,
         MULTIPLIER,
@@ -175,7 +179,7 @@ def loaded_by_chunk(
     return chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "height", "width"])
 def stencil_channel_norm(
     x,  # (N, C, H, W), channels side by side
     taps,  # [kh * kw, K], as the sums
@@ -189,8 +193,9 @@ def stencil_channel_norm(
     height,
     width,
     eps,
-    x_image_stride,
-    x_row_stride,
+    x_image_stride,  # in units of STRIDE_UNIT
+    x_row_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,  # K
     MULTIPLIER: tl.constexpr,
@@ -221,6 +226,7 @@ def stencil_channel_norm(
             width,
             x_image_stride,
             x_row_stride,
+            STRIDE_UNIT,
             X_COLUMN_STRIDE,
             CHANNELS,
             MULTIPLIER,
@@ -269,7 +275,7 @@ def stencil_channel_norm(
             tl.store(y + target, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "rounds", "height", "width"])
 def stencil_backward_taps(
     grad,  # (N, K, H, W), channels_last
     x,  # (N, C, H, W), channels side by side
@@ -278,8 +284,9 @@ def stencil_backward_taps(
     rounds,
     height,
     width,
-    x_image_stride,
-    x_row_stride,
+    x_image_stride,  # in units of STRIDE_UNIT
+    x_row_stride,  # in units of STRIDE_UNIT
+    STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,  # K
     MULTIPLIER: tl.constexpr,
@@ -322,7 +329,8 @@ def stencil_backward_taps(
         for tap_row in tl.static_range(BLOCK_TAP_ROWS):
             x_row = row + first_tap_row + tap_row - KERNEL_HEIGHT // 2
             on_map = real & (x_row >= 0) & (x_row < height)
-            source = x + (image * x_image_stride + x_row * x_row_stride + left * X_COLUMN_STRIDE) + k // MULTIPLIER
+            source = x + (image * x_image_stride + x_row * x_row_stride) * STRIDE_UNIT + k // MULTIPLIER
+            source += left.to(tl.int64) * X_COLUMN_STRIDE
             for step in tl.static_range(BLOCK_WIDTH + KERNEL_WIDTH - 1):
                 column = left + step
                 inside = on_map & (column >= 0) & (column < width) & (k < CHANNELS)

@@ -14,8 +14,10 @@ from .launch import (
     check_differentiated_once,
     flat_pixels,
     launch,
+    memory_format,
     new_maps,
     next_power_of_2,
+    stride_unit,
 )
 from .partials import sum_partials
 from .stencil import stencil, stencil_backward_taps, stencil_channel_norm
@@ -25,14 +27,19 @@ from .stencil import stencil, stencil_backward_taps, stencil_channel_norm
 WIDEST_STRIP = 14
 WIDEST_STRIP_OF_CHUNKS = 7
 CHANNELS_OF_THREAD = 4
+LARGEST_CHUNK = 1024
 # The same where it keeps a sum for each tap.
 MOST_TAPS = 49
 WIDEST_STRIP_OF_TAPS = 7
 CHANNELS_OF_THREAD_OF_TAPS = 2
-# Rows below each other share inputs, but no multiprocessor of a large GPU should be without programs.
+# Rows below each other share inputs; but first each multiprocessor of a large GPU should have a few programs. For
+# two at least, strips are made narrower.
 MOST_LINES = 8
 MOST_WARPS = 4
 FEWEST_PROGRAMS = 512
+LEAST_PROGRAMS = 256
+# Pixels that a program takes of each channel: of fewer in plain (NCHW) maps it would load more than it needs.
+LEAST_ROWS_OF_PLAIN_MAPS = 8
 # Of the taps' gradient: as many as a large GPU runs at once with their registers, because each keeps partial sums.
 PROGRAMS = 1024
 
@@ -43,10 +50,17 @@ def block_of(channels: int) -> int:
 
 
 def chunks_of(channels: int) -> tuple[int, int]:
-    """(1 or 3, a power of two) whose product is at least `channels`: ConvNeXt's are often three times one."""
+    """How many blocks of a power of two hold `channels`: three where that is less, as of most ConvNeXts'."""
     third = next_power_of_2(ceil_div(channels, 3))
     whole = next_power_of_2(channels)
-    return (3, third) if 3 * third < whole and third >= 16 else (1, whole)
+    if 3 * third < whole and 16 <= third <= LARGEST_CHUNK:
+        return 3, third
+    return max(1, whole // LARGEST_CHUNK), min(whole, LARGEST_CHUNK)
+
+
+def column_stride(x: Tensor) -> int:
+    """From pixel to pixel of a row; of one pixel that of dense maps, lest any number compiles another kernel."""
+    return x.stride(3) if x.shape[3] > 1 else x.shape[1]
 
 
 class Stencil:
@@ -73,8 +87,9 @@ class Stencil:
         channels = y.shape[1]
         block = block_of(channels)
         blocks = ceil_div(channels, block)
-        strips, width = self._strips(WIDEST_STRIP)
+        strips, width = self._strips(WIDEST_STRIP, blocks)
         lines, warps = self._lines_and_warps(block, strips * blocks)
+        unit = stride_unit(x.stride(0), x.stride(2))
         launch(
             stencil,
             ceil_div(self.lines, lines) * strips * blocks,
@@ -85,9 +100,10 @@ class Stencil:
             self.lines,
             self.height,
             self.width,
-            x.stride(0),
-            x.stride(2),
-            X_COLUMN_STRIDE=x.stride(3),
+            x.stride(0) // unit,
+            x.stride(2) // unit,
+            STRIDE_UNIT=unit,
+            X_COLUMN_STRIDE=column_stride(x),
             CHANNELS=channels,
             OUTPUTS=self.outputs,
             TRANSPOSED=transposed,
@@ -112,8 +128,9 @@ class Stencil:
         scale: Tensor | None,
     ) -> None:
         chunks, block = chunks_of(self.outputs)
-        strips, width = self._strips(WIDEST_STRIP if chunks == 1 else WIDEST_STRIP_OF_CHUNKS)
+        strips, width = self._strips(WIDEST_STRIP if chunks == 1 else WIDEST_STRIP_OF_CHUNKS, 1)
         lines, warps = self._lines_and_warps(block, strips)
+        unit = stride_unit(x.stride(0), x.stride(2))
         launch(
             stencil_channel_norm,
             ceil_div(self.lines, lines) * strips,
@@ -129,9 +146,10 @@ class Stencil:
             self.height,
             self.width,
             eps,
-            x.stride(0),
-            x.stride(2),
-            X_COLUMN_STRIDE=x.stride(3),
+            x.stride(0) // unit,
+            x.stride(2) // unit,
+            STRIDE_UNIT=unit,
+            X_COLUMN_STRIDE=column_stride(x),
             CHANNELS=self.outputs,
             HAS_BIAS=bias is not None,
             HAS_NORM_WEIGHT=norm_weight is not None,
@@ -146,8 +164,11 @@ class Stencil:
             **self.options,
         )
 
-    def _strips(self, widest: int) -> tuple[int, int]:
+    def _strips(self, widest: int, programs_of_strip: int) -> tuple[int, int]:
         """Into how many strips of how many pixels a row is divided."""
+        # Narrower where a few images would leave multiprocessors without programs.
+        while widest > 2 and self.lines * ceil_div(self.width, widest) * programs_of_strip < LEAST_PROGRAMS:
+            widest = ceil_div(widest, 2)
         strips = ceil_div(self.width, widest)
         return strips, ceil_div(self.width, strips)
 
@@ -170,12 +191,13 @@ class Stencil:
         lines = of_warp // block
         tap_rows = max(1, min(self.kernel_height, MOST_TAPS // self.kernel_width))
         tiles = ceil_div(self.outputs, block) * ceil_div(self.kernel_height, tap_rows)
-        strips, width = self._strips(WIDEST_STRIP_OF_TAPS)
+        strips, width = self._strips(WIDEST_STRIP_OF_TAPS, tiles)
         blocks = ceil_div(self.lines * strips, lines)
         rounds = ceil_div(blocks, max(1, PROGRAMS // tiles))
         parts = ceil_div(blocks, rounds)
         taps = self.kernel_height * self.kernel_width
         partials = grad.new_empty(parts, taps + 1, self.outputs, dtype=accumulator(grad))
+        unit = stride_unit(x.stride(0), x.stride(2))
         launch(
             stencil_backward_taps,
             parts * tiles,
@@ -186,9 +208,10 @@ class Stencil:
             rounds,
             self.height,
             self.width,
-            x.stride(0),
-            x.stride(2),
-            X_COLUMN_STRIDE=x.stride(3),
+            x.stride(0) // unit,
+            x.stride(2) // unit,
+            STRIDE_UNIT=unit,
+            X_COLUMN_STRIDE=column_stride(x),
             CHANNELS=self.outputs,
             BLOCK_TAP_ROWS=tap_rows,
             BLOCK_LINES=lines,
@@ -221,8 +244,7 @@ def new_channels_last(x: Tensor, channels: int) -> Tensor:
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """`y`, whose channels lie side by side, or a copy of it, in the memory format of `x`."""
-    result = new_maps(x, y.shape[1])
-    return y if result.stride() == y.stride() else result.copy_(y)
+    return y if memory_format(x) == torch.channels_last else new_maps(x, y.shape[1]).copy_(y)
 
 
 @torch.library.custom_op("fastconv::depthwise_conv", mutates_args=())
@@ -253,9 +275,11 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
 ) -> tuple[Tensor, Tensor]:
     """Of the convolution, given the gradient of its result, channels_last."""
-    grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
     if x.numel() == 0:
+        grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
         return grad_x, parameters.zero_()
+    # Each as large as all maps: nothing is allocated that is not written.
+    grad_x, parameters = _gradients_like(x, weight, False, False)
     source = channels_side_by_side(x)
     plan = Stencil(source, weight)
     if needs_x:
@@ -318,7 +342,7 @@ def depthwise_conv_channel_norm(
     the normalised tensor, channels_last, empty too if y is that; and 1 / sqrt(variance + eps), [N * H * W].
     """
     y = new_channels_last(x, weight.shape[0])
-    _, normalised, scale = _normed_like(x, weight, norm_weight, norm_bias, keep)
+    normalised, scale = _kept_like(x, weight, norm_weight, norm_bias, keep)
     if x.numel() > 0:
         source = channels_side_by_side(x)
         kept = normalised if normalised.numel() > 0 else None
@@ -328,14 +352,13 @@ def depthwise_conv_channel_norm(
     return in_format_of(x, y), normalised, scale
 
 
-def _normed_like(
+def _kept_like(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = new_maps(x, weight.shape[0])
+) -> tuple[Tensor, Tensor]:
     affine = norm_weight is not None or norm_bias is not None
     normalised = new_channels_last(x, weight.shape[0]) if keep and affine else x.new_empty(0)
     rows = x.shape[0] * x.shape[2] * x.shape[3] if keep else 0
-    return y, normalised, x.new_empty(rows, dtype=accumulator(x))
+    return normalised, x.new_empty(rows, dtype=accumulator(x))
 
 
 @depthwise_conv_channel_norm.register_fake
@@ -348,7 +371,7 @@ def _(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _normed_like(x, weight, norm_weight, norm_bias, keep)
+    return new_maps(x, weight.shape[0]), *_kept_like(x, weight, norm_weight, norm_bias, keep)
 
 
 @torch.library.custom_op("fastconv::depthwise_conv_channel_norm_backward", mutates_args=())
@@ -367,6 +390,8 @@ def depthwise_conv_channel_norm_backward(
     if x.numel() == 0:
         grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
         return grad_x, parameters.zero_(), _norm_gradients_like(x, weight, needs_norm).zero_()
+    if ChannelNorm(grad).rows < LEAST_ROWS_OF_PLAIN_MAPS:
+        grad = grad.contiguous(memory_format=torch.channels_last)
     grad = flat_pixels(grad)
     grad_h = new_channels_last(x, weight.shape[0])
     norm = ChannelNorm(grad).backward(grad, flat_pixels(normalised), None, scale, norm_weight, grad_h, needs_norm)

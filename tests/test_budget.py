@@ -76,7 +76,7 @@ def test_little_spills_and_products_are_on_tensor_cores():
     for row in TABLE["rows"]:
         if row["operation"] == "depthwise_conv_channel_norm":
             # Stencils keep as many sums in registers as there are; the odd one more costs little.
-            assert row["spills"] <= 32, row
+            assert row["spills"] <= 24, row
         else:
             assert row["spills"] == (16 if tuple(row[label] for label in LABELS) == spilling else 0), row
         if row["kernel"] in products:

@@ -149,11 +149,30 @@ def test_more_rows_than_programs_keep_partial_sums_for(device, monkeypatch):
     FEW(sampler((3, 5, 3, 2, 1, (3, 3)), device))
 
 
-@pytest.mark.parametrize("name", ["7x7 taps", "multiplier", "three chunks of channels"])
-def test_more_rows_to_a_program_where_there_are_many(name, device, monkeypatch):
+@pytest.mark.parametrize("name", SHAPES)
+def test_wide_strips_of_several_rows_where_there_are_many(name, device, monkeypatch):
     monkeypatch.setattr(stencil_operators, "FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(stencil_operators, "LEAST_PROGRAMS", 1)
     images, *shape = SHAPES[name]
     FEW(sampler((3 * images, *shape), device))
+
+
+@pytest.mark.parametrize(
+    ("channels", "chunks"),
+    [(40, (3, 16)), (96, (3, 32)), (128, (1, 128)), (160, (3, 64)), (1536, (3, 512)), (2048, (2, 1024))],
+)
+def test_chunks_hold_the_channels_with_few_left_over(channels, chunks):
+    assert stencil_operators.chunks_of(channels) == chunks
+
+
+@pytest.mark.parametrize("channels", [5, 1025, 2560, 3073, 4096])
+def test_no_program_has_more_threads_than_a_gpu(channels):
+    x, weight = torch.empty(64, channels, 7, 7), torch.empty(channels, 1, 7, 7)
+    chunks, block = stencil_operators.chunks_of(channels)
+    assert chunks * block >= channels
+    _, warps = stencil_operators.Stencil(x, weight)._lines_and_warps(block, 1)
+    # AMD's have 64 lanes.
+    assert 64 * warps <= 1024
 
 
 def test_channels_too_wide_for_one_program(device, monkeypatch):
@@ -186,10 +205,12 @@ def test_wide_pointwise_convolutions_are_products_of_the_vendor(device, monkeypa
         FEW(functools.partial(sample, layout))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last, sliced"])
 def test_results_have_the_memory_format_of_the_input(layout, device):
     x, *parameters = random_inputs(SHAPES["multiplier"])
-    x = in_format(x.to(device), layout).requires_grad_()
+    layout, *sliced = layout.split(", ")
+    x = in_format(x.to(device), layout)
+    x = (x[:, :, 1:, 1:] if sliced else x).requires_grad_()
     parameters = [parameter.to(device) for parameter in parameters]
     for y in (depthwise(functional)(x, *parameters), functional.layer_norm(x, norm="channel")):
         for result in (y, *torch.autograd.grad(y.square().sum(), x)):
@@ -292,6 +313,18 @@ def test_images_2_31_apart(device):
     with torch.no_grad():
         far.copy_(x)
     grad = torch.empty_like(far).copy_(torch.randn_like(x))
+    operation = functools.partial(normed, parameters=parameters)
+    found, expected = (outputs_and_grads(operation, [maps], grad) for maps in (far, x))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_pixels_2_30_apart(device):
+    """The left edge of a kernel lies further from them than 32 bits reach."""
+    far = torch.empty(2**30 + 2**10, dtype=torch.float16, device=device).as_strided((2, 3, 2, 2), (6, 1, 3, 2**30))
+    x, *parameters = (x.to(device).half() for x in random_inputs((2, 3, 2, 2, 1, (7, 7))))
+    with torch.no_grad():
+        far.copy_(x)
+    grad = torch.randn_like(x)
     operation = functools.partial(normed, parameters=parameters)
     found, expected = (outputs_and_grads(operation, [maps], grad) for maps in (far, x))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
