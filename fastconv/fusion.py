@@ -19,6 +19,14 @@ from fastconv import backends, functional, modules, portable
 DROPOUTS = nn.modules.dropout._DropoutNd
 
 
+def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """As `find`, in a third of its time: it is asked for each part in each forward."""
+    part: Any = module
+    for name in path:
+        part = part._modules[name]
+    return part
+
+
 def _is_still(part: Any, kind: type[Any]) -> bool:
     if type(part) is not kind or "forward" in part.__dict__:
         return False
@@ -49,7 +57,7 @@ class Fusion:
     # Whether on a CPU the module's own forward is often the faster.
     by_size: ClassVar[bool] = False
     recompute: bool = False
-    seen: tuple[tuple[str, type[nn.Module]], ...] = ()
+    seen: tuple[tuple[tuple[str, ...], type[nn.Module]], ...] = ()
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -68,8 +76,8 @@ class Fusion:
     def applies(self, module: nn.Module) -> bool:
         """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
         try:
-            return all(_is_still(find(module, path), kind) for path, kind in self.seen)
-        except AttributeError:
+            return all(_is_still(_part(module, path), kind) for path, kind in self.seen)
+        except (AttributeError, KeyError):
             return False
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:

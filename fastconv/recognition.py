@@ -306,11 +306,11 @@ def _verify(module: nn.Module, fusions: Sequence[Fusion], images: Tensor, verifi
     return verified[key]
 
 
-def _seen(module: nn.Module, fusion: Fusion) -> tuple[tuple[str, type[nn.Module]], ...]:
-    if fusion.fused is not None:
-        return tuple((path, type(find(module, path))) for path in fusion.fused)
-    parts = module.named_modules(remove_duplicate=False)
-    return tuple((name, type(part)) for name, part in parts if name and not _is_called(name, fusion))
+def _seen(module: nn.Module, fusion: Fusion) -> tuple[tuple[tuple[str, ...], type[nn.Module]], ...]:
+    """For `Fusion.seen`, what is not called any more."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    names = fusion.fused or [name for name in parts if name and not _is_called(name, fusion)]
+    return tuple((tuple(name.split(".")), type(parts[name])) for name in names)
 
 
 def _is_called(name: str, fusion: Fusion) -> bool:
