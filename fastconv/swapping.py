@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastconv import backends, portable
 from fastconv.fusion import Fusion
-from fastconv.recognition import ALREADY_FUSED, Unsuitable, Verified, recognise
+from fastconv.recognition import ALREADY_FUSED, recognise
+from fastconv.verification import Unsuitable, Verified
 
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv import fusion, portable, recognition, reference
+from fastconv import fusion, portable, reference, verification
 
 
 class Block(nn.Module):
@@ -275,11 +275,11 @@ def test_filter_fn_chooses_by_module_and_name():
 def test_of_blocks_that_are_alike_one_is_tried(monkeypatch):
     tried = []
 
-    def difference(*args, original=recognition._difference):
+    def difference(*args, original=verification._difference):
         tried.append(args)
         return original(*args)
 
-    monkeypatch.setattr(recognition, "_difference", difference)
+    monkeypatch.setattr(verification, "_difference", difference)
     alike, other = [Block(drop=DropImages()) for _ in range(4)], Block(drop=DropImages(), residual=False)
     for block, rate in zip([*alike, other], (0.0, 0.2, 0.7, 0.9, 0.9), strict=True):
         block.stochastic.rate = rate
