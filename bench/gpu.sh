@@ -4,7 +4,8 @@
 #     bench/gpu.sh OUT [DATA]
 #     bench/gpu.sh --convnext OUT
 #
-# The second is a visit of its own, of as many minutes: the stages of ConvNeXt-T and training steps of a swapped one.
+# The second is a visit of its own, of as many minutes: are swapped ConvNeXts right, and how fast are the stages of
+# ConvNeXt-T, and training steps of a swapped one.
 # The machine needs PyTorch, Triton and pytest: no network, and nothing is installed. OUT gets at most eight files, the
 # most important first, each kept if time runs out. DATA is a folder that `fastconv train --data` would take; without
 # it training is on random pictures, and only its time means something. Without a GPU it rehearses on less.
@@ -54,7 +55,14 @@ export root
 python -m fastconv info >> "$out/machine.txt" 2>&1 || python -c "import torch; print(torch.__version__)" >> "$out/machine.txt"
 
 if [ "$convnext" ]; then
-    part convnext 540 python -m fastconv.bench.gpu_visit convnext "$out"
+    networks="$root/tests/test_swapped_networks.py"
+    if on_gpu; then
+        part swapped 200 bash -c 'tests "$@" > "$0/swapped.txt" 2>&1' "$out" -m gpu "$networks"
+    else
+        part swapped 200 bash -c 'tests "$@" > "$0/swapped.txt" 2>&1' "$out" -k "auto and pairs" "$networks"
+    fi
+    part convnext 340 python -m fastconv.bench.gpu_visit convnext "$out"
+    tail -n 1 "$out/swapped.txt" | tee -a "$out/summary.txt"
     exit "$failed"
 fi
 
