@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from fastconv import backends, functional, modules, portable
 
 DROPOUTS = nn.modules.dropout._DropoutNd
+PLAIN = (nn.Parameter, Tensor, type(None))
+# Of a submodule that is not called any more, its path, its class, and its configuration.
+Seen = tuple[tuple[str, ...], type[nn.Module], Any]
 
 
 def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
@@ -27,10 +30,20 @@ def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
     return part
 
 
-def _is_still(part: Any, kind: type[Any]) -> bool:
-    if type(part) is not kind or "forward" in part.__dict__:
+def configuration(part: Any) -> Any:
+    """What of a part decides what it computes, beside its class and its parameters."""
+    if isinstance(part, nn.Conv2d):
+        return part.stride, part.padding, part.dilation, part.groups, part.padding_mode
+    return part.approximate if isinstance(part, nn.GELU) else None
+
+
+def _is_still(part: Any, kind: type[Any], configured: Any) -> bool:
+    if type(part) is not kind or "forward" in part.__dict__ or configuration(part) != configured:
         return False
     if issubclass(kind, DROPOUTS) and part.p > 0:
+        return False
+    # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
+    if not torch.compiler.is_compiling() and any(type(value) not in PLAIN for value in part._parameters.values()):
         return False
     return not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
@@ -50,14 +63,14 @@ class Fusion:
     Args:
         recompute: keep only the input for the backward and compute the rest again there (Chen et al.,
             arXiv:1604.06174).
-        seen: paths and types of the submodules that are not called any more, as they were at the swap.
+        seen: the submodules that are not called any more, as they were at the swap.
     """
 
     kind: ClassVar[str]
     # Whether on a CPU the module's own forward is often the faster.
     by_size: ClassVar[bool] = False
     recompute: bool = False
-    seen: tuple[tuple[tuple[str, ...], type[nn.Module]], ...] = ()
+    seen: tuple[Seen, ...] = ()
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -75,8 +88,10 @@ class Fusion:
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
+        if nn.modules.module._has_any_global_hook():
+            return False
         try:
-            return all(_is_still(_part(module, path), kind) for path, kind in self.seen)
+            return all(_is_still(_part(module, path), kind, configured) for path, kind, configured in self.seen)
         except (AttributeError, KeyError):
             return False
 
@@ -175,10 +190,7 @@ class ConvNeXtBlock(Fusion):
         scale = None if self.scale is None else find(module, self.scale).flatten()
         if scale is not None:
             dtype = torch.promote_types(dtype, scale.dtype)
-            pixels = y.shape[0] * y.shape[2] * y.shape[3]
-            if pixels > weight.shape[1] and scale.dtype not in (torch.float16, torch.bfloat16):
-                # The weights are smaller than the maps. From theirs in half precision the gradient of the scale,
-                # a sum of terms that cancel, would be poor; autocast has not cast them.
+            if self._scales_weights(y, weight, scale):
                 weight, bias, scale = weight * scale[:, None], None if bias is None else bias * scale, None
         y = self._widened(y, pointwise.weight.flatten(1), pointwise.bias)
         if self.response is not None:
@@ -192,6 +204,22 @@ class ConvNeXtBlock(Fusion):
             branch = find(module, self.drop_path)(branch)
         # In the memory format of the branch, channels_last; x + branch of strides that tie is not.
         return branch + x
+
+    def applies(self, module: nn.Module) -> bool:
+        return super().applies(module) and (self.scale is None or find(module, self.scale) is not None)
+
+    def _scales_weights(self, y: Tensor, weight: Tensor, scale: Tensor) -> bool:
+        """Whether to multiply the scale into the weights, where these are smaller than the maps."""
+        # The compiler fuses a multiplication of maps; and sizes would bind what it compiles to some batches.
+        if torch.compiler.is_compiling():
+            return False
+        # From the gradient of weights in half precision that of the scale, a sum of terms that cancel, would be
+        # poor. Those that autocast rounds keep theirs, but in float16 a product with 1e-6 is next to nothing.
+        device = y.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if scale.dtype in (torch.float16, torch.bfloat16) or autocast == torch.float16:
+            return False
+        return y.shape[0] * y.shape[2] * y.shape[3] > weight.shape[1]
 
     def _widened(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The pointwise convolution (weight [O, C]) with GELU, of maps (N, C, H, W): (N, H, W, O)."""

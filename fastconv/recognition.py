@@ -102,12 +102,13 @@ def _block(module: nn.Module, recompute: bool, verified: Verified) -> Fusion:
             )
     others = [name for name, leaf in leaves.items() if name not in used and _has_state(leaf)]
     if others and (not norms or len(others) > 1 or any(True for _ in leaves[others[0]].buffers())):
-        raise _unknown(others[0], leaves[others[0]])
+        raise _unknown(leaves, others)
     for name, _ in module.named_buffers():
         raise Unsuitable(f"it has the buffer {name}; expected none within the block")
     for name in used:
         _check_own_forward(leaves[name])
-    drop_path = next((name for name, _ in module.named_children() if "drop" in name or "stochastic" in name), None)
+    paths = (name for name, child in module.named_children() if not isinstance(child, DROPOUTS))
+    drop_path = next((name for name in paths if "drop" in name or "stochastic" in name), None)
     images = torch.empty(2, find(module, depthwise).in_channels, 3, 4)
     if not norms:
         fusions = [
@@ -131,16 +132,20 @@ def _block(module: nn.Module, recompute: bool, verified: Verified) -> Fusion:
     )
     if not others:
         return verify(module, [fusion], images, verified)
-    # What remains may be the response norm of ConvNeXt V2.
-    responses = [replace(fusion, response=others[0], response_of_maps=of_maps) for of_maps in (False, True)]
+    # What remains may be a module of the layer scale, or the response norm of ConvNeXt V2.
+    (other,) = others
+    names = [name for name, _ in leaves[other].named_parameters()]
+    scaled = [replace(fusion, scale=f"{other}.{names[0]}")] if len(names) == 1 and not parameters else []
+    responses = [replace(fusion, response=other, response_of_maps=of_maps) for of_maps in (False, True)]
     try:
-        return verify(module, responses, images, verified)
+        return verify(module, scaled + responses, images, verified)
     except Unsuitable:
-        raise _unknown(others[0], leaves[others[0]]) from None
+        raise _unknown(leaves, others) from None
 
 
-def _unknown(name: str, leaf: nn.Module) -> Unsuitable:
-    return Unsuitable(f"it has {name}, {with_article(leaf)}, which the fused block has not")
+def _unknown(leaves: dict[str, nn.Module], names: list[str]) -> Unsuitable:
+    found = ", ".join(f"{name}, {with_article(leaves[name])}" for name in names)
+    return Unsuitable(f"it has {found}, which the fused block has not")
 
 
 def _has_state(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.backends import backend
-from fastconv.fusion import Fusion
+from fastconv.fusion import Fusion, Seen, configuration
 
 # Both compute the same in float64, but for the order of sums; what is rounded to float32 between differs by more.
 VERIFIED = 1e-8
@@ -56,20 +56,21 @@ def verify(module: nn.Module, fusions: Sequence[Fusion], images: Tensor, verifie
             differences = [_difference(twin, fusion, images) for fusion in fusions]
         best = min(differences)
         if not best <= VERIFIED:
+            how = f"by {best:.1e}" if math.isfinite(best) else "altogether"
             raise Unsuitable(
                 f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
-                f"{fusions[0].kind}'s by {best:.1e}" + (", as if it rounded to float32" if best < ROUNDED else "")
+                f"{fusions[0].kind}'s {how}" + (", as if it rounded to float32" if best < ROUNDED else "")
             )
         fusion = fusions[differences.index(best)]
         verified[key] = replace(fusion, seen=seen(module, fusion))
     return verified[key]
 
 
-def seen(module: nn.Module, fusion: Fusion) -> tuple[tuple[tuple[str, ...], type[nn.Module]], ...]:
-    """For `Fusion.seen`, what is not called any more."""
+def seen(module: nn.Module, fusion: Fusion) -> tuple[Seen, ...]:
+    """What `Fusion.seen` is to be."""
     parts = dict(module.named_modules(remove_duplicate=False))
     names = fusion.fused or [name for name in parts if name and not _is_called(name, fusion)]
-    return tuple((tuple(name.split(".")), type(parts[name])) for name in names)
+    return tuple((tuple(name.split(".")), type(parts[name]), configuration(parts[name])) for name in names)
 
 
 def _is_called(name: str, fusion: Fusion) -> bool:
@@ -155,7 +156,7 @@ def _difference(twin: nn.Module, fusion: Fusion, images: Tensor) -> float:
         try:
             own, own_state = _results(twin.forward, twin, images)
         except Exception as error:
-            raise Unsuitable(f"it cannot be tried on a probe {tuple(images.shape)}: {_brief(error)}") from error
+            raise Unsuitable(f"its forward does not take maps {tuple(images.shape)}: {_brief(error)}") from error
         try:
             ours, our_state = _results(functools.partial(fusion.compute, twin), twin, images)
         except Exception:

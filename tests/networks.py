@@ -84,6 +84,8 @@ NETWORKS = {
         Network("timm", "convnextv2_atto", (8, 3, 64, 64), 12),
         Network("timm", "convnext_atto, use_grn", (2, 3, 64, 64), 12),
         Network("timm", "edgenext_xx_small", (2, 3, 64, 64), 9),
+        # Between blocks of other kinds; its layer scale is a module.
+        Network("timm", "coatnext_nano_rw_224", (2, 3, 224, 224), 5, slow=True),
         Network("huggingface", "ConvNext", (8, 3, 64, 64), 5),
         Network("huggingface", "ConvNextV2", (8, 3, 64, 64), 5),
         Network("huggingface", "DINOv3ConvNext", (8, 3, 64, 64), 5),

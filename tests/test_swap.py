@@ -95,7 +95,10 @@ REFUSED_BLOCKS = {
     "even kernel": ({"conv": conv(size=6, padding="same")}, r"kernel of \(6, 6\); expected odd sides"),
     "ReLU": ({"activation": nn.ReLU()}, r"no GELU is among its parts \(ReLU\)"),
     "batch norm": ({"norm": nn.BatchNorm1d(6)}, "it has normalise, a BatchNorm1d"),
-    "group norm": ({"norm": nn.GroupNorm(2, 6)}, "does not compute what its parts suggest|cannot be tried"),
+    "group norm": (
+        {"norm": nn.GroupNorm(2, 6)},
+        "does not compute what its parts suggest|its forward does not take maps",
+    ),
     "no residual": ({"residual": False}, "does not compute what its parts suggest: on a probe"),
     "a convolution of its own": ({"conv": DoubledConv(6, 6, 7, padding=3, groups=6)}, "DoubledConv has a forward"),
     "a scale more": ({"drop": ScaledPath()}, "it has stochastic, a ScaledPath, which the fused block has not"),
@@ -335,6 +338,34 @@ def test_blocks_that_only_seem_alike_are_tried_each(taken, refused):
     assert [candidate.swapped for candidate in report.candidates] == [True, False]
 
 
+class ScaledByAModule(Block):
+    def __init__(self):
+        super().__init__(scale=False)
+        self.layer_scale = ScaleOfChannels()
+
+    def forward(self, x):
+        return x + self.layer_scale(super().forward(x) - x)
+
+
+class ScaleOfChannels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return self.gamma[:, None, None] * x
+
+
+def test_a_layer_scale_may_be_a_module(fused, calls):
+    block = ScaledByAModule()
+    x = torch.rand(2, 6, 5, 4)
+    before = block(x)
+    assert len(fastconv.swap(block).swapped) == 1
+    calls.clear()
+    torch.testing.assert_close(block(x), before, rtol=1e-4, atol=1e-5)
+    assert calls == ["ConvNeXt block"]
+
+
 class Skipping(Block):
     def forward(self, x):
         return x if self.training and torch.rand(1).item() < 0.01 else super().forward(x)
@@ -367,7 +398,7 @@ def patched(block):
 
 CANNOT_BE_FUSED = {
     "it skips itself at random": (lambda: Skipping(), "takes random numbers beside those of its drop path"),
-    "NaN on the probe": (lambda: RootScaled(), "differ from a ConvNeXt block's by inf"),
+    "NaN on the probe": (lambda: RootScaled(), "differ from a ConvNeXt block's altogether"),
     "a buffer": (lambda: with_buffer(Block()), "it has the buffer mask; expected none"),
     "no copy": (lambda: with_lock(Block()), "it cannot be copied for a probe: cannot pickle"),
     "weight_norm": (
@@ -424,12 +455,34 @@ def hook(block):
     block.spatial.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
-@pytest.mark.parametrize("change", [adapt, exchange, patch, drop, hook])
+def dilate(block):
+    block.spatial = conv(padding=6, dilation=2)
+
+
+def approximate(block):
+    block.activate = nn.GELU(approximate="tanh")
+
+
+def subclass(block):
+    block.widen.weight = nn.Parameter(block.widen.weight.detach().as_subclass(Weights))
+
+
+class Weights(torch.Tensor):
+    """As of quantized layers, which have few operations."""
+
+
+def unscale(block):
+    block.scale = None
+
+
+@pytest.mark.parametrize("change", [adapt, exchange, patch, drop, hook, dilate, approximate, subclass, unscale])
 def test_a_part_that_changes_after_the_swap_brings_the_own_forward_back(change, fused, calls):
     class Dropping(Block):
         def __init__(self):
             super().__init__()
-            self.nothing = nn.Dropout(0.0)
+            # Before the module that drops paths, whose place it must not take.
+            self.dropout = self.nothing = nn.Dropout(0.0)
+            self.stochastic = self._modules.pop("stochastic")
 
         def forward(self, x):
             return self.nothing(super().forward(x))
@@ -438,6 +491,7 @@ def test_a_part_that_changes_after_the_swap_brings_the_own_forward_back(change, 
     twin = copy.deepcopy(block)
     fastconv.swap(block)
     for each in (block, twin):
+        torch.manual_seed(2)
         change(each)
     x = torch.rand(3, 6, 5, 4)
     calls.clear()
@@ -445,6 +499,36 @@ def test_a_part_that_changes_after_the_swap_brings_the_own_forward_back(change, 
     y = block(x)
     torch.manual_seed(1)
     assert torch.equal(y, twin(x))
+    assert calls == []
+
+
+def test_small_layer_scales_do_not_vanish_under_autocast_in_float16(fused, calls):
+    def gradient(block):
+        block.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = block(x)
+        # As a GradScaler scales the loss.
+        (2.0**16 * y.float()).backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+        return block.spatial.weight.grad
+
+    block, x = Block(), torch.rand(4, 6, 9, 8)
+    with torch.no_grad():
+        block.scale.fill_(1e-6)
+    expected = gradient(block)
+    fastconv.swap(block)
+    calls.clear()
+    difference = gradient(block) - expected
+    assert calls == ["ConvNeXt block"]
+    assert difference.norm() < 0.02 * expected.norm()
+
+
+def test_hooks_of_all_modules_run_for_parts(fused, calls):
+    block, seen = Block(), []
+    fastconv.swap(block)
+    calls.clear()
+    with nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)):
+        block(torch.rand(2, 6, 5, 4))
+    assert block.widen in seen
     assert calls == []
 
 
@@ -693,6 +777,22 @@ def test_exported(export):
     else:
         program = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(program(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpreted
+def test_kernels_are_exported_for_any_batch(calls):
+    pytest.importorskip("triton")
+    model, x = Block().eval(), torch.rand(3, 6, 2, 2)
+    fastconv.swap(model)
+    calls.clear()
+    with fastconv.backend("triton"):
+        # Of more pixels than 24, the layer scale would go into the weights.
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
+        assert calls == ["ConvNeXt block"]
+        x = torch.rand(9, 6, 2, 2)
+        fastconv.unswap(model)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_blocks_own_forward_runs_where_it_is_as_fast(calls, monkeypatch):
