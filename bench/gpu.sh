@@ -56,11 +56,8 @@ python -m fastconv info >> "$out/machine.txt" 2>&1 || python -c "import torch; p
 
 if [ "$convnext" ]; then
     networks="$root/tests/test_swapped_networks.py"
-    if on_gpu; then
-        part swapped 200 bash -c 'tests "$@" > "$0/swapped.txt" 2>&1' "$out" -m gpu "$networks"
-    else
-        part swapped 200 bash -c 'tests "$@" > "$0/swapped.txt" 2>&1' "$out" -k "auto and pairs" "$networks"
-    fi
+    if on_gpu; then selection=(-m gpu); else selection=(-k "auto and pairs"); fi
+    part swapped 200 bash -c 'tests "$@" > "$0/swapped.txt" 2>&1' "$out" "${selection[@]}" "$networks"
     part convnext 340 python -m fastconv.bench.gpu_visit convnext "$out"
     tail -n 1 "$out/swapped.txt" | tee -a "$out/summary.txt"
     exit "$failed"

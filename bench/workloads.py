@@ -19,10 +19,10 @@ from fastconv import reference
 from fastconv.extras import import_extra
 
 OPERATIONS = ("depthwise_conv_layer_norm", "pointwise_conv_gelu", "convnext_block")
-# The second measures optimizer steps, the third as many as an epoch of the lecture has.
-CLASSIFIERS = ("classifier", "training_step", "epoch", "convnext_tiny", "timm_convnext_tiny")
 # Training steps of a library's ConvNeXt-T.
 CONVNEXTS = {"convnext_tiny": "torchvision", "timm_convnext_tiny": "timm"}
+# The second measures optimizer steps, the third as many as an epoch of the lecture has.
+CLASSIFIERS = ("classifier", "training_step", "epoch", *CONVNEXTS)
 # Depthwise, with multiplier 1, and norm of each pixel.
 STAGE = "depthwise_conv_channel_norm"
 DIRECTIONS = ("forward", "backward", "both")

@@ -30,6 +30,11 @@ def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
     return part
 
 
+def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Its hooks of each sort."""
+    return part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+
+
 def configuration(part: Any) -> Any:
     """What of a part decides what it computes, beside its class and its parameters."""
     if isinstance(part, nn.Conv2d):
@@ -42,10 +47,7 @@ def _is_still(part: Any, kind: type[Any], configured: Any) -> bool:
         return False
     if issubclass(kind, DROPOUTS) and part.p > 0:
         return False
-    # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
-    if not torch.compiler.is_compiling() and any(type(value) not in PLAIN for value in part._parameters.values()):
-        return False
-    return not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    return not any(hooks_of(part))
 
 
 def find(module: nn.Module, path: str) -> Any:
@@ -91,9 +93,16 @@ class Fusion:
         if nn.modules.module._has_any_global_hook():
             return False
         try:
-            return all(_is_still(_part(module, path), kind, configured) for path, kind, configured in self.seen)
+            parts = [_part(module, path) for path, _, _ in self.seen]
         except (AttributeError, KeyError):
             return False
+        for part, (_, kind, configured) in zip(parts, self.seen, strict=True):
+            if not _is_still(part, kind, configured):
+                return False
+        # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
+        return torch.compiler.is_compiling() or all(
+            type(value) in PLAIN for part in parts for value in part._parameters.values()
+        )
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
@@ -252,11 +261,13 @@ class Chain(Fusion):
         pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
         seconds = [second for second, _ in pairs.values()]
         # A module that occurs twice runs twice, which named_children would not tell.
-        for name, child in module._modules.items():
+        children: dict[str, Any] = module._modules
+        for name, child in children.items():
             if name in pairs:
-                x = self._pair(child, find(module, pairs[name][0]), pairs[name][1], x)
+                second, approximate = pairs[name]
+                x = self._pair(child, children[second], approximate, x)
             elif name not in seconds:
-                x = find(module, name)(x)
+                x = child(x)
         return x
 
     def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:

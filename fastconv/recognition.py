@@ -19,10 +19,9 @@ from fastconv import functional
 from fastconv.fusion import DROPOUTS, Chain, ConvNeXtBlock, Fusion, LectureBlock, LectureClassifier, find
 from fastconv.modules import Classifier, DepthwiseConvLayerNorm, PointwiseConvGELU
 from fastconv.modules import ConvNextBlock as FusedBlock
-from fastconv.verification import Unsuitable, Verified, seen, verify, with_article
+from fastconv.verification import Unsuitable, Verified, own_random_numbers, seen, verify, with_article
 
 LECTURE_CHILDREN = ("stem", "conv_block_1", "downsample", "conv_block_2", "bottleneck")
-NO_PAIR = "no pair"
 ALREADY_FUSED = (Classifier, FusedBlock, DepthwiseConvLayerNorm, PointwiseConvGELU)
 
 
@@ -155,17 +154,17 @@ def _has_state(module: nn.Module) -> bool:
 def _chain(module: nn.Sequential, recompute: bool, verified: Verified) -> Fusion | None:
     if type(module).forward is not nn.Sequential.forward:
         return None
-    children = list(module._modules.items())
     pairs: list[tuple[str, str, str | None]] = []
     unsuitable: list[Unsuitable] = []
-    for (name, first), (next_name, second) in pairwise(children):
+    for (name, first), (next_name, second) in pairwise(module._modules.items()):
         try:
-            approximate = _pair(first, second, verified)
+            pair = _pair(first, second, verified)
         except Unsuitable as error:
             unsuitable.append(error)
-        else:
-            if approximate is not NO_PAIR:
-                pairs.append((name, next_name, approximate))
+            continue
+        if pair is not None:
+            ((_, _, approximate),) = pair.pairs
+            pairs.append((name, next_name, approximate))
     if pairs:
         chain = Chain(recompute, pairs=tuple(pairs))
         return replace(chain, seen=seen(module, chain))
@@ -174,21 +173,21 @@ def _chain(module: nn.Sequential, recompute: bool, verified: Verified) -> Fusion
     return None
 
 
-def _pair(first: Any, second: Any, verified: Verified) -> str | None:
-    """GELU's `approximate`, None for a norm, or NO_PAIR."""
+def _pair(first: Any, second: Any, verified: Verified) -> Chain | None:
+    """How to fuse an nn.Sequential of the two; None if they are no candidates."""
     approximate: str | None = None
     if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.Module):
-        return NO_PAIR
+        return None
     if _is_depthwise(first) and _is_norm(second) and "2d" in type(second).__name__:
         _check_depthwise(first)
     elif _is_pointwise(first) and (approximate := _gelu(second)) is not None:
         _check_pointwise(first)
     else:
-        return NO_PAIR
+        return None
     _check_own_forward(first)
     fusion = Chain(pairs=(("0", "1", approximate),))
     verify(nn.Sequential(first, second), [fusion], torch.empty(2, first.in_channels, 3, 4), verified)
-    return approximate
+    return fusion
 
 
 def _check_depthwise(conv: Any) -> None:
@@ -244,7 +243,7 @@ def _gelu(module: nn.Module) -> str | None:
         return None
     x = torch.linspace(-4, 4, 24, dtype=torch.float64).view(1, 2, 3, 4)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with own_random_numbers():
             # A copy, and not called, so that nothing that it keeps and no hook comes to know of it.
             y = copy.deepcopy(module).forward(x.clone())
     except Exception:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv.backends import backend
-from fastconv.fusion import Fusion, Seen, configuration
+from fastconv.fusion import Fusion, Seen, configuration, hooks_of
 
 # Both compute the same in float64, but for the order of sums; what is rounded to float32 between differs by more.
 VERIFIED = 1e-8
@@ -45,24 +45,24 @@ def verify(module: nn.Module, fusions: Sequence[Fusion], images: Tensor, verifie
     """
     try:
         key = _signature(module, fusions[0]), *fusions
-        if key not in verified:
-            twin = _twin(module)
+        twin = None if key in verified else _twin(module)
     except Exception as error:
         # A tensor that is no leaf, a lock, or a parameter of integers, for example.
         raise Unsuitable(f"it cannot be copied for a probe: {_brief(error)}") from error
-    if key not in verified:
-        with _own_random_numbers():
-            images = torch.rand_like(images, dtype=torch.float64).requires_grad_()
-            differences = [_difference(twin, fusion, images) for fusion in fusions]
-        best = min(differences)
-        if not best <= VERIFIED:
-            how = f"by {best:.1e}" if math.isfinite(best) else "altogether"
-            raise Unsuitable(
-                f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
-                f"{fusions[0].kind}'s {how}" + (", as if it rounded to float32" if best < ROUNDED else "")
-            )
-        fusion = fusions[differences.index(best)]
-        verified[key] = replace(fusion, seen=seen(module, fusion))
+    if twin is None:
+        return verified[key]
+    with own_random_numbers():
+        images = torch.rand_like(images, dtype=torch.float64).requires_grad_()
+        differences = [_difference(twin, fusion, images) for fusion in fusions]
+    best = min(differences)
+    if not best <= VERIFIED:
+        how = f"by {best:.1e}" if math.isfinite(best) else "altogether"
+        raise Unsuitable(
+            f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
+            f"{fusions[0].kind}'s {how}" + (", as if it rounded to float32" if best < ROUNDED else "")
+        )
+    fusion = fusions[differences.index(best)]
+    verified[key] = replace(fusion, seen=seen(module, fusion))
     return verified[key]
 
 
@@ -80,22 +80,17 @@ def _is_called(name: str, fusion: Fusion) -> bool:
 def _twin(module: nn.Module) -> nn.Module:
     """A copy in float64 with random parameters, and without hooks, which `swap` minds when they run."""
     twin = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-    with _own_random_numbers(), torch.no_grad():
+    with own_random_numbers(), torch.no_grad():
         for parameter in twin.parameters():
             parameter.uniform_(-1, 1)
     for part in twin.modules():
-        for hooks in (
-            part._forward_hooks,
-            part._forward_pre_hooks,
-            part._backward_hooks,
-            part._backward_pre_hooks,
-        ):
+        for hooks in hooks_of(part):
             hooks.clear()
     return twin
 
 
 @contextmanager
-def _own_random_numbers() -> Iterator[None]:
+def own_random_numbers() -> Iterator[None]:
     """The same ones every time, of PyTorch and of Python; the caller's go on afterwards."""
     state = random.getstate()
     try:

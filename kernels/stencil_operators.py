@@ -58,9 +58,12 @@ def chunks_of(channels: int) -> tuple[int, int]:
     return max(1, whole // LARGEST_CHUNK), min(whole, LARGEST_CHUNK)
 
 
-def column_stride(x: Tensor) -> int:
-    """From pixel to pixel of a row; of one pixel that of dense maps, lest any number compiles another kernel."""
-    return x.stride(3) if x.shape[3] > 1 else x.shape[1]
+def _strides_in_units(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """The strides of image and row in a unit, and as constants that unit and the stride of a pixel."""
+    unit = stride_unit(x.stride(0), x.stride(2))
+    # Of one pixel that of dense maps, lest any number compiles another kernel.
+    column = x.stride(3) if x.shape[3] > 1 else x.shape[1]
+    return (x.stride(0) // unit, x.stride(2) // unit), {"STRIDE_UNIT": unit, "X_COLUMN_STRIDE": column}
 
 
 class Stencil:
@@ -89,7 +92,7 @@ class Stencil:
         blocks = ceil_div(channels, block)
         strips, width = self._strips(WIDEST_STRIP, blocks)
         lines, warps = self._lines_and_warps(block, strips * blocks)
-        unit = stride_unit(x.stride(0), x.stride(2))
+        image_and_row, units = _strides_in_units(x)
         launch(
             stencil,
             ceil_div(self.lines, lines) * strips * blocks,
@@ -100,10 +103,8 @@ class Stencil:
             self.lines,
             self.height,
             self.width,
-            x.stride(0) // unit,
-            x.stride(2) // unit,
-            STRIDE_UNIT=unit,
-            X_COLUMN_STRIDE=column_stride(x),
+            *image_and_row,
+            **units,
             CHANNELS=channels,
             OUTPUTS=self.outputs,
             TRANSPOSED=transposed,
@@ -130,7 +131,7 @@ class Stencil:
         chunks, block = chunks_of(self.outputs)
         strips, width = self._strips(WIDEST_STRIP if chunks == 1 else WIDEST_STRIP_OF_CHUNKS, 1)
         lines, warps = self._lines_and_warps(block, strips)
-        unit = stride_unit(x.stride(0), x.stride(2))
+        image_and_row, units = _strides_in_units(x)
         launch(
             stencil_channel_norm,
             ceil_div(self.lines, lines) * strips,
@@ -146,10 +147,8 @@ class Stencil:
             self.height,
             self.width,
             eps,
-            x.stride(0) // unit,
-            x.stride(2) // unit,
-            STRIDE_UNIT=unit,
-            X_COLUMN_STRIDE=column_stride(x),
+            *image_and_row,
+            **units,
             CHANNELS=self.outputs,
             HAS_BIAS=bias is not None,
             HAS_NORM_WEIGHT=norm_weight is not None,
@@ -197,7 +196,7 @@ class Stencil:
         parts = ceil_div(blocks, rounds)
         taps = self.kernel_height * self.kernel_width
         partials = grad.new_empty(parts, taps + 1, self.outputs, dtype=accumulator(grad))
-        unit = stride_unit(x.stride(0), x.stride(2))
+        image_and_row, units = _strides_in_units(x)
         launch(
             stencil_backward_taps,
             parts * tiles,
@@ -208,10 +207,8 @@ class Stencil:
             rounds,
             self.height,
             self.width,
-            x.stride(0) // unit,
-            x.stride(2) // unit,
-            STRIDE_UNIT=unit,
-            X_COLUMN_STRIDE=column_stride(x),
+            *image_and_row,
+            **units,
             CHANNELS=self.outputs,
             BLOCK_TAP_ROWS=tap_rows,
             BLOCK_LINES=lines,
@@ -390,11 +387,12 @@ def depthwise_conv_channel_norm_backward(
     if x.numel() == 0:
         grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
         return grad_x, parameters.zero_(), _norm_gradients_like(x, weight, needs_norm).zero_()
-    if ChannelNorm(grad).rows < LEAST_ROWS_OF_PLAIN_MAPS:
+    plan = ChannelNorm(grad)
+    if plan.rows < LEAST_ROWS_OF_PLAIN_MAPS:
         grad = grad.contiguous(memory_format=torch.channels_last)
     grad = flat_pixels(grad)
     grad_h = new_channels_last(x, weight.shape[0])
-    norm = ChannelNorm(grad).backward(grad, flat_pixels(normalised), None, scale, norm_weight, grad_h, needs_norm)
+    norm = plan.backward(grad, flat_pixels(normalised), None, scale, norm_weight, grad_h, needs_norm)
     return *_backward(grad_h, x, weight, needs_x, needs_parameters), norm
 
 
