@@ -11,5 +11,5 @@ from setuptools import setup
 setup(
     packages=["fastconv", "fastconv.bench", "fastconv.kernels"],
     package_dir={"fastconv": "fastconv", "fastconv.bench": "bench", "fastconv.kernels": "kernels"},
-    package_data={"fastconv": ["py.typed"]},
+    package_data={"fastconv": ["py.typed"], "fastconv.bench": ["*.c"]},
 )
