@@ -17,6 +17,7 @@ from .launch import (
     ceil_div,
     check_differentiated_once,
     flat_pixels,
+    in_dtype,
     precision,
     strides,
 )
@@ -212,7 +213,7 @@ class Backward:
         parameters = moments.new_empty(self.length)
         g = torch.empty_like(h)
         sums = moments.new_empty(self.sizes.groups, 2, self.sum_parts)
-        columns = moments.new_empty(self.columns)
+        columns = moments.new_empty(*self.columns)
         moments = self.collapse_moments(moments)
         self.pointwise(grad, h, moments, z, weight, projection, g, sums, columns)
         sums = self.collapse_sums(sums)
@@ -266,19 +267,22 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
         grad, x, depthwise_weight, weight, projection, h, moments, z, *ctx.options, forward=ctx
     )
     matrix, projection_matrix, bias, projection_bias, taps, depthwise_bias = torch.split_with_sizes(
-        parameters.to(weight.dtype), _sizes(depthwise_weight, weight, projection)
+        in_dtype(parameters, weight.dtype), _sizes(depthwise_weight, weight, projection)
     )
-    grads = (
+    # Autograd ignores those that nobody needs, except of an input that is None.
+    needs = ctx.needs_input_grad
+    return (
         grad_x,
         taps.view_as(depthwise_weight),
-        depthwise_bias,
+        depthwise_bias if needs[2] else None,
         matrix.view_as(weight),
-        bias,
+        bias if needs[4] else None,
         projection_matrix.view_as(projection),
-        projection_bias,
+        projection_bias if needs[6] else None,
+        None,
+        None,
+        None,
     )
-    needed = zip(grads, ctx.needs_input_grad, strict=False)
-    return *(value if wanted else None for value, wanted in needed), None, None, None
 
 
 convnext_block_backward = Operator("fastconv::convnext_block_backward", Backward, _fake_backward)

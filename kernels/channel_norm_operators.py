@@ -111,7 +111,7 @@ class ChannelNormBackward:
         weight: Tensor | None,
         grad_x: Tensor,
     ) -> Tensor:
-        partials = scale.new_empty(self._size) if self._needs_parameters else None
+        partials = scale.new_empty(*self._size) if self._needs_parameters else None
         self._launch(grad, x, mean, scale, weight, grad_x, partials)
         return scale.new_empty(0, self._size[2]) if partials is None else self._sum(partials)
 

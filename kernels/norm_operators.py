@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .convolution import Depthwise
-from .launch import Launch, ceil_div, check_differentiated_once, flat_pixels, new_maps, next_power_of_2, strides
+from .launch import (
+    Launch,
+    ceil_div,
+    check_differentiated_once,
+    flat_pixels,
+    in_dtype,
+    new_maps,
+    next_power_of_2,
+    strides,
+)
 from .moments import Normed
 from .norm import norm_backward, norm_moments, norm_sums, normalise
 from .registration import DifferentiableOperator, Operator
@@ -244,9 +253,9 @@ def _depthwise_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     check_differentiated_once()
     weight = ctx.saved_tensors[1]
     grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options, forward=ctx)
-    taps, bias = torch.split_with_sizes(parameters.to(weight.dtype), [weight.numel(), weight.shape[0]])
-    needed = zip((grad_x, taps.view_as(weight), bias), ctx.needs_input_grad, strict=False)
-    return *(value if wanted else None for value, wanted in needed), None, None
+    sizes = [weight.numel(), weight.shape[0]]
+    taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), sizes)
+    return grad_x, taps.view_as(weight), bias if ctx.needs_input_grad[2] else None, None, None
 
 
 depthwise_conv_layer_norm_backward = Operator(

@@ -16,6 +16,7 @@ from .launch import (
     ceil_div,
     check_differentiated_once,
     flat_pixels,
+    in_dtype,
     new_maps,
     precision,
     strides,
@@ -115,7 +116,7 @@ class ParametersBackward:
         self._sum = SumPartials(parts, length)
 
     def __call__(self, grad: Tensor, slope: Tensor, x: Tensor) -> Tensor:
-        partials = x.new_empty(self._size, dtype=self._dtype)
+        partials = x.new_empty(*self._size, dtype=self._dtype)
         self._launch(grad, slope, x, partials)
         return self._sum(partials)
 
@@ -202,7 +203,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     grad_x, parameters = pointwise_conv_gelu_backward(
         grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias, forward=ctx
     )
-    matrix, bias = parameters.to(weight.dtype).tensor_split([weight.numel()])
+    matrix, bias = in_dtype(parameters, weight.dtype).tensor_split([weight.numel()])
     return (
         grad_x if needs_x else None,
         matrix.view_as(weight) if needs_weight else None,

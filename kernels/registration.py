@@ -1,8 +1,9 @@
 """Operators: opaque to whoever traces them, and cheap when called eagerly.
 
-torch.compile, torch.export and others that trace see an operator registered with PyTorch: the shapes of its results,
-and the operator of its gradient. Called eagerly, that boundary takes longer than the kernels behind it. There a plan,
-made once for all inputs of one layout, runs at once; where a gradient is needed, in a torch.autograd.Function.
+torch.compile, torch.export and others that trace see an operator registered with PyTorch: the shapes of its
+results, and the operator of its gradient. Called eagerly, that boundary takes longer than the kernels behind it.
+There a plan, made once for all inputs of one layout, runs at once; where a gradient is needed, in a
+torch.autograd.Function.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Plan = Callable[..., Results]
 # All that a plan depends on: of tensors shape, strides and dtype; the other arguments; and what is current.
 Key = tuple[Any, ...]
 
+# Types of inputs that want nothing of their own.
+_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
 _HERE = nullcontext()
 _OPERATORS: list[Operator] = []
 
@@ -54,8 +57,8 @@ class Operator:
         """The results.
 
         Args:
-            forward: of a backward, the context of its forward: the layouts of all inputs but the first, the
-                gradient, follow from those of the forward's, and need not be looked at again.
+            forward: in a backward, the context of the forward. Its key stands for the layouts of all inputs but
+                the first, the gradient.
 
         Raises:
             KernelError: a kernel cannot run on the GPU.
@@ -87,7 +90,7 @@ class Operator:
         try:
             plan = self._make_plan(*like)
             with torch.no_grad():
-                self._rehearse(plan, like, needs_grad)
+                self._rehearse(key, plan, like, needs_grad)
         except KernelError as error:
             plan = error
         with self._lock:
@@ -96,7 +99,7 @@ class Operator:
             self._plans[key] = plan
         return plan
 
-    def _rehearse(self, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
+    def _rehearse(self, key: Key, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
         """Run the plan on tensors without memory: that compiles its kernels, and launches nothing."""
         plan(*inputs)
 
@@ -145,19 +148,19 @@ class DifferentiableOperator(Operator):
             return self._function.apply(*inputs)
         return _first(self._run(*inputs))
 
-    def _rehearse(self, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
+    def _rehearse(self, key: Key, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
         results = plan(*inputs)
         if needs_grad:
-            context = _Context(needs_grad)
+            context = _Context(key, needs_grad)
             self._save(context, inputs, results)
             self._gradients(context, torch.empty_like(_first(results)))
 
 
 class _Context:
-    """As much of torch.autograd.Function's context as `save` and `gradients` use."""
+    """As much of torch.autograd.Function's context as `save` and `gradients` use, and the forward's key."""
 
-    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
-        self.needs_input_grad = needs_input_grad
+    def __init__(self, key: Key, needs_input_grad: tuple[bool, ...]) -> None:
+        self.key, self.needs_input_grad = key, needs_input_grad
         self.saved_tensors: tuple[Tensor | None, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
@@ -196,15 +199,11 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _is_traced(inputs: Sequence[Any]) -> bool:
-    """Whether somebody other than autograd wants to see the operator: a compiler, a mode, a transform, a subclass."""
-    if (
+    """Whether others than autograd want to see the operator: a compiler, a mode, a transform, or a subclass."""
+    return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-    ):
-        return True
-    for x in inputs:
-        if type(x) is not Tensor and isinstance(x, Tensor) and type(x) is not nn.Parameter:
-            return True
-    return False
+        or not _PLAIN.issuperset(map(type, inputs))
+    )

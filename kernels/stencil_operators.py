@@ -217,7 +217,7 @@ class ParametersBackward:
         self._sum = SumPartials(size[0], size[1] * size[2])
 
     def __call__(self, grad: Tensor, x: Tensor) -> Tensor:
-        partials = grad.new_empty(self._size, dtype=self._dtype)
+        partials = grad.new_empty(*self._size, dtype=self._dtype)
         self._launch(grad, x, partials)
         return self._sum(partials)
 
