@@ -16,13 +16,17 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastconv.kernels.launch import COMPILED
+from fastconv.kernels import launch
 
 # By the names of NVIDIA's and AMD's compilers, with the shared memory that a program can have, in bytes.
 TARGETS = {
+    "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024),
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
@@ -71,14 +75,14 @@ class DryDriver:
         kernels = source.fn.device_caches[self._device][0].values()
         compiled = next(kernel for kernel in kernels if kernel.metadata is metadata)
 
-        def launch(programs: int, *arguments: Any) -> None:
+        def run(programs: int, *arguments: Any) -> None:
             names = source.fn.arg_names
             # Triton's own arguments come first.
             named = dict(zip(names, arguments[-len(names) :], strict=True))
             # A kernel keeps this function beyond the driver that made it.
             triton.runtime.driver.active.launches.append(Launch(source.fn.__name__, compiled, programs, named))
 
-        return launch
+        return run
 
 
 @contextmanager
@@ -86,15 +90,18 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
     """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
-    driver, version = DryDriver(architecture), torch.version.hip
+    driver, target = DryDriver(architecture), TARGETS[architecture][0]
+    version, capability = torch.version.hip, launch.capability
     try:
         triton.runtime.driver.set_active(driver)
-        COMPILED.clear()
-        # PyTorch is built for one vendor's GPUs, by which kernels choose how to multiply.
-        torch.version.hip = "of the target" if TARGETS[architecture][0].backend == "hip" else None
+        launch.COMPILED.clear()
+        # By the vendor for whose GPUs PyTorch is built, and by the GPU, kernels choose how to multiply.
+        torch.version.hip = "of the target" if target.backend == "hip" else None
+        if target.backend == "cuda":
+            launch.capability = lambda _: divmod(target.arch, 10)
         yield driver.launches
     finally:
-        torch.version.hip = version
-        COMPILED.clear()
+        torch.version.hip, launch.capability = version, capability
+        launch.COMPILED.clear()
         # Not `reset_active`, which would look for a GPU.
         triton.runtime.driver._active = None

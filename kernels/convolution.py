@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
-from .launch import block_size, ceil_div, launch, precision, strides
+from .launch import block_size, ceil_div, is_before_ampere, launch, precision, strides
 from .moments import Normed
 from .reduction import reduce_partials
 
@@ -28,9 +28,15 @@ class Depthwise(Normed):
         self.pixels = self.height * self.width
         self.block_pixels = block_size(self.pixels, 64)
         self.pixel_blocks = ceil_div(self.pixels, self.block_pixels)
-        # Where more is held at once. Of float32, registers hold each operand in two parts: larger blocks spill.
-        self.small_block = block_size(self.pixels, 32 if weight.dtype == torch.float32 else 64)
+        self.weight = weight
         self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
+
+    @property
+    def small_block(self) -> int:
+        """Of pixels, where more is held at once: larger blocks spill."""
+        # Registers hold each operand of float32 in two parts, and before Ampere halves as float32.
+        small = self.weight.dtype == torch.float32 or is_before_ampere(self.weight)
+        return block_size(self.pixels, 32 if small else 64)
 
     @property
     def parts(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -101,9 +102,22 @@ def precision(x: Tensor) -> str:
     """How matrices are multiplied: those of float32 as `torch.set_float32_matmul_precision` says."""
     if x.dtype != torch.float32:
         return "ieee"
+    if is_before_ampere(x):
+        return "ieee"
     # AMD's matrix cores multiply float32 as it is; for NVIDIA's it is split into three products of tf32.
     highest = "ieee" if torch.version.hip else "tf32x3"
     return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+
+
+def is_before_ampere(x: Tensor) -> bool:
+    """Whether `x` is on a GPU of NVIDIA whose tensor cores take no tf32 and no bfloat16, and Triton uses none."""
+    return torch.version.hip is None and capability(x.device) < (8, 0)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; interpreted kernels, on a CPU, are as on an H100."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
