@@ -2,9 +2,9 @@
 
     python -m bench.budget
 
-compiles the kernels of all operations at the lecture's shapes, and those of the stages of ConvNeXts at theirs, and
-prints a table; `--json` prints its rows, and
-`--write` rewrites bench/budget.json, which the tests hold the kernels to.
+compiles the kernels of all operations at the lecture's shapes, and those of two stages of ConvNeXt-T, and prints a
+table; `--json` prints its rows. `--write` puts them into bench/budget.json, which the tests hold the kernels to:
+what it says of other GPUs and precisions stays.
 
 Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
 access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
@@ -126,6 +126,24 @@ class Shape(NamedTuple):
         }.get(kernel, 0)
 
 
+class OddMaps(NamedTuple):
+    """Maps of an awkward number of pixels, of which a norm takes each image by itself."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}, {self.height}x{self.width}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {"x": torch.empty(*self, dtype=dtype, requires_grad=True)}
+
+    def flops(self, kernel: str) -> int:
+        return 0
+
+
 class Stage(NamedTuple):
     """Of a ConvNeXt for images of 224x224, in channels_last, the layout that its blocks keep."""
 
@@ -151,50 +169,71 @@ class Stage(NamedTuple):
         return 0
 
 
-# The lecture's, and the widest block that is one operator.
-SHAPES = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4), Shape(128, 128, 4, 4)]
+LECTURE = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4)]
+WIDEST_BLOCK = Shape(128, 128, 4, 4)
 
-# ConvNeXt-T's (and -S's), and -B's.
-STAGES = [Stage(channels << i, 56 >> i) for channels in (96, 128) for i in range(4)]
+Call = Callable[[dict[str, Any]], Tensor]
 
-OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
-    "convnext_block": lambda tensors: operations.convnext_block(
-        **{name: tensor for name, tensor in tensors.items() if name != "h"}
-    ),
-    "depthwise_conv_layer_norm": lambda tensors: operations.depthwise_conv_layer_norm(
+
+def convnext_block(tensors: dict[str, Any]) -> Tensor:
+    return operations.convnext_block(**{name: tensor for name, tensor in tensors.items() if name != "h"})
+
+
+def depthwise_conv_layer_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.depthwise_conv_layer_norm(
         tensors["x"], tensors["depthwise_weight"], tensors["depthwise_bias"]
-    ),
-    "pointwise_conv_gelu": lambda tensors: operations.pointwise_conv_gelu(
-        tensors["h"], tensors["pointwise_weight"], tensors["pointwise_bias"]
-    ),
-    "layer_norm": lambda tensors: operations.layer_norm(tensors["x"]),
-}
-STAGE_OPERATIONS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
-    "depthwise_conv_channel_norm": lambda tensors: operations.depthwise_conv_layer_norm(
-        **tensors, norm="channel", eps=1e-6
-    ),
-}
+    )
 
 
-def measure(architecture: str, precision_name: str) -> list[Row]:
-    """A row for each launch of all operations, forward and backward."""
+def depthwise_conv_channel_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.depthwise_conv_layer_norm(**tensors, norm="channel", eps=1e-6)
+
+
+def pointwise_conv_gelu(tensors: dict[str, Any]) -> Tensor:
+    return operations.pointwise_conv_gelu(tensors["h"], tensors["pointwise_weight"], tensors["pointwise_bias"])
+
+
+def layer_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.layer_norm(tensors["x"])
+
+
+def sample_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.layer_norm(tensors["x"], norm="sample")
+
+
+# What one process compiles. The kernels of a stage take as long as all others.
+PARTS: dict[str, list[tuple[Call, Shape | Stage | OddMaps]]] = {
+    "lecture": [
+        *((convnext_block, shape) for shape in (*LECTURE, WIDEST_BLOCK)),
+        *((call, LECTURE[0]) for call in (depthwise_conv_layer_norm, pointwise_conv_gelu, layer_norm)),
+        (sample_norm, OddMaps(3, 5, 7, 11)),
+    ],
+    "first stage": [(depthwise_conv_channel_norm, Stage(96, 56))],
+    "last stage": [(depthwise_conv_channel_norm, Stage(768, 7))],
+}
+# One stage in each precision: they differ in how channels and rows are divided, and both would take twice as long.
+STAGE_OF = {"bf16": "first stage", "fp32 highest": "last stage"}
+# Of the table. Turing's tensor cores take neither bfloat16 nor tf32.
+IN_TABLE = {
+    "sm_75": ("fp16", "fp32 highest"),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"), ("bf16", "fp32 highest")),
+}
+WITH_STAGES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
+    """A row for each launch of some operations, forward and backward."""
     precision = PRECISIONS[precision_name]
     torch.set_float32_matmul_precision(precision.float32)
-    cases: list[tuple[str, Callable[[dict[str, Any]], Tensor], Shape | Stage]] = [
-        (operation, call, shape) for operation, call in OPERATIONS.items() for shape in SHAPES
-    ]
-    if precision.float32 == "highest":
-        # Without products, the others would be the same kernels again.
-        cases += [(operation, call, stage) for operation, call in STAGE_OPERATIONS.items() for stage in STAGES]
     rows = []
-    for operation, call, shape in cases:
+    for call, shape in PARTS[part]:
         with dry_run(architecture) as launches:
             tensors = shape.tensors(precision.dtype)
             y = call(tensors)
             torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
         for launch in launches:
             labels = {
-                "operation": operation,
+                "operation": call.__name__,
                 "shape": str(shape),
                 "kernel": launch.kernel,
                 "dtype": precision_name,
@@ -239,13 +278,23 @@ def describe(launch: Launch, architecture: str, flops: int) -> Row:
 
 def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
     """In processes of their own, because Triton compiles in one thread."""
-    jobs = [(architecture, precision) for architecture in architectures for precision in precisions]
+    jobs = []
+    for architecture in architectures:
+        for precision in precisions or IN_TABLE[architecture]:
+            jobs.append((architecture, precision, "lecture"))
+            if architecture in WITH_STAGES and precision in STAGE_OF:
+                jobs.append((architecture, precision, STAGE_OF[precision]))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
 
 
 def write_table(rows: list[Row]) -> None:
-    """One row a line, so that differences read well."""
+    """One row a line, so that differences read well; what another Triton made is dropped."""
+    table = json.loads(TABLE.read_text())
+    new = {(row["architecture"], row["dtype"]) for row in rows}
+    kept = table["rows"] if table["triton"] == triton.__version__ else []
+    rows = [row for row in kept if (row["architecture"], row["dtype"]) not in new] + rows
+    rows.sort(key=lambda row: list(TARGETS).index(row["architecture"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     TABLE.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
 
@@ -271,13 +320,11 @@ def print_table(rows: list[Row]) -> None:
 
 def main(
     architecture: Annotated[list[str], typer.Option(help="Only for these GPUs.")] = list(TARGETS),  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="Only in these precisions.")] = list(PRECISIONS),  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="In these precisions instead of the table's.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Rewrite bench/budget.json, whatever it says.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the rows into bench/budget.json.")] = False,
 ) -> None:
     """Compile every kernel, and print what it costs."""
-    if write and (set(architecture), set(dtype)) != (set(TARGETS), set(PRECISIONS)):
-        raise typer.BadParameter("--write rewrites the whole table: leave out --architecture and --dtype")
     rows = measure_all(architecture, dtype)
     if write:
         write_table(rows)

@@ -20,9 +20,13 @@ from fastconv.kernels import launch, registration
 
 # By the names of NVIDIA's and AMD's compilers, with the shared memory that a program can have, in bytes.
 TARGETS = {
+    "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024),
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
@@ -76,7 +80,8 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
     launches: list[Launch] = []
-    call, version = launch.Launch.__call__, torch.version.hip
+    target = TARGETS[architecture][0]
+    call, version, capability = launch.Launch.__call__, torch.version.hip, launch.capability
 
     def record(self: launch.Launch, *tensors: Tensor | None) -> None:
         call(self, *tensors)
@@ -88,13 +93,15 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
     try:
         triton.runtime.driver.set_active(DryDriver(architecture))
         registration.forget_plans()
-        # PyTorch is built for one vendor's GPUs, by which kernels choose how to multiply.
-        torch.version.hip = "of the target" if TARGETS[architecture][0].backend == "hip" else None
+        # By the vendor for whose GPUs PyTorch is built, and by the GPU, kernels choose how to multiply.
+        torch.version.hip = "of the target" if target.backend == "hip" else None
+        if target.backend == "cuda":
+            launch.capability = lambda: divmod(target.arch, 10)
         launch.Launch.__call__ = record  # type: ignore[method-assign]
         yield launches
     finally:
         launch.Launch.__call__ = call  # type: ignore[method-assign]
-        torch.version.hip = version
+        torch.version.hip, launch.capability = version, capability
         registration.forget_plans()
         # Not `reset_active`, which would look for a GPU.
         triton.runtime.driver._active = None

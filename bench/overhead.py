@@ -20,10 +20,15 @@ from torch import Tensor
 
 from fastconv.kernels.convolution import Depthwise
 
-from . import results, tables
-from .budget import OPERATIONS, SHAPES
+from . import budget, results, tables
 from .null_gpu import null_gpu
 
+OPERATIONS = (
+    budget.convnext_block,
+    budget.depthwise_conv_layer_norm,
+    budget.pointwise_conv_gelu,
+    budget.layer_norm,
+)
 # Rounds in which all calls take turns, as long as the machine's mood.
 ROUNDS = 10
 
@@ -72,10 +77,10 @@ def median_time(call: Callable[[], object], count: int) -> float:
 
 def main(count: Annotated[int, typer.Option(min=1, help="How often each call is timed in a round.")] = 60) -> None:
     """Print microseconds per call of each operation."""
-    tensors = SHAPES[0].tensors(torch.float32)
+    tensors = budget.LECTURE[0].tensors(torch.float32)
     leaves = list(tensors.values())
     with null_gpu() as library:
-        calls = {name: calls_of(partial(call, tensors), leaves) for name, call in OPERATIONS.items()}
+        calls = {call.__name__: calls_of(partial(call, tensors), leaves) for call in OPERATIONS}
         inputs = [tensor for name, tensor in tensors.items() if name != "h"]
         calls["nothing, of a block's inputs"] = calls_of(partial(Nothing.apply, *inputs), leaves)
         calls["one launch"] = {"forward": one_launch(tensors["x"], tensors["depthwise_weight"])}

@@ -17,8 +17,8 @@ from .statistics import mean_and_scale, store_sums
 
 @triton.jit
 def spread(values, BLOCK_IMAGES: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
-    """One value, [1], or one for each image, [BLOCK_IMAGES], to each row: [BLOCK_IMAGES * BLOCK_PIXELS, 1]."""
-    rows = tl.broadcast_to(values[:, None], (BLOCK_IMAGES, BLOCK_PIXELS))
+    """One value, or one for each image, [BLOCK_IMAGES, 1], to each row: [BLOCK_IMAGES * BLOCK_PIXELS, 1]."""
+    rows = tl.broadcast_to(values, (BLOCK_IMAGES, BLOCK_PIXELS))
     return tl.reshape(rows, (BLOCK_IMAGES * BLOCK_PIXELS, 1))
 
 
@@ -61,7 +61,7 @@ def pointwise_forward(
     """y = x + projection gelu(weight normalised + bias) + projection_bias."""
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
-    image = program // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+    image = program // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)[:, None]
     row = tl.arange(0, BLOCK_IMAGES * BLOCK_PIXELS)
     n = program // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS
     p = program % PIXEL_BLOCKS * BLOCK_PIXELS + row % BLOCK_PIXELS
@@ -154,7 +154,7 @@ def pointwise_backward(
 
     for round in range(rounds):
         block = program * rounds + round
-        image = block // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
+        image = block // PIXEL_BLOCKS * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)[:, None]
         n = block // PIXEL_BLOCKS * BLOCK_IMAGES + row // BLOCK_PIXELS
         p = block % PIXEL_BLOCKS * BLOCK_PIXELS + row % BLOCK_PIXELS
         inside = ((n < images) & (p < PIXELS))[:, None]

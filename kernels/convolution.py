@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
-from .launch import Launch, block_size, ceil_div, precision, strides
+from .launch import Launch, block_size, ceil_div, is_before_ampere, precision, strides
 from .moments import Normed
 from .reduction import reduce_partials
 
@@ -28,11 +28,13 @@ class Depthwise(Normed):
         self.pixels = self.height * self.width
         self.block_pixels = block_size(self.pixels, 64)
         self.pixel_blocks = ceil_div(self.pixels, self.block_pixels)
-        # Where more is held at once. Of float32, registers hold each operand in two parts: larger blocks spill.
-        self.small_block = block_size(self.pixels, 32 if weight.dtype == torch.float32 else 64)
         self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
         parts = self.outputs * self.pixel_blocks
         self.parts = parts * self.image_blocks if norm == "tensor" else parts
+        # Where more is held at once. Registers hold each operand of float32 in two parts, and before Ampere halves
+        # as float32: larger blocks spill.
+        small = weight.dtype == torch.float32 or is_before_ampere()
+        self.small_block = block_size(self.pixels, 32 if small else 64)
 
     def new_h(self, weight: Tensor) -> Tensor:
         return weight.new_empty(self.images, self.outputs, self.pixels)

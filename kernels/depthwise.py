@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .product import product, widen
 from .reduction import accumulate
-from .statistics import mean_and_scale, merge_sums, norm_group, store_moments
+from .statistics import mean_and_scale, merge_sums, start_of_group, store_moments
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def depthwise_forward(
     inside = (n < images)[:, None] & (p < PIXELS)[None, :]
     tl.store(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
     part = program if NORM == "tensor" else k * PIXEL_BLOCKS + pixel_block
-    store_moments(values, inside, moments, n, images, part, parts, NORM)
+    store_moments(values, inside, moments, n[:, None], images, part, parts, NORM)
 
 
 @triton.jit
@@ -152,8 +152,9 @@ def depthwise_backward(
     for round in range(rounds):
         n = (image_program * rounds + round) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)
         x_inside = (n < images)[:, None] & (q < PIXELS)[None, :]
-        mean, scale = mean_and_scale(moments, n, images, parts, eps, NORM, BLOCK_PARTS)
-        g_sum, slope_sum = merge_sums(sums, norm_group(n, images, NORM), sum_parts, BLOCK_PARTS)
+        mean, scale = mean_and_scale(moments, n[:, None], images, parts, eps, NORM, BLOCK_PARTS)
+        start = start_of_group(sums, n[:, None], images, 2 * sum_parts, NORM)
+        g_sum, slope_sum = merge_sums(start, sum_parts, BLOCK_PARTS)
         g_mean, g_slope = g_sum / count, slope_sum / count
         x_offset = n[:, None] * x_image_stride + c * x_channel_stride + pixel * x_pixel_stride
 
@@ -171,8 +172,8 @@ def depthwise_backward(
                 g_tile = widen(tl.load(g + g_offset, mask=inside, other=0.0))
                 h_offset = (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :]
                 h_tile = widen(tl.load(h + h_offset, mask=inside, other=0.0))
-                normalised = (h_tile - mean[:, None]) * scale[:, None]
-                grad_h = scale[:, None] * (g_tile - g_mean[:, None] - normalised * g_slope[:, None])
+                normalised = (h_tile - mean) * scale
+                grad_h = scale * (g_tile - g_mean - normalised * g_slope)
                 grad_h = tl.where(inside, grad_h, 0.0)
                 bias_sum += tl.sum(grad_h, 1)
 

@@ -171,9 +171,21 @@ def precision(x: Tensor) -> str:
     """How matrices are multiplied: those of float32 as `torch.set_float32_matmul_precision` says."""
     if x.dtype != torch.float32:
         return "ieee"
+    if is_before_ampere():
+        return "ieee"
     # AMD's matrix cores multiply float32 as it is; for NVIDIA's it is split into three products of tf32.
     highest = "ieee" if torch.version.hip else "tf32x3"
     return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+
+
+def is_before_ampere() -> bool:
+    """Whether the current GPU is NVIDIA's, and its tensor cores take no tf32 and no bfloat16: Triton uses none."""
+    return torch.version.hip is None and capability() < (8, 0)
+
+
+def capability() -> tuple[int, int]:
+    """The compute capability of the current GPU; kernels that are interpreted are as on an H100."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .product import widen
-from .statistics import mean_and_scale, merge_sums, norm_group, store_moments, store_sums
+from .statistics import mean_and_scale, merge_sums, start_of_group, store_moments, store_sums
 
 
 @triton.jit
@@ -37,9 +37,7 @@ def norm_moments(
     offset = element_offset(element, image, image_stride, channel_stride, pixel_stride, PIXELS)
     values = widen(tl.load(x + offset, mask=inside, other=0.0))
     part = program if NORM == "tensor" else program % BLOCKS
-    store_moments(
-        values[None, :], inside[None, :], moments, image + tl.zeros((1,), tl.int64), images, part, parts, NORM
-    )
+    store_moments(values, inside, moments, image, images, part, parts, NORM)
 
 
 @triton.jit
@@ -68,7 +66,7 @@ def normalise(
     image = program // BLOCKS
     element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = element < LENGTH
-    mean, scale = mean_and_scale(moments, image + tl.zeros((1,), tl.int64), images, parts, eps, NORM, BLOCK_PARTS)
+    mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     values = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
     offset = element_offset(element, image, y_image_stride, y_channel_stride, y_pixel_stride, PIXELS)
@@ -102,15 +100,13 @@ def norm_sums(
     image = program // BLOCKS
     element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = element < LENGTH
-    images_of_program = image + tl.zeros((1,), tl.int64)
-    mean, scale = mean_and_scale(moments, images_of_program, images, parts, eps, NORM, BLOCK_PARTS)
+    mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     normalised = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
     offset = element_offset(element, image, grad_image_stride, grad_channel_stride, grad_pixel_stride, PIXELS)
     values = widen(tl.load(grad + offset, mask=inside, other=0.0))
     part = program if NORM == "tensor" else program % BLOCKS
-    slope = values * normalised
-    store_sums(values[None, :], slope[None, :], sums, images_of_program, images, part, sum_parts, NORM)
+    store_sums(values, values * normalised, sums, image, images, part, sum_parts, NORM)
 
 
 @triton.jit
@@ -145,10 +141,9 @@ def norm_backward(
     image = program // BLOCKS
     element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = element < LENGTH
-    images_of_program = image + tl.zeros((1,), tl.int64)
-    mean, scale = mean_and_scale(moments, images_of_program, images, parts, eps, NORM, BLOCK_PARTS)
-    group = norm_group(images_of_program, images, NORM)
-    grad_sum, slope_sum = merge_sums(sums, group, sum_parts, BLOCK_PARTS)
+    mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
+    start = start_of_group(sums, image, images, 2 * sum_parts, NORM)
+    grad_sum, slope_sum = merge_sums(start, sum_parts, BLOCK_PARTS)
     count = LENGTH * 1.0
     if NORM == "tensor":
         count *= images

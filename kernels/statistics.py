@@ -5,6 +5,9 @@ Variances", 1979. Each program that writes part of a tensor writes the count, th
 deviations M2 of its part; each program that reads the tensor merges them all itself. "Moments" are these,
 [groups, 3, parts], with one group for the norm "tensor" and one for each image for "sample". No atomics: results
 repeat bit for bit.
+
+What belongs to one group is a scalar, what belongs to the images of a program a column, [IMAGES, 1]. A tensor of
+one element will not do for a scalar: Triton 3.6 may then keep what it was summed from whole in every thread.
 """
 
 import triton
@@ -12,91 +15,102 @@ import triton.language as tl
 
 
 @triton.jit
+def total(values, EACH_ROW: tl.constexpr):
+    """The sum of all values, or of each row: a scalar, or [rows, 1]."""
+    return tl.sum(values, 1, keep_dims=True) if EACH_ROW else tl.sum(values)
+
+
+@triton.jit
+def norm_group(image, NORM: tl.constexpr):
+    """The group of each image."""
+    return 0 if NORM == "tensor" else image
+
+
+@triton.jit
+def start_of_group(values, image, images, length, NORM: tl.constexpr):
+    """Where the group of each image starts, or of images outside the last one's; a group has `length` values."""
+    return values if NORM == "tensor" else values + tl.minimum(image, images - 1) * length
+
+
+@triton.jit
 def store_moments(
-    values,  # [IMAGES, PIXELS]
+    values,  # [IMAGES, PIXELS], or of one image [PIXELS]
     mask,  # the same
     moments,  # [groups, 3, parts]
-    image,  # [IMAGES], int64
+    image,  # int64, [IMAGES, 1], or one
     images,
     part,
     parts,
     NORM: tl.constexpr,
 ):
     """Write the moments of one part: of all `values`, or of those of each image."""
+    EACH_ROW: tl.constexpr = NORM == "sample" and len(values.shape) == 2
     weights = mask.to(values.dtype)
-    if NORM == "tensor":
-        count = tl.sum(weights)
-        mean = tl.sum(values * weights) / count
-        # The rounding of a large mean shows in the sum of the deviations, and is taken back.
-        mean += tl.sum((values - mean) * weights) / count
-        deviation = (values - mean) * weights
-        tl.store(moments + part, count)
-        tl.store(moments + parts + part, mean)
-        tl.store(moments + 2 * parts + part, tl.sum(deviation * deviation))
-    else:
-        count = tl.sum(weights, 1)
-        divisor = tl.maximum(count, 1)
-        mean = tl.sum(values * weights, 1) / divisor
-        mean += tl.sum((values - mean[:, None]) * weights, 1) / divisor
-        deviation = (values - mean[:, None]) * weights
-        inside = image < images
-        target = moments + image * 3 * parts + part
-        tl.store(target, count, mask=inside)
-        tl.store(target + parts, mean, mask=inside)
-        tl.store(target + 2 * parts, tl.sum(deviation * deviation, 1), mask=inside)
+    count = total(weights, EACH_ROW)
+    divisor = tl.maximum(count, 1)
+    mean = total(values * weights, EACH_ROW) / divisor
+    # The rounding of a large mean shows in the sum of the deviations, and is taken back.
+    mean += total((values - mean) * weights, EACH_ROW) / divisor
+    deviation = (values - mean) * weights
+    group = norm_group(image, NORM)
+    inside = group < images
+    target = moments + group * 3 * parts + part
+    tl.store(target, count, mask=inside)
+    tl.store(target + parts, mean, mask=inside)
+    tl.store(target + 2 * parts, total(deviation * deviation, EACH_ROW), mask=inside)
+
+
+@triton.jit
+def part_range(first, BLOCK_PARTS: tl.constexpr, EACH_ROW: tl.constexpr):
+    """[BLOCK_PARTS], or beside a column of groups [1, BLOCK_PARTS]."""
+    part = first + tl.arange(0, BLOCK_PARTS)
+    return part[None, :] if EACH_ROW else part
 
 
 @triton.jit
 def merge_moments(
-    moments,  # [groups, 3, parts]
-    group,  # [GROUPS], int64
+    start,  # of the moments of a group, [3, parts]: a pointer, or those of several groups, [GROUPS, 1]
     parts,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """The count, the mean and M2 of whole groups, each [GROUPS]."""
-    start = moments + group * 3 * parts
+    """The count, the mean and M2 of whole groups, each like `start`."""
+    EACH_ROW: tl.constexpr = len(start.shape) == 2
     # Means are summed as differences from one of them: where they are large the sum would lose digits.
     pivot = tl.load(start + parts)
     count = tl.zeros_like(pivot)
     shift = tl.zeros_like(pivot)
     deviations = tl.zeros_like(pivot)
     for first in range(0, parts, BLOCK_PARTS):
-        part = first + tl.arange(0, BLOCK_PARTS)[None, :]
-        source = start[:, None] + part
+        part = part_range(first, BLOCK_PARTS, EACH_ROW)
         inside = part < parts
-        counts = tl.load(source, mask=inside, other=0.0)  # [GROUPS, BLOCK_PARTS]
-        shifts = tl.load(source + parts, mask=inside, other=0.0) - pivot[:, None]
-        squares = tl.load(source + 2 * parts, mask=inside, other=0.0)
-        block_count = tl.sum(counts, 1)
-        block_shift = tl.sum(counts * shifts, 1) / block_count
-        squares += counts * (shifts - block_shift[:, None]) * (shifts - block_shift[:, None])
+        counts = tl.load(start + part, mask=inside, other=0.0)  # [GROUPS, BLOCK_PARTS], or [BLOCK_PARTS]
+        shifts = tl.load(start + parts + part, mask=inside, other=0.0) - pivot
+        squares = tl.load(start + 2 * parts + part, mask=inside, other=0.0)
+        block_count = total(counts, EACH_ROW)
+        block_shift = total(counts * shifts, EACH_ROW) / block_count
+        squares += counts * (shifts - block_shift) * (shifts - block_shift)
         difference = block_shift - shift
-        total = count + block_count
-        deviations += tl.sum(squares, 1) + difference * difference * (count * block_count / total)
-        shift += difference * (block_count / total)
-        count = total
+        new_count = count + block_count
+        deviations += total(squares, EACH_ROW) + difference * difference * (count * block_count / new_count)
+        shift += difference * (block_count / new_count)
+        count = new_count
     return count, pivot + shift, deviations
 
 
 @triton.jit
 def mean_and_scale(
     moments,  # [groups, 3, parts]
-    image,  # [IMAGES], int64
+    image,  # int64, [IMAGES, 1], or one
     images,
     parts,
     eps,
     NORM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(variance + eps) of a norm: [1] for "tensor", else [IMAGES]."""
-    count, mean, deviations = merge_moments(moments, norm_group(image, images, NORM), parts, BLOCK_PARTS)
+    """Mean and 1 / sqrt(variance + eps) of a norm: scalars for "tensor", else like `image`."""
+    start = start_of_group(moments, image, images, 3 * parts, NORM)
+    count, mean, deviations = merge_moments(start, parts, BLOCK_PARTS)
     return mean, tl.rsqrt(deviations / count + eps)
-
-
-@triton.jit
-def norm_group(image, images, NORM: tl.constexpr):
-    """Which group images belong to: [1] for "tensor", else [IMAGES], within bounds."""
-    return tl.zeros((1,), tl.int64) if NORM == "tensor" else tl.minimum(image, images - 1)
 
 
 @triton.jit
@@ -107,8 +121,8 @@ def collapse_moments(
     BLOCK_PARTS: tl.constexpr,
 ):
     """Merge the moments of each group into one part, where there are too many for every reader to merge."""
-    group = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
-    count, mean, deviations = merge_moments(moments, group, parts, BLOCK_PARTS)
+    group = tl.program_id(0).to(tl.int64)
+    count, mean, deviations = merge_moments(moments + group * 3 * parts, parts, BLOCK_PARTS)
     tl.store(result + group * 3, count)
     tl.store(result + group * 3 + 1, mean)
     tl.store(result + group * 3 + 2, deviations)
@@ -116,43 +130,40 @@ def collapse_moments(
 
 @triton.jit
 def store_sums(
-    first,  # [IMAGES, PIXELS], zeros outside
+    first,  # [IMAGES, PIXELS], or of one image [PIXELS]; zeros outside
     second,  # the same
     sums,  # [groups, 2, parts]
-    image,  # [IMAGES], int64
+    image,  # int64, [IMAGES, 1], or one
     images,
     part,
     parts,
     NORM: tl.constexpr,
 ):
     """Write one part of the two sums of a norm's backward: of all values, or of those of each image."""
-    if NORM == "tensor":
-        tl.store(sums + part, tl.sum(first))
-        tl.store(sums + parts + part, tl.sum(second))
-    else:
-        target = sums + image * 2 * parts + part
-        tl.store(target, tl.sum(first, 1), mask=image < images)
-        tl.store(target + parts, tl.sum(second, 1), mask=image < images)
+    EACH_ROW: tl.constexpr = NORM == "sample" and len(first.shape) == 2
+    group = norm_group(image, NORM)
+    inside = group < images
+    target = sums + group * 2 * parts + part
+    tl.store(target, total(first, EACH_ROW), mask=inside)
+    tl.store(target + parts, total(second, EACH_ROW), mask=inside)
 
 
 @triton.jit
 def merge_sums(
-    sums,  # [groups, 2, parts]
-    group,  # [GROUPS], int64
+    start,  # of the sums of a group, [2, parts]: a pointer, or those of several groups, [GROUPS, 1]
     parts,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """The two sums of whole groups, each [GROUPS]."""
-    start = sums + group * 2 * parts
-    part = tl.arange(0, BLOCK_PARTS)[None, :]
-    first = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
-    second = tl.zeros((start.shape[0], BLOCK_PARTS), sums.dtype.element_ty)
+    """The two sums of whole groups, each like `start`."""
+    EACH_ROW: tl.constexpr = len(start.shape) == 2
+    source = start + part_range(0, BLOCK_PARTS, EACH_ROW)
+    first = tl.zeros(source.shape, start.dtype.element_ty)
+    second = tl.zeros(source.shape, start.dtype.element_ty)
     for block in range(0, parts, BLOCK_PARTS):
-        source = start[:, None] + block + part
-        inside = block + part < parts
-        first += tl.load(source, mask=inside, other=0.0)
-        second += tl.load(source + parts, mask=inside, other=0.0)
-    return tl.sum(first, 1), tl.sum(second, 1)
+        inside = part_range(block, BLOCK_PARTS, EACH_ROW) < parts
+        first += tl.load(source + block, mask=inside, other=0.0)
+        second += tl.load(source + block + parts, mask=inside, other=0.0)
+    return total(first, EACH_ROW), total(second, EACH_ROW)
 
 
 @triton.jit
@@ -163,7 +174,7 @@ def collapse_sums(
     BLOCK_PARTS: tl.constexpr,
 ):
     """As `collapse_moments`, for the sums."""
-    group = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
-    first, second = merge_sums(sums, group, parts, BLOCK_PARTS)
+    group = tl.program_id(0).to(tl.int64)
+    first, second = merge_sums(sums + group * 2 * parts, parts, BLOCK_PARTS)
     tl.store(result + group * 2, first)
     tl.store(result + group * 2 + 1, second)

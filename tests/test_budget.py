@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
+from fastconv.bench.budget import IN_TABLE
 
 ROOT = Path(__file__).parents[1]
 TABLE = json.loads((ROOT / "bench/budget.json").read_text())
@@ -80,13 +83,19 @@ def test_little_spills_and_products_are_on_tensor_cores():
         else:
             assert row["spills"] == (16 if tuple(row[label] for label in LABELS) == spilling else 0), row
         if row["kernel"] in products:
-            assert row["tensor"] or row["architecture"] == "gfx942", row
+            # Triton multiplies without tensor cores on Turing, and AMD's take no float32 in small products.
+            assert row["tensor"] or row["architecture"] in ("sm_75", "gfx942"), row
 
 
 def test_shared_memory_is_within_that_of_any_gpu():
-    """An RTX 3090 or 4090 has the least of those that the kernels are for: 99 KiB for one program."""
+    """One rule for all: a program has 64 KiB on a T4 and on AMD's, 99 KiB on gaming cards, and more on others."""
     for row in TABLE["rows"]:
-        assert row["shared_memory"] <= (64 if row["architecture"] == "gfx942" else 99) * 1024, row
+        assert row["shared_memory"] <= 64 * 1024, row
+
+
+def test_the_table_has_each_gpu_in_each_of_its_precisions():
+    found = {(row["architecture"], row["dtype"]) for row in TABLE["rows"]}
+    assert found == {(gpu, precision) for gpu, precisions in IN_TABLE.items() for precision in precisions}
 
 
 def test_a_worse_row_is_found():
