@@ -100,10 +100,21 @@ def trusts(subject: Subject, device: torch.device, sizes: Sizes) -> bool | None:
 
 
 def status(device: torch.device) -> str:
-    """What is known of the kernels on `device`: "proved", "switched off" or "tested at first use"."""
+    """Whether the kernels on `device` are "proved", "tested at first use" or, if that is off, "not tested"."""
     if environment.architecture(device) in PROVED:
         return "proved"
-    return "tested at first use" if _is_on() else "switched off"
+    return "tested at first use" if _is_on() else "not tested"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What `fastconv info` tells of the kernels on a GPU, as JSON can hold it; "wrong" with the reason."""
+    found = verdicts.load(device)
+    return {
+        "architecture": environment.architecture(device),
+        "status": status(device),
+        "right": [subject for subject, verdict in found.items() if verdict.right],
+        "wrong": {subject: verdict.reason for subject, verdict in found.items() if not verdict.right},
+    }
 
 
 def _is_on() -> bool:
