@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastconv.kernels.launch import COMPILED
+from fastconv.kernels import launch, registration
 
 # By the names of NVIDIA's and AMD's compilers, with the shared memory that a program can have, in bytes.
 TARGETS = {
@@ -46,7 +46,6 @@ class DryDriver:
     """Implements what Triton's JIT asks of a driver, and nothing more."""
 
     def __init__(self, architecture: str) -> None:
-        self.launches: list[Launch] = []
         self._target, self._shared_memory = TARGETS[architecture]
         # The JIT keeps what it compiled by device: each architecture is a device of its own.
         self._device = list(TARGETS).index(architecture)
@@ -68,17 +67,7 @@ class DryDriver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What Triton calls to launch one compiled kernel."""
-        kernels = source.fn.device_caches[self._device][0].values()
-        compiled = next(kernel for kernel in kernels if kernel.metadata is metadata)
-
-        def launch(programs: int, *arguments: Any) -> None:
-            names = source.fn.arg_names
-            # Triton's own arguments come first.
-            named = dict(zip(names, arguments[-len(names) :], strict=True))
-            # A kernel keeps this function beyond the driver that made it.
-            triton.runtime.driver.active.launches.append(Launch(source.fn.__name__, compiled, programs, named))
-
-        return launch
+        return lambda *_: None
 
 
 @contextmanager
@@ -86,15 +75,26 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
     """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
-    driver, version = DryDriver(architecture), torch.version.hip
+    launches: list[Launch] = []
+    call, version = launch.Launch.__call__, torch.version.hip
+
+    def record(self: launch.Launch, *tensors: Tensor | None) -> None:
+        call(self, *tensors)
+        if not launch.on_meta(tensors):
+            values = dict(zip(self.kernel.arg_names, (*tensors, *self.numbers), strict=False))
+            compiled = self.compile(*tensors)
+            launches.append(Launch(self.kernel.fn.__name__, compiled, self.programs, values | self.constants))
+
     try:
-        triton.runtime.driver.set_active(driver)
-        COMPILED.clear()
+        triton.runtime.driver.set_active(DryDriver(architecture))
+        registration.forget_plans()
         # PyTorch is built for one vendor's GPUs, by which kernels choose how to multiply.
         torch.version.hip = "of the target" if TARGETS[architecture][0].backend == "hip" else None
-        yield driver.launches
+        launch.Launch.__call__ = record  # type: ignore[method-assign]
+        yield launches
     finally:
+        launch.Launch.__call__ = call  # type: ignore[method-assign]
         torch.version.hip = version
-        COMPILED.clear()
+        registration.forget_plans()
         # Not `reset_active`, which would look for a GPU.
         triton.runtime.driver._active = None

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from fastconv.kernels.launch import COMPILED
+from fastconv.kernels import registration
 
 _SOURCE = Path(__file__).with_name("null_libcuda.c")
 
@@ -53,20 +53,17 @@ def null_gpu() -> Iterator[ctypes.CDLL]:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
     # PyTorch finds that there is no GPU, and does not look again once there is a libcuda.
     torch.cuda.is_available()
-    device_of, previous = torch.cuda.device_of, os.environ.get("TRITON_LIBCUDA_PATH")
+    previous = os.environ.get("TRITON_LIBCUDA_PATH")
     with tempfile.TemporaryDirectory() as folder:
         library = _build(Path(folder))
         try:
             # Triton links what it builds with the library that it finds there.
             os.environ["TRITON_LIBCUDA_PATH"] = folder
             triton.runtime.driver.set_active(NullDriver())
-            COMPILED.clear()
-            # A tensor on the CPU has no GPU to make current.
-            torch.cuda.device_of = contextlib.nullcontext
+            registration.forget_plans()
             yield library
         finally:
-            torch.cuda.device_of = device_of
-            COMPILED.clear()
+            registration.forget_plans()
             # Not `reset_active`, which would look for a GPU.
             triton.runtime.driver._active = None
             if previous is None:

@@ -1,11 +1,8 @@
-"""The whole ConvNextBlock as one registered operator for each direction: two launches forward, three backward.
-
-Registered operators are opaque to torch.compile and torch.export, which see the shapes of their results and the
-operator that computes their gradient.
-"""
+"""The whole ConvNextBlock as one operator for each direction: two launches forward, three backward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +11,16 @@ from torch import Tensor
 from .block import pointwise_backward, pointwise_forward
 from .convolution import MAX_PARTIALS, Depthwise
 from .launch import (
+    Launch,
     accumulator,
     block_size,
     ceil_div,
     check_differentiated_once,
     flat_pixels,
-    launch,
     precision,
     strides,
 )
+from .registration import DifferentiableOperator, Operator
 
 # Hidden channels, or channels. More do not fit the registers and the shared memory of one program.
 WIDEST = 128
@@ -41,76 +39,80 @@ class Rows:
         self.blocks = ceil_div(depthwise.images, self.block_images) * self.pixel_blocks
 
 
-@torch.library.custom_op("fastconv::convnext_block", mutates_args=())
-def convnext_block(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor,
-    projection_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    approximate: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Forward:
     """y like x, and for the backward: h [N, K, P], its moments, z [N, O, P]."""
-    x = flat_pixels(x)
-    y, h, moments, z = _results(x, depthwise_weight, weight, norm)
-    if x.numel() == 0:
+
+    def __init__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        depthwise_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        projection: Tensor,
+        projection_bias: Tensor | None,
+        norm: str,
+        eps: float,
+        approximate: str,
+    ) -> None:
+        x = flat_pixels(x)
+        depthwise = self.sizes = Depthwise(x, depthwise_weight, norm)
+        hidden = weight.shape[0]
+        rows = Rows(depthwise, hidden)
+        self.depthwise = depthwise.forward(x, depthwise_weight, depthwise_bias is not None)
+        self.collapse = depthwise.collapse_moments(depthwise.parts)
+        self.pointwise = Launch(
+            pointwise_forward,
+            rows.blocks,
+            depthwise.images,
+            self.collapse.parts,
+            eps,
+            *strides(x),
+            *strides(torch.empty_like(x)),
+            PIXELS=depthwise.pixels,
+            INPUTS=depthwise.outputs,
+            HIDDEN=hidden,
+            CHANNELS=depthwise.channels,
+            HAS_BIAS=bias is not None,
+            HAS_PROJECTION_BIAS=projection_bias is not None,
+            NORM=norm,
+            APPROXIMATE=approximate,
+            PRECISION=precision(weight),
+            BLOCK_PARTS=depthwise.block_parts,
+            BLOCK_IMAGES=rows.block_images,
+            BLOCK_PIXELS=rows.block_pixels,
+            BLOCK_INPUTS=block_size(depthwise.outputs, 64),
+            BLOCK_HIDDEN=block_size(hidden, WIDEST),
+            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+            num_warps=rows.warps,
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        depthwise_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        projection: Tensor,
+        projection_bias: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = flat_pixels(x)
+        y, h, moments, z = _results(x, weight, self.sizes)
+        if x.numel() > 0:
+            self.depthwise(x, depthwise_weight, depthwise_bias, h, moments)
+            merged = self.collapse(moments)
+            self.pointwise(h, merged, x, weight, bias, projection, projection_bias, z, y)
         return y, h, moments, z
-    depthwise = Depthwise(x, depthwise_weight, norm)
-    hidden = weight.shape[0]
-    rows = Rows(depthwise, hidden)
-    depthwise.forward(x, depthwise_weight, depthwise_bias, h, moments)
-    merged = depthwise.collapse_moments(moments)
-    launch(
-        pointwise_forward,
-        rows.blocks,
-        h,
-        merged,
-        x,
-        weight,
-        bias,
-        projection,
-        projection_bias,
-        z,
-        y,
-        depthwise.images,
-        merged.shape[2],
-        eps,
-        *strides(x),
-        *strides(y),
-        PIXELS=depthwise.pixels,
-        INPUTS=depthwise.outputs,
-        HIDDEN=hidden,
-        CHANNELS=depthwise.channels,
-        HAS_BIAS=bias is not None,
-        HAS_PROJECTION_BIAS=projection_bias is not None,
-        NORM=norm,
-        APPROXIMATE=approximate,
-        PRECISION=precision(weight),
-        BLOCK_PARTS=depthwise.block_parts,
-        BLOCK_IMAGES=rows.block_images,
-        BLOCK_PIXELS=rows.block_pixels,
-        BLOCK_INPUTS=block_size(depthwise.outputs, 64),
-        BLOCK_HIDDEN=block_size(hidden, WIDEST),
-        BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
-        num_warps=rows.warps,
-    )
-    return y, h, moments, z
 
 
-def _results(
-    x: Tensor, depthwise_weight: Tensor, weight: Tensor, norm: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    depthwise = Depthwise(x, depthwise_weight, norm)
+def _results(x: Tensor, weight: Tensor, depthwise: Depthwise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = weight.new_empty(depthwise.images, weight.shape[0], depthwise.pixels)
     return torch.empty_like(x), depthwise.new_h(weight), depthwise.new_moments(weight), z
 
 
-@convnext_block.register_fake
-def _(
+def _fake(
     x: Tensor,
     depthwise_weight: Tensor,
     depthwise_bias: Tensor | None,
@@ -122,79 +124,101 @@ def _(
     eps: float,
     approximate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _results(flat_pixels(x), depthwise_weight, weight, norm)
+    x = flat_pixels(x)
+    return _results(x, weight, Depthwise(x, depthwise_weight, norm))
 
 
-@torch.library.custom_op("fastconv::convnext_block_backward", mutates_args=())
-def convnext_block_backward(
-    grad: Tensor,
-    x: Tensor,
-    depthwise_weight: Tensor,
-    weight: Tensor,
-    projection: Tensor,
-    h: Tensor,
-    moments: Tensor,
-    z: Tensor,
-    norm: str,
-    eps: float,
-    approximate: str,
-) -> tuple[Tensor, Tensor]:
+class Backward:
     """The gradient of x, like x, and one vector of those of the parameters, in the order of `_sizes`."""
-    x, grad = flat_pixels(x), flat_pixels(grad)
-    sizes = _sizes(depthwise_weight, weight, projection)
-    grad_x = torch.empty_like(x)
-    if x.numel() == 0:
-        return grad_x, x.new_zeros(sum(sizes), dtype=accumulator(weight))
-    parameters = moments.new_empty(sum(sizes))
-    depthwise = Depthwise(x, depthwise_weight, norm)
-    hidden = weight.shape[0]
-    rows = Rows(depthwise, hidden)
-    rounds = ceil_div(rows.blocks, MAX_PARTIALS)
-    programs = ceil_div(rows.blocks, rounds)
-    g = torch.empty_like(h)
-    sums = moments.new_empty(depthwise.groups, 2, rows.blocks if norm == "tensor" else rows.pixel_blocks)
-    columns = moments.new_empty(programs, sum(sizes[:4]))
-    moments = depthwise.collapse_moments(moments)
-    launch(
-        pointwise_backward,
-        programs,
-        grad,
-        h,
-        moments,
-        z,
-        weight,
-        projection,
-        g,
-        sums,
-        columns,
-        depthwise.images,
-        rows.blocks,
-        rounds,
-        moments.shape[2],
-        sums.shape[2],
-        eps,
-        *strides(grad),
-        PIXELS=depthwise.pixels,
-        INPUTS=depthwise.outputs,
-        HIDDEN=hidden,
-        CHANNELS=depthwise.channels,
-        NORM=norm,
-        APPROXIMATE=approximate,
-        PRECISION=precision(weight),
-        BLOCK_PARTS=depthwise.block_parts,
-        BLOCK_IMAGES=rows.block_images,
-        BLOCK_PIXELS=rows.block_pixels,
-        BLOCK_INPUTS=16,
-        BLOCK_HIDDEN=block_size(hidden, WIDEST),
-        BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
-        num_warps=rows.warps,
-    )
-    sums = depthwise.collapse_sums(sums)
-    matrices, biases = depthwise.backward(
-        g, (h.stride(0), h.stride(1), 1), h, x, grad, depthwise_weight, moments, sums, eps, grad_x
-    )
-    depthwise.reduce(columns, matrices, biases, parameters)
-    return grad_x, parameters
+
+    def __init__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        weight: Tensor,
+        projection: Tensor,
+        h: Tensor,
+        moments: Tensor,
+        z: Tensor,
+        norm: str,
+        eps: float,
+        approximate: str,
+    ) -> None:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        sizes = _sizes(depthwise_weight, weight, projection)
+        depthwise = self.sizes = Depthwise(x, depthwise_weight, norm)
+        hidden = weight.shape[0]
+        rows = Rows(depthwise, hidden)
+        rounds = max(1, ceil_div(rows.blocks, MAX_PARTIALS))
+        self.length, self.columns = sum(sizes), (ceil_div(rows.blocks, rounds), sum(sizes[:4]))
+        self.sum_parts = rows.blocks if norm == "tensor" else rows.pixel_blocks
+        self.collapse_moments = depthwise.collapse_moments(moments.shape[2])
+        self.collapse_sums = depthwise.collapse_sums(self.sum_parts)
+        self.pointwise = Launch(
+            pointwise_backward,
+            self.columns[0],
+            depthwise.images,
+            rows.blocks,
+            rounds,
+            self.collapse_moments.parts,
+            self.sum_parts,
+            eps,
+            *strides(grad),
+            PIXELS=depthwise.pixels,
+            INPUTS=depthwise.outputs,
+            HIDDEN=hidden,
+            CHANNELS=depthwise.channels,
+            NORM=norm,
+            APPROXIMATE=approximate,
+            PRECISION=precision(weight),
+            BLOCK_PARTS=depthwise.block_parts,
+            BLOCK_IMAGES=rows.block_images,
+            BLOCK_PIXELS=rows.block_pixels,
+            BLOCK_INPUTS=16,
+            BLOCK_HIDDEN=block_size(hidden, WIDEST),
+            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+            num_warps=rows.warps,
+        )
+        self.depthwise = depthwise.backward(
+            (h.stride(0), h.stride(1), 1),
+            x,
+            grad,
+            depthwise_weight,
+            grad_x,
+            self.collapse_moments.parts,
+            self.collapse_sums.parts,
+            eps,
+        )
+        self.reduce = depthwise.reduce(*self.columns, self.depthwise.partials)
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        weight: Tensor,
+        projection: Tensor,
+        h: Tensor,
+        moments: Tensor,
+        z: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        if x.numel() == 0:
+            return grad_x, moments.new_zeros(self.length)
+        parameters = moments.new_empty(self.length)
+        g = torch.empty_like(h)
+        sums = moments.new_empty(self.sizes.groups, 2, self.sum_parts)
+        columns = moments.new_empty(self.columns)
+        moments = self.collapse_moments(moments)
+        self.pointwise(grad, h, moments, z, weight, projection, g, sums, columns)
+        sums = self.collapse_sums(sums)
+        matrices, biases = self.depthwise(g, h, x, grad, depthwise_weight, moments, sums, grad_x)
+        self.reduce(columns, matrices, biases, parameters)
+        return grad_x, parameters
 
 
 def _sizes(depthwise_weight: Tensor, weight: Tensor, projection: Tensor) -> list[int]:
@@ -209,8 +233,7 @@ def _sizes(depthwise_weight: Tensor, weight: Tensor, projection: Tensor) -> list
     ]
 
 
-@convnext_block_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor,
     x: Tensor,
     depthwise_weight: Tensor,
@@ -227,7 +250,7 @@ def _(
     return torch.empty_like(flat_pixels(x)), x.new_empty(size, dtype=accumulator(weight))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, depthwise_weight, _, weight, _, projection, _, *ctx.options = inputs
     _, h, moments, z = output
     ctx.save_for_backward(x, depthwise_weight, weight, projection, h, moments, z)
@@ -240,20 +263,23 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     check_differentiated_once()
     x, depthwise_weight, weight, projection, h, moments, z = ctx.saved_tensors
     grad_x, parameters = convnext_block_backward(
-        grad, x, depthwise_weight, weight, projection, h, moments, z, *ctx.options
+        grad, x, depthwise_weight, weight, projection, h, moments, z, *ctx.options, forward=ctx
     )
-    split = parameters.to(weight.dtype).split(_sizes(depthwise_weight, weight, projection))
+    matrix, projection_matrix, bias, projection_bias, taps, depthwise_bias = torch.split_with_sizes(
+        parameters.to(weight.dtype), _sizes(depthwise_weight, weight, projection)
+    )
     grads = (
         grad_x,
-        split[4].view(depthwise_weight.shape),
-        split[5],
-        split[0].view(weight.shape),
-        split[2],
-        split[1].view(projection.shape),
-        split[3],
+        taps.view_as(depthwise_weight),
+        depthwise_bias,
+        matrix.view_as(weight),
+        bias,
+        projection_matrix.view_as(projection),
+        projection_bias,
     )
     needed = zip(grads, ctx.needs_input_grad, strict=False)
     return *(value if wanted else None for value, wanted in needed), None, None, None
 
 
-convnext_block.register_autograd(_gradients, setup_context=_save)
+convnext_block_backward = Operator("fastconv::convnext_block_backward", Backward, _fake_backward)
+convnext_block = DifferentiableOperator("fastconv::convnext_block", Forward, _fake, _save, _gradients)

@@ -1,7 +1,8 @@
-"""Layer norm over the channels of each pixel as a registered operator."""
+"""Layer norm over the channels of each pixel as an operator."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,16 +10,17 @@ from torch import Tensor
 
 from .channel_norm import channel_norm, channel_norm_backward
 from .launch import (
+    Launch,
     accumulator,
     ceil_div,
     check_differentiated_once,
     flat_pixels,
-    launch,
     next_power_of_2,
     stride_unit,
     strides,
 )
-from .partials import sum_partials
+from .partials import SumPartials
+from .registration import DifferentiableOperator, Operator
 
 # Of the backward: as many as a large GPU runs at once, because each keeps partial sums.
 PROGRAMS = 512
@@ -44,26 +46,19 @@ class ChannelNorm:
         """Of each pixel the mean, and 1 / sqrt(variance + eps): [2, N * P]."""
         return x.new_empty(2, self.images * self.pixels, dtype=accumulator(x))
 
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor, statistics: Tensor
-    ) -> None:
+    def forward(self, x: Tensor, y: Tensor, has_weight: bool, has_bias: bool, eps: float) -> Launch:
+        """Of x, weight, bias, y, and each pixel's mean and scale; writes the last three."""
         unit, in_units = _strides_in_units(x, y)
-        launch(
+        return Launch(
             channel_norm,
             self.blocks,
-            x,
-            weight,
-            bias,
-            y,
-            statistics[0],
-            statistics[1],
             self.images,
             self.pixels,
             eps,
             *in_units,
             STRIDE_UNIT=unit,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
+            HAS_WEIGHT=has_weight,
+            HAS_BIAS=has_bias,
             **self.options,
         )
 
@@ -71,42 +66,54 @@ class ChannelNorm:
         self,
         grad: Tensor,
         x: Tensor,
-        mean: Tensor | None,
-        scale: Tensor,
-        weight: Tensor | None,
         grad_x: Tensor,
+        has_mean: bool,
+        has_weight: bool,
         needs_parameters: bool,
-    ) -> Tensor:
-        """Write the gradient of what was normalised; return those of weight and bias, [2, C], or [0, C].
-
+    ) -> ChannelNormBackward:
+        """
         Args:
             x: what was normalised or, without a mean, the normalised tensor.
         """
-        rounds = ceil_div(self.blocks, PROGRAMS)
+        rounds = max(1, ceil_div(self.blocks, PROGRAMS))
         programs = ceil_div(self.blocks, rounds)
-        partials = scale.new_empty(programs, 2, self.channels) if needs_parameters else None
         unit, in_units = _strides_in_units(grad, x, grad_x)
-        launch(
+        launch = Launch(
             channel_norm_backward,
             programs,
-            grad,
-            x,
-            mean,
-            scale,
-            weight,
-            grad_x,
-            partials,
             self.images,
             self.pixels,
             rounds,
             *in_units,
             STRIDE_UNIT=unit,
-            HAS_MEAN=mean is not None,
-            HAS_WEIGHT=weight is not None,
+            HAS_MEAN=has_mean,
+            HAS_WEIGHT=has_weight,
             NEEDS_PARAMETERS=needs_parameters,
             **self.options,
         )
-        return scale.new_empty(0, self.channels) if partials is None else sum_partials(partials)
+        return ChannelNormBackward(launch, programs, self.channels, needs_parameters)
+
+
+class ChannelNormBackward:
+    """Writes the gradient of what was normalised; returns those of weight and bias, [2, C], or [0, C]."""
+
+    def __init__(self, launch: Launch, programs: int, channels: int, needs_parameters: bool) -> None:
+        self._launch, self._needs_parameters = launch, needs_parameters
+        self._size = programs, 2, channels
+        self._sum = SumPartials(programs, 2 * channels)
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor | None,
+        scale: Tensor,
+        weight: Tensor | None,
+        grad_x: Tensor,
+    ) -> Tensor:
+        partials = scale.new_empty(self._size) if self._needs_parameters else None
+        self._launch(grad, x, mean, scale, weight, grad_x, partials)
+        return scale.new_empty(0, self._size[2]) if partials is None else self._sum(partials)
 
 
 def _strides_in_units(*maps: Tensor) -> tuple[int, list[int]]:
@@ -116,61 +123,72 @@ def _strides_in_units(*maps: Tensor) -> tuple[int, list[int]]:
     return unit, [stride for image, channel, pixel in found for stride in (image // unit, channel, pixel // unit)]
 
 
-@torch.library.custom_op("fastconv::channel_norm", mutates_args=())
-def channel_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+class Forward:
     """y like x, and for the backward of each pixel the mean and 1 / sqrt(variance + eps), [2, N * P]."""
-    x = flat_pixels(x)
-    plan = ChannelNorm(x)
-    y, statistics = torch.empty_like(x), plan.new_statistics(x)
-    if x.numel() > 0:
-        plan.forward(x, weight, bias, eps, y, statistics)
-    return y, statistics
+
+    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        x = flat_pixels(x)
+        sizes = self.sizes = ChannelNorm(x)
+        self.launch = sizes.forward(x, torch.empty_like(x), weight is not None, bias is not None, eps)
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        x = flat_pixels(x)
+        y, statistics = torch.empty_like(x), self.sizes.new_statistics(x)
+        if x.numel() > 0:
+            self.launch(x, weight, bias, y, statistics[0], statistics[1])
+        return y, statistics
 
 
-@channel_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     x = flat_pixels(x)
     return torch.empty_like(x), ChannelNorm(x).new_statistics(x)
 
 
-@torch.library.custom_op("fastconv::channel_norm_backward", mutates_args=())
-def channel_layer_norm_backward(
-    grad: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, needs_parameters: bool
-) -> tuple[Tensor, Tensor]:
+class Backward:
     """The gradient of x, like x, and of weight and bias, [2, C], or empty."""
-    x, grad = flat_pixels(x), flat_pixels(grad)
-    grad_x = torch.empty_like(x)
-    if x.numel() == 0:
-        return grad_x, _parameters_like(x, needs_parameters).zero_()
-    mean, scale = statistics[0], statistics[1]
-    parameters = ChannelNorm(x).backward(grad, x, mean, scale, weight, grad_x, needs_parameters)
-    return grad_x, parameters
+
+    def __init__(
+        self, grad: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, needs_parameters: bool
+    ) -> None:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        self.backward = ChannelNorm(x).backward(grad, x, grad_x, True, weight is not None, needs_parameters)
+
+    def __call__(
+        self, grad: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, needs_parameters: bool
+    ) -> tuple[Tensor, Tensor]:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        if x.numel() == 0:
+            return grad_x, _parameters_like(x, needs_parameters).zero_()
+        return grad_x, self.backward(grad, x, statistics[0], statistics[1], weight, grad_x)
 
 
 def _parameters_like(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(2 if needed else 0, x.shape[1], dtype=accumulator(x))
 
 
-@channel_layer_norm_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, needs_parameters: bool
 ) -> tuple[Tensor, Tensor]:
     x = flat_pixels(x)
     return torch.empty_like(x), _parameters_like(x, needs_parameters)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _ = inputs
     ctx.save_for_backward(x, output[1], weight)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
     check_differentiated_once()
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x, parameters = channel_layer_norm_backward(grad, *ctx.saved_tensors, needs_weight or needs_bias)
+    grad_x, parameters = channel_layer_norm_backward(
+        grad, *ctx.saved_tensors, needs_weight or needs_bias, forward=ctx
+    )
     return (
         grad_x if needs_x else None,
         parameters[0].to(grad.dtype) if needs_weight else None,
@@ -179,4 +197,5 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ..
     )
 
 
-channel_layer_norm.register_autograd(_gradients, setup_context=_save)
+channel_layer_norm_backward = Operator("fastconv::channel_norm_backward", Backward, _fake_backward)
+channel_layer_norm = DifferentiableOperator("fastconv::channel_norm", Forward, _fake, _save, _gradients)

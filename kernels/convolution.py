@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .depthwise import depthwise_backward, depthwise_forward
-from .launch import block_size, ceil_div, launch, precision, strides
+from .launch import Launch, block_size, ceil_div, precision, strides
 from .moments import Normed
 from .reduction import reduce_partials
 
@@ -31,25 +31,17 @@ class Depthwise(Normed):
         # Where more is held at once. Of float32, registers hold each operand in two parts: larger blocks spill.
         self.small_block = block_size(self.pixels, 32 if weight.dtype == torch.float32 else 64)
         self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
-
-    @property
-    def parts(self) -> int:
         parts = self.outputs * self.pixel_blocks
-        return parts * self.image_blocks if self.norm == "tensor" else parts
+        self.parts = parts * self.image_blocks if norm == "tensor" else parts
 
     def new_h(self, weight: Tensor) -> Tensor:
         return weight.new_empty(self.images, self.outputs, self.pixels)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, moments: Tensor) -> None:
-        """Write the convolution, [N, K, P], and its moments."""
-        launch(
+    def forward(self, x: Tensor, weight: Tensor, has_bias: bool) -> Launch:
+        """Of x, weight, bias, h and moments: writes h, the convolution, [N, K, P], and its moments."""
+        return Launch(
             depthwise_forward,
             self.outputs * self.pixel_blocks * self.image_blocks,
-            x,
-            weight,
-            bias,
-            h,
-            moments,
             self.images,
             self.parts,
             *strides(x),
@@ -59,7 +51,7 @@ class Depthwise(Normed):
             WIDTH=self.width,
             KERNEL_HEIGHT=self.kernel[0],
             KERNEL_WIDTH=self.kernel[1],
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=has_bias,
             NORM=self.norm,
             PRECISION=precision(weight),
             BLOCK_IMAGES=BLOCK_IMAGES,
@@ -69,46 +61,31 @@ class Depthwise(Normed):
 
     def backward(
         self,
-        g: Tensor,
         g_strides: tuple[int, int, int],
-        h: Tensor,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor,
-        moments: Tensor,
-        sums: Tensor,
-        eps: float,
         grad_x: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Write grad_x; return partial gradients of the Toeplitz matrices [partials, K, P, P], and of the bias.
-
+        moment_parts: int,
+        sum_parts: int,
+        eps: float,
+    ) -> DepthwiseBackward:
+        """
         Args:
-            g: the gradient of the normalised tensor, and `g_strides` those of its images, channels and pixels.
+            g_strides: of images, channels and pixels of the gradient of the normalised tensor.
             residual: is added to grad_x.
-            sums: of g and of g * normalised, [groups, 2, parts].
+            moment_parts, sum_parts: of each group.
         """
         programs = self.channels * ceil_div(self.pixels, self.small_block)
-        rounds = ceil_div(self.image_blocks, max(1, MAX_PARTIALS // programs))
+        rounds = max(1, ceil_div(self.image_blocks, max(1, MAX_PARTIALS // programs)))
         partials = ceil_div(self.image_blocks, rounds)
-        matrices = moments.new_empty(partials, self.outputs, self.pixels, self.pixels)
-        biases = moments.new_empty(partials, self.outputs)
-        launch(
+        launch = Launch(
             depthwise_backward,
             programs * partials,
-            g,
-            h,
-            x,
-            x if residual is None else residual,
-            weight,
-            moments,
-            sums,
-            grad_x,
-            matrices,
-            biases,
             self.images,
             rounds,
-            moments.shape[2],
-            sums.shape[2],
+            moment_parts,
+            sum_parts,
             eps,
             *g_strides,
             *strides(x),
@@ -128,20 +105,18 @@ class Depthwise(Normed):
             BLOCK_PARTS=self.block_parts,
             num_warps=4 if self.small_block == 16 else 8,
         )
-        return matrices, biases
+        return DepthwiseBackward(launch, partials, self.outputs, self.pixels)
 
-    def reduce(self, columns: Tensor, matrices: Tensor, biases: Tensor, result: Tensor) -> None:
-        """Sum partials into `result`: the columns, [rows, columns]; the taps' gradients; the biases'."""
-        rows, length = columns.shape
-        launch(
+    def reduce(self, rows: int, length: int, partials: int) -> Launch:
+        """Of columns [rows, length], matrices, biases and a result: sums the partials of each.
+
+        The result is a vector of the sums of the columns, the taps' gradients, and the biases'.
+        """
+        return Launch(
             reduce_partials,
             ceil_div(length, 128) + self.outputs,
-            columns,
-            matrices,
-            biases,
-            result,
             rows,
-            len(matrices),
+            partials,
             self.outputs,
             LENGTH=length,
             HEIGHT=self.height,
@@ -153,3 +128,36 @@ class Depthwise(Normed):
             BLOCK_TAPS=block_size(self.kernel[0] * self.kernel[1], 64),
             BLOCK_PIXELS=self.block_pixels,
         )
+
+
+class DepthwiseBackward:
+    """Writes the gradient of x; returns partial gradients of the Toeplitz matrices and of the bias."""
+
+    def __init__(self, launch: Launch, partials: int, outputs: int, pixels: int) -> None:
+        self._launch = launch
+        self.partials, self._outputs, self._pixels = partials, outputs, pixels
+
+    def __call__(
+        self,
+        g: Tensor,
+        h: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        moments: Tensor,
+        sums: Tensor,
+        grad_x: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            g: the gradient of the normalised tensor.
+            sums: of g and of g * normalised, [groups, 2, parts].
+
+        Returns:
+            [partials, K, P, P] and [partials, K]
+        """
+        matrices = moments.new_empty(self.partials, self._outputs, self._pixels, self._pixels)
+        biases = moments.new_empty(self.partials, self._outputs)
+        residual = x if residual is None else residual
+        self._launch(g, h, x, residual, weight, moments, sums, grad_x, matrices, biases)
+        return matrices, biases

@@ -3,43 +3,108 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+
+from .errors import KernelError
 
 # One stage: Triton's pipelining reads ahead more than registers hold. And multiplications fused with additions,
 # which is the default only up to Triton 3.9.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
-# Compiled kernels and the constants that follow their arguments, by all that they were compiled for.
-COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
-
-def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Launch `programs` programs of a kernel on the device of its first argument, whichever device is current.
+class Launch:
+    """A launch of a kernel whose numbers are known: from call to call only its tensors change.
 
     Triton works out at each launch which compiled kernel to take, in several times the microseconds that a kernel
-    of ours runs. Here that is a look-up, by more than matters (every number and not only whether it is divisible),
-    because more is quicker to write down.
+    of ours runs. Here that is done once for all tensors that are aligned alike.
 
     Args:
-        arguments: of the kernel, up to its constants; the first is a tensor.
-        options: the kernel's constants, and Triton's `num_warps`.
+        kernel: of Triton; its arguments are tensors, some of them None, then numbers, then constants.
+        programs: how many run.
+        numbers: the kernel's, in its order.
+        constants: the kernel's, by name, and Triton's `num_warps`.
     """
-    key = (id(kernel), arguments[0].device, *map(_specialisation, arguments), *options.values())
-    with torch.cuda.device_of(arguments[0]):
-        if key in COMPILED:
-            compiled, constants = COMPILED[key]
-            compiled[(programs, 1, 1)](*arguments, *constants)
-        # The interpreter compiles nothing.
-        elif (compiled := kernel[(programs,)](*arguments, **options, **COMPILER_OPTIONS)) is not None:
-            COMPILED[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+
+    def __init__(self, kernel: Any, programs: int, *numbers: float, **constants: Any) -> None:
+        self.kernel, self.programs = kernel, programs
+        self.numbers, self.constants = numbers, constants
+        self._interpreted = not isinstance(kernel, triton.JITFunction)
+        self._runs: dict[Any, Callable[[list[int]], None]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current device and its current stream; for tensors on "meta" only compile.
+
+        Their dtypes must be the same at each call.
+
+        Raises:
+            KernelError: the kernel does not compile, or the device cannot load it.
+        """
+        if self._interpreted:
+            if not on_meta(tensors):
+                self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants)
+            return
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        bits = reduce(or_, pointers)
+        # Triton's wide loads are of 16 bytes.
+        alignment = None if bits % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
+        run = self._runs.get(alignment)
+        if run is None:
+            run = self._runs[alignment] = self._bind(self.compile(*tensors))
+        if bits == 0 and on_meta(tensors):
+            return
+        run(pointers)
+
+    def compile(self, *tensors: Tensor | None) -> Any:
+        """Triton's CompiledKernel for the current device and tensors like these, loaded.
+
+        Raises:
+            KernelError: as a call.
+        """
+        try:
+            compiled = self.kernel.warmup(
+                *tensors, *self.numbers, grid=(self.programs,), **self.constants, **COMPILER_OPTIONS
+            )
+            # To load it is to see whether the device has the resources.
+            compiled.run  # noqa: B018
+        except Exception as error:
+            # Whatever it is, from the compiler's own crash to a missing C compiler.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise KernelError(self.kernel.fn.__name__, reason) from error
+        return compiled
+
+    def _bind(self, compiled: Any) -> Callable[[list[int]], None]:
+        """What launches a compiled kernel, given the addresses of the tensors."""
+        driver = triton.runtime.driver.active
+        device, current_stream = driver.get_current_device(), driver.get_current_stream
+        runtime, programs = triton.knobs.runtime, self.programs
+        names = self.kernel.arg_names
+        first = next(i for i, name in enumerate(names) if name in self.constants)
+        rest = (*self.numbers, *(self.constants[name] for name in names[first:]))
+        run, function, packed_metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+        def launch(pointers: list[int]) -> None:
+            stream = current_stream(device)
+            enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+            if enter.calls or leave.calls:
+                # As of Triton's profiler.
+                metadata = compiled.launch_metadata((programs, 1, 1), stream, *pointers, *rest)
+                run(programs, 1, 1, stream, function, packed_metadata, metadata, enter, leave, *pointers, *rest)
+            else:
+                run(programs, 1, 1, stream, function, packed_metadata, None, None, None, *pointers, *rest)
+
+        return launch
 
 
-def _specialisation(argument: Any) -> Any:
-    """What of an argument decides how Triton compiles: of tensors the dtype, and alignment for wide loads."""
-    return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
+def on_meta(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether they have no memory, so that nothing can be launched."""
+    return any(x is not None and x.is_meta for x in tensors)
 
 
 def check_differentiated_once() -> None:

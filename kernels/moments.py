@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .launch import accumulator, launch
+from .launch import Launch, accumulator
 from .statistics import collapse_moments, collapse_sums
 
 # More than these are merged once, rather than by every program that needs them.
@@ -21,6 +21,9 @@ class Normed:
         images: of the batch.
     """
 
+    # How many programs write a part of a group's moments: under torch.compile an expression of symbols.
+    parts: int
+
     def __init__(self, norm: str, images: int) -> None:
         self.norm = norm
         self.images = images
@@ -28,26 +31,28 @@ class Normed:
         # How many parts of a group a program loads at once.
         self.block_parts = 512 if norm == "tensor" else 16
 
-    @property
-    def parts(self) -> int:
-        """How many programs write a part of a group's moments: under torch.compile an expression of symbols."""
-        raise NotImplementedError
-
     def new_moments(self, x: Tensor) -> Tensor:
         return x.new_empty(self.groups, 3, self.parts, dtype=accumulator(x))
 
-    def collapse_moments(self, moments: Tensor) -> Tensor:
-        """Moments [groups, 3, parts], in one part if there are too many."""
-        return self._collapse(collapse_moments, moments)
+    def collapse_moments(self, parts: int) -> Collapse:
+        """Moments [groups, 3, parts] in one part, if there are too many."""
+        return Collapse(collapse_moments, self.groups, parts)
 
-    def collapse_sums(self, sums: Tensor) -> Tensor:
-        """The sums of a backward, [groups, 2, parts], in one part if there are too many."""
-        return self._collapse(collapse_sums, sums)
+    def collapse_sums(self, parts: int) -> Collapse:
+        """The sums of a backward, [groups, 2, parts], in one part, if there are too many."""
+        return Collapse(collapse_sums, self.groups, parts)
 
-    def _collapse(self, kernel: Any, values: Tensor) -> Tensor:
-        groups, rows, parts = values.shape
-        if parts <= MAX_PARTS:
+
+class Collapse:
+    """Merges the parts of each group into one where there are too many for every reader to merge."""
+
+    def __init__(self, kernel: Any, groups: int, parts: int) -> None:
+        self._launch = Launch(kernel, groups, parts, BLOCK_PARTS=512) if parts > MAX_PARTS else None
+        self.parts = parts if self._launch is None else 1
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self._launch is None:
             return values
-        merged = values.new_empty(groups, rows, 1)
-        launch(kernel, groups, values, merged, parts, BLOCK_PARTS=512)
+        merged = values.new_empty(*values.shape[:2], 1)
+        self._launch(values, merged)
         return merged

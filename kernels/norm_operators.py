@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .convolution import Depthwise
-from .launch import ceil_div, check_differentiated_once, flat_pixels, launch, new_maps, next_power_of_2, strides
+from .launch import Launch, ceil_div, check_differentiated_once, flat_pixels, new_maps, next_power_of_2, strides
 from .moments import Normed
 from .norm import norm_backward, norm_moments, norm_sums, normalise
+from .registration import DifferentiableOperator, Operator
 
 
 class Norm(Normed):
@@ -22,29 +24,22 @@ class Norm(Normed):
         self.block = min(2048, next_power_of_2(self.length))
         self.blocks = ceil_div(self.length, self.block)
         self.programs = images * self.blocks
-
-    @property
-    def parts(self) -> int:
-        return self.programs if self.norm == "tensor" else self.blocks
+        self.parts = self.programs if norm == "tensor" else self.blocks
 
     def options(self) -> dict[str, Any]:
         return {"PIXELS": self.pixels, "LENGTH": self.length, "NORM": self.norm, "BLOCK": self.block}
 
-    def moments(self, x: Tensor, moments: Tensor) -> None:
-        sizes = self.images, self.parts
-        launch(norm_moments, self.programs, x, moments, *sizes, *strides(x), **self.options())
+    def moments(self, x: Tensor) -> Launch:
+        """Of x and its moments, which it writes."""
+        return Launch(norm_moments, self.programs, self.images, self.parts, *strides(x), **self.options())
 
-    def normalise(
-        self, x: Tensor, x_strides: tuple[int, int, int], moments: Tensor, eps: float, y: Tensor
-    ) -> None:
-        launch(
+    def normalise(self, x_strides: tuple[int, int, int], moment_parts: int, eps: float, y: Tensor) -> Launch:
+        """Of x, its moments and y, which it writes."""
+        return Launch(
             normalise,
             self.programs,
-            x,
-            moments,
-            y,
             self.images,
-            moments.shape[2],
+            moment_parts,
             eps,
             *x_strides,
             *strides(y),
@@ -52,20 +47,13 @@ class Norm(Normed):
             **self.options(),
         )
 
-    def sums(
-        self, grad: Tensor, x: Tensor, x_strides: tuple[int, int, int], moments: Tensor, eps: float
-    ) -> Tensor:
-        """Of grad, and of grad * normalised: [groups, 2, parts]."""
-        sums = moments.new_empty(self.groups, 2, self.parts)
-        launch(
+    def sums(self, grad: Tensor, x_strides: tuple[int, int, int], moment_parts: int, eps: float) -> Launch:
+        """Of grad, x, its moments, and the sums of grad and of grad * normalised, [groups, 2, parts]."""
+        return Launch(
             norm_sums,
             self.programs,
-            grad,
-            x,
-            moments,
-            sums,
             self.images,
-            moments.shape[2],
+            moment_parts,
             self.parts,
             eps,
             *strides(grad),
@@ -73,20 +61,20 @@ class Norm(Normed):
             BLOCK_PARTS=self.block_parts,
             **self.options(),
         )
-        return self.collapse_sums(sums)
 
-    def backward(self, grad: Tensor, x: Tensor, moments: Tensor, sums: Tensor, eps: float, grad_x: Tensor) -> None:
-        launch(
+    def new_sums(self, moments: Tensor) -> Tensor:
+        return moments.new_empty(self.groups, 2, self.parts)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, moment_parts: int, sum_parts: int, eps: float, grad_x: Tensor
+    ) -> Launch:
+        """Of grad, x, its moments, the sums, and the gradient of x, which it writes."""
+        return Launch(
             norm_backward,
             self.programs,
-            grad,
-            x,
-            moments,
-            sums,
-            grad_x,
             self.images,
-            moments.shape[2],
-            sums.shape[2],
+            moment_parts,
+            sum_parts,
             eps,
             *strides(grad),
             *strides(x),
@@ -96,111 +84,155 @@ class Norm(Normed):
         )
 
 
-@torch.library.custom_op("fastconv::layer_norm", mutates_args=())
-def layer_norm(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+def _norm_of(x: Tensor, norm: str) -> Norm:
+    return Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm)
+
+
+class NormForward:
     """y like x, and for the backward the moments of x."""
+
+    def __init__(self, x: Tensor, norm: str, eps: float) -> None:
+        x = flat_pixels(x)
+        sizes = self.sizes = _norm_of(x, norm)
+        self.moments = sizes.moments(x)
+        self.collapse = sizes.collapse_moments(sizes.parts)
+        self.normalise = sizes.normalise(strides(x), self.collapse.parts, eps, torch.empty_like(x))
+
+    def __call__(self, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        x = flat_pixels(x)
+        y, moments = torch.empty_like(x), self.sizes.new_moments(x)
+        if x.numel() > 0:
+            self.moments(x, moments)
+            self.normalise(x, self.collapse(moments), y)
+        return y, moments
+
+
+def _fake_norm(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     x = flat_pixels(x)
-    plan = Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm)
-    y, moments = torch.empty_like(x), plan.new_moments(x)
-    if x.numel() > 0:
-        plan.moments(x, moments)
-        plan.normalise(x, strides(x), plan.collapse_moments(moments), eps, y)
-    return y, moments
+    return torch.empty_like(x), _norm_of(x, norm).new_moments(x)
 
 
-@layer_norm.register_fake
-def _(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    x = flat_pixels(x)
-    return torch.empty_like(x), Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm).new_moments(x)
+class NormBackward:
+    """The gradient of x, like x."""
+
+    def __init__(self, grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> None:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        sizes = self.sizes = _norm_of(x, norm)
+        self.collapse_moments = sizes.collapse_moments(moments.shape[2])
+        self.collapse_sums = sizes.collapse_sums(sizes.parts)
+        moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
+        self.sums = sizes.sums(grad, strides(x), moment_parts, eps)
+        self.backward = sizes.backward(grad, x, moment_parts, sum_parts, eps, torch.empty_like(x))
+
+    def __call__(self, grad: Tensor, x: Tensor, moments: Tensor, *_: Any) -> Tensor:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        if x.numel() > 0:
+            moments, sums = self.collapse_moments(moments), self.sizes.new_sums(moments)
+            self.sums(grad, x, moments, sums)
+            self.backward(grad, x, moments, self.collapse_sums(sums), grad_x)
+        return grad_x
 
 
-@torch.library.custom_op("fastconv::layer_norm_backward", mutates_args=())
-def layer_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> Tensor:
-    x, grad = flat_pixels(x), flat_pixels(grad)
-    grad_x = torch.empty_like(x)
-    if x.numel() > 0:
-        plan = Norm(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], norm)
-        moments = plan.collapse_moments(moments)
-        sums = plan.sums(grad, x, strides(x), moments, eps)
-        plan.backward(grad, x, moments, sums, eps, grad_x)
-    return grad_x
-
-
-@layer_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> Tensor:
+def _fake_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, norm: str, eps: float) -> Tensor:
     return torch.empty_like(flat_pixels(x))
 
 
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_norm(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, *ctx.options = inputs
     ctx.save_for_backward(x, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _norm_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _norm_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
     check_differentiated_once()
-    return layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+    return layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options, forward=ctx), None, None
 
 
-layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+layer_norm_backward = Operator("fastconv::layer_norm_backward", NormBackward, _fake_norm_backward)
+layer_norm = DifferentiableOperator("fastconv::layer_norm", NormForward, _fake_norm, _save_norm, _norm_gradients)
 
 
-@torch.library.custom_op("fastconv::depthwise_conv_layer_norm", mutates_args=())
-def depthwise_conv_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+class DepthwiseForward:
     """y (N, K, H, W) in the memory format of x, and for the backward h [N, K, P] and its moments."""
-    x = flat_pixels(x)
-    y, h, moments = _depthwise_results(x, weight, norm)
-    if x.numel() > 0:
-        depthwise = Depthwise(x, weight, norm)
-        depthwise.forward(x, weight, bias, h, moments)
-        plan = Norm(x.shape[0], weight.shape[0], h.shape[2], norm)
-        merged = depthwise.collapse_moments(moments)
-        plan.normalise(h, (h.stride(0), h.stride(1), 1), merged, eps, y)
-    return y, h, moments
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float) -> None:
+        x = flat_pixels(x)
+        depthwise = self.sizes = Depthwise(x, weight, norm)
+        y, h, _ = _depthwise_results(x, weight, depthwise)
+        self.depthwise = depthwise.forward(x, weight, bias is not None)
+        self.collapse = depthwise.collapse_moments(depthwise.parts)
+        self.normalise = _norm_of(y, norm).normalise(_h_strides(h), self.collapse.parts, eps, y)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = flat_pixels(x)
+        y, h, moments = _depthwise_results(x, weight, self.sizes)
+        if x.numel() > 0:
+            self.depthwise(x, weight, bias, h, moments)
+            self.normalise(h, self.collapse(moments), y)
+        return y, h, moments
 
 
-def _depthwise_results(x: Tensor, weight: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-    depthwise = Depthwise(x, weight, norm)
+def _h_strides(h: Tensor) -> tuple[int, int, int]:
+    """Of image, channel and pixel."""
+    return h.stride(0), h.stride(1), 1
+
+
+def _depthwise_results(x: Tensor, weight: Tensor, depthwise: Depthwise) -> tuple[Tensor, Tensor, Tensor]:
     return new_maps(x, depthwise.outputs), depthwise.new_h(weight), depthwise.new_moments(weight)
 
 
-@depthwise_conv_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _depthwise_results(flat_pixels(x), weight, norm)
+def _fake_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = flat_pixels(x)
+    return _depthwise_results(x, weight, Depthwise(x, weight, norm))
 
 
-@torch.library.custom_op("fastconv::depthwise_conv_layer_norm_backward", mutates_args=())
-def depthwise_conv_layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
+class DepthwiseBackward:
     """The gradient of x, like x, and one vector of those of weight and bias."""
-    x, grad = flat_pixels(x), flat_pixels(grad)
-    size = weight.numel() + weight.shape[0]
-    grad_x = torch.empty_like(x)
-    if x.numel() == 0:
-        return grad_x, moments.new_zeros(size)
-    parameters = moments.new_empty(size)
-    depthwise = Depthwise(x, weight, norm)
-    plan = Norm(x.shape[0], weight.shape[0], h.shape[2], norm)
-    moments = depthwise.collapse_moments(moments)
-    sums = plan.sums(grad, h, (h.stride(0), h.stride(1), 1), moments, eps)
-    matrices, biases = depthwise.backward(grad, strides(grad), h, x, None, weight, moments, sums, eps, grad_x)
-    depthwise.reduce(moments.new_empty(1, 0), matrices, biases, parameters)
-    return grad_x, parameters
+
+    def __init__(
+        self, grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
+    ) -> None:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        depthwise = Depthwise(x, weight, norm)
+        norm_of_h = self.norm = _norm_of(grad, norm)
+        self.length = weight.numel() + weight.shape[0]
+        self.collapse_moments = depthwise.collapse_moments(moments.shape[2])
+        self.collapse_sums = norm_of_h.collapse_sums(norm_of_h.parts)
+        moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
+        self.sums = norm_of_h.sums(grad, _h_strides(h), moment_parts, eps)
+        self.depthwise = depthwise.backward(
+            strides(grad), x, None, weight, torch.empty_like(x), moment_parts, sum_parts, eps
+        )
+        self.reduce = depthwise.reduce(1, 0, self.depthwise.partials)
+
+    def __call__(
+        self, grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        grad_x = torch.empty_like(x)
+        if x.numel() == 0:
+            return grad_x, moments.new_zeros(self.length)
+        parameters = moments.new_empty(self.length)
+        moments, sums = self.collapse_moments(moments), self.norm.new_sums(moments)
+        self.sums(grad, h, moments, sums)
+        sums = self.collapse_sums(sums)
+        matrices, biases = self.depthwise(grad, h, x, None, weight, moments, sums, grad_x)
+        self.reduce(moments.new_empty(1, 0), matrices, biases, parameters)
+        return grad_x, parameters
 
 
-@depthwise_conv_layer_norm_backward.register_fake
-def _(
+def _fake_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(flat_pixels(x)), moments.new_empty(weight.numel() + weight.shape[0])
 
 
-def _save_depthwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_depthwise(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, _, *ctx.options = inputs
     ctx.save_for_backward(x, weight, *output[1:])
     ctx.set_materialize_grads(False)
@@ -211,10 +243,15 @@ def _depthwise_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         return (None,) * 5
     check_differentiated_once()
     weight = ctx.saved_tensors[1]
-    grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options)
-    taps, bias = parameters.to(weight.dtype).split([weight.numel(), weight.shape[0]])
-    needed = zip((grad_x, taps.view(weight.shape), bias), ctx.needs_input_grad, strict=False)
+    grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options, forward=ctx)
+    taps, bias = torch.split_with_sizes(parameters.to(weight.dtype), [weight.numel(), weight.shape[0]])
+    needed = zip((grad_x, taps.view_as(weight), bias), ctx.needs_input_grad, strict=False)
     return *(value if wanted else None for value, wanted in needed), None, None
 
 
-depthwise_conv_layer_norm.register_autograd(_depthwise_gradients, setup_context=_save_depthwise)
+depthwise_conv_layer_norm_backward = Operator(
+    "fastconv::depthwise_conv_layer_norm_backward", DepthwiseBackward, _fake_depthwise_backward
+)
+depthwise_conv_layer_norm = DifferentiableOperator(
+    "fastconv::depthwise_conv_layer_norm", DepthwiseForward, _fake_depthwise, _save_depthwise, _depthwise_gradients
+)

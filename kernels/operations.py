@@ -49,25 +49,25 @@ def convnext_block(
         return x + _pointwise_conv(y, projection_weight, projection_bias)
     # The norm's affine map goes into the pointwise convolution that follows: W (g x^ + s) + b.
     # Contiguous first: a matrix product may round otherwise for other strides.
-    weight, bias = pointwise_weight.flatten(1).contiguous(), _contiguous(pointwise_bias)
+    weight, bias = pointwise_weight.contiguous(), _contiguous(pointwise_bias)
     norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
     if norm_bias is not None:
-        shift = weight @ norm_bias
+        shift = weight.flatten(1) @ norm_bias
         bias = shift if bias is None else bias + shift
     if norm_weight is not None:
-        weight = weight * norm_weight
+        weight = weight * norm_weight[:, None, None]
     return block_operator.convnext_block(
         x,
         depthwise_weight.contiguous(),
         _contiguous(depthwise_bias),
         weight,
         bias,
-        projection_weight.flatten(1).contiguous(),
+        projection_weight.contiguous(),
         _contiguous(projection_bias),
         norm,
         eps,
         approximate,
-    )[0]
+    )
 
 
 def depthwise_conv_layer_norm(
@@ -85,11 +85,11 @@ def depthwise_conv_layer_norm(
         norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
         parameters = weight, bias, norm_weight, norm_bias
         keep = _needs_grad(x, *parameters)
-        return stencil_operators.depthwise_conv_channel_norm(x, *parameters, eps, keep)[0]
+        return stencil_operators.depthwise_conv_channel_norm(x, *parameters, eps, keep)
     if norm == "channel" or _is_large(x):
         h = stencil_operators.depthwise_conv(x, weight, bias)
         return layer_norm(h, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
-    y = norm_operators.depthwise_conv_layer_norm(x, weight, bias, norm, eps)[0]
+    y = norm_operators.depthwise_conv_layer_norm(x, weight, bias, norm, eps)
     return _affine(y, norm_weight, norm_bias)
 
 
@@ -106,8 +106,8 @@ def pointwise_conv_gelu(
 ) -> Tensor:
     if weight.numel() > LARGEST_POINTWISE:
         return F.gelu(_pointwise_conv(x, weight, bias), approximate=approximate)
-    weight, bias = weight.flatten(1).contiguous(), _contiguous(bias)
-    return pointwise_operator.pointwise_conv_gelu(x, weight, bias, approximate, _needs_grad(x, weight, bias))[0]
+    weight, bias = weight.contiguous(), _contiguous(bias)
+    return pointwise_operator.pointwise_conv_gelu(x, weight, bias, approximate, _needs_grad(x, weight, bias))
 
 
 def _pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,12 +127,12 @@ def layer_norm(
 ) -> Tensor:
     if norm == "channel" and x.shape[1] <= WIDEST_CHANNEL_NORM:
         norm_weight, norm_bias = _contiguous(norm_weight), _contiguous(norm_bias)
-        return channel_norm_operators.channel_layer_norm(x, norm_weight, norm_bias, eps)[0]
+        return channel_norm_operators.channel_layer_norm(x, norm_weight, norm_bias, eps)
     if norm == "channel":
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm_weight, norm_bias, eps)
         y = y.permute(0, 3, 1, 2)
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-    return _affine(norm_operators.layer_norm(x, norm, eps)[0], norm_weight, norm_bias)
+    return _affine(norm_operators.layer_norm(x, norm, eps), norm_weight, norm_bias)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

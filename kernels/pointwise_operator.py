@@ -1,7 +1,8 @@
-"""The pointwise convolution with GELU as one registered operator for each direction."""
+"""The pointwise convolution with GELU as one operator for each direction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,19 @@ from torch import Tensor
 
 from .convolution import MAX_PARTIALS
 from .launch import (
+    Launch,
     accumulator,
     block_size,
     ceil_div,
     check_differentiated_once,
     flat_pixels,
-    launch,
     new_maps,
     precision,
     strides,
 )
-from .partials import sum_partials
+from .partials import SumPartials
 from .pointwise import pointwise_gelu, pointwise_gelu_backward_weight, pointwise_gelu_backward_x
+from .registration import DifferentiableOperator, Operator
 
 # From here on, 128 rows to a program leave enough programs for a large GPU.
 MANY_ROWS = 128 * 128
@@ -34,7 +36,7 @@ class Pointwise:
     """
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.outputs, self.inputs = weight.shape
+        self.outputs, self.inputs = weight.shape[:2]
         self.images, self.pixels = x.shape[0], x.shape[2] * x.shape[3]
         self.rows = self.images * self.pixels
         self.step = max(16, 64 // weight.element_size())
@@ -46,24 +48,18 @@ class Pointwise:
             "PRECISION": precision(weight),
         }
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, slope: Tensor | None, y: Tensor
-    ) -> None:
+    def forward(self, x: Tensor, y: Tensor, has_bias: bool, keep_slope: bool, approximate: str) -> Launch:
+        """Of x, weight, bias, GELU's slope and y; writes the last two."""
         block_rows = 128 if self.rows >= MANY_ROWS else 64
         block_outputs = block_size(self.outputs, 64)
-        launch(
+        return Launch(
             pointwise_gelu,
             ceil_div(self.rows, block_rows) * ceil_div(self.outputs, block_outputs),
-            x,
-            weight,
-            bias,
-            slope,
-            y,
             self.images,
             *strides(x),
             *strides(y),
-            HAS_BIAS=bias is not None,
-            KEEP_SLOPE=slope is not None,
+            HAS_BIAS=has_bias,
+            KEEP_SLOPE=keep_slope,
             APPROXIMATE=approximate,
             BLOCK_ROWS=block_rows,
             BLOCK_INPUTS=block_size(self.inputs, self.step),
@@ -71,15 +67,12 @@ class Pointwise:
             **self.options,
         )
 
-    def backward_x(self, grad: Tensor, slope: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+    def backward_x(self, grad: Tensor, slope: Tensor, grad_x: Tensor) -> Launch:
+        """Of the gradient of y, the slope, weight and the gradient of x, which it writes."""
         block_inputs = block_size(self.inputs, 128)
-        launch(
+        return Launch(
             pointwise_gelu_backward_x,
             ceil_div(self.rows, 64) * ceil_div(self.inputs, block_inputs),
-            grad,
-            slope,
-            weight,
-            grad_x,
             self.images,
             *strides(grad),
             *strides(slope),
@@ -90,23 +83,16 @@ class Pointwise:
             **self.options,
         )
 
-    def backward_parameters(self, grad: Tensor, slope: Tensor, x: Tensor) -> Tensor:
-        """The gradients of weight and bias, in one vector."""
+    def backward_parameters(self, grad: Tensor, slope: Tensor, x: Tensor) -> ParametersBackward:
         block_inputs, block_outputs = block_size(self.inputs, 128), block_size(self.outputs, 64)
         tiles = ceil_div(self.inputs, block_inputs) * ceil_div(self.outputs, block_outputs)
         block_rows = max(16, 128 // x.element_size())
         blocks = ceil_div(self.rows, block_rows)
-        rounds = ceil_div(blocks, max(1, MAX_PARTIALS // tiles))
+        rounds = max(1, ceil_div(blocks, max(1, MAX_PARTIALS // tiles)))
         parts = ceil_div(blocks, rounds)
-        length = self.outputs * self.inputs + self.outputs
-        partials = x.new_empty(parts, length, dtype=self.accumulator)
-        launch(
+        launch = Launch(
             pointwise_gelu_backward_weight,
             parts * tiles,
-            grad,
-            slope,
-            x,
-            partials,
             self.images,
             rounds,
             *strides(grad),
@@ -118,19 +104,38 @@ class Pointwise:
             num_warps=8,
             **self.options,
         )
-        return sum_partials(partials)
+        return ParametersBackward(launch, parts, self.outputs * self.inputs + self.outputs, self.accumulator)
 
 
-@torch.library.custom_op("fastconv::pointwise_conv_gelu", mutates_args=())
-def pointwise_conv_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool
-) -> tuple[Tensor, Tensor]:
+class ParametersBackward:
+    """Of the gradient of y, the slope and x: the gradients of weight and bias, in one vector."""
+
+    def __init__(self, launch: Launch, parts: int, length: int, dtype: torch.dtype) -> None:
+        self._launch, self._size, self._dtype = launch, (parts, length), dtype
+        self._sum = SumPartials(parts, length)
+
+    def __call__(self, grad: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+        partials = x.new_empty(self._size, dtype=self._dtype)
+        self._launch(grad, slope, x, partials)
+        return self._sum(partials)
+
+
+class Forward:
     """y (N, O, H, W) in the memory format of x; for the backward GELU's slope, like y, or empty without one."""
-    x = flat_pixels(x)
-    y, slope = _results(x, weight, keep_slope)
-    if y.numel() > 0:
-        Pointwise(x, weight).forward(x, weight, bias, approximate, slope if keep_slope else None, y)
-    return y, slope
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool) -> None:
+        x = flat_pixels(x)
+        y = new_maps(x, weight.shape[0])
+        self.launch = Pointwise(x, weight).forward(x, y, bias is not None, keep_slope, approximate)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool
+    ) -> tuple[Tensor, Tensor]:
+        x = flat_pixels(x)
+        y, slope = _results(x, weight, keep_slope)
+        if y.numel() > 0:
+            self.launch(x, weight, bias, slope if keep_slope else None, y)
+        return y, slope
 
 
 def _results(x: Tensor, weight: Tensor, keep_slope: bool) -> tuple[Tensor, Tensor]:
@@ -138,26 +143,37 @@ def _results(x: Tensor, weight: Tensor, keep_slope: bool) -> tuple[Tensor, Tenso
     return y, torch.empty_like(y) if keep_slope else y.new_empty(0)
 
 
-@pointwise_conv_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_slope: bool
+) -> tuple[Tensor, Tensor]:
     return _results(flat_pixels(x), weight, keep_slope)
 
 
-@torch.library.custom_op("fastconv::pointwise_conv_gelu_backward", mutates_args=())
-def pointwise_conv_gelu_backward(
-    grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
-) -> tuple[Tensor, Tensor]:
+class Backward:
     """The gradient of x, like x, and one vector of those of weight and bias; empty where not needed."""
-    x, grad = flat_pixels(x), flat_pixels(grad)
-    grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
-    if grad.numel() == 0:
-        return grad_x.zero_(), parameters.zero_()
-    plan = Pointwise(x, weight)
-    if needs_x:
-        plan.backward_x(grad, slope, weight, grad_x)
-    if needs_parameters:
-        parameters = plan.backward_parameters(grad, slope, x)
-    return grad_x, parameters
+
+    def __init__(
+        self, grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+    ) -> None:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        sizes = Pointwise(x, weight)
+        self.backward_x = sizes.backward_x(grad, slope, torch.empty_like(x))
+        self.backward_parameters = sizes.backward_parameters(grad, slope, x)
+
+    def __call__(
+        self, grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+    ) -> tuple[Tensor, Tensor]:
+        x, grad = flat_pixels(x), flat_pixels(grad)
+        if grad.numel() == 0:
+            grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+            return grad_x.zero_(), parameters.zero_()
+        # The gradient of the parameters comes with memory of its own.
+        grad_x, parameters = _gradients_like(x, weight, needs_x, False)
+        if needs_x:
+            self.backward_x(grad, slope, weight, grad_x)
+        if needs_parameters:
+            parameters = self.backward_parameters(grad, slope, x)
+        return grad_x, parameters
 
 
 def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
@@ -165,36 +181,36 @@ def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: 
     return torch.empty_like(x) if needs_x else x.new_empty(0), x.new_empty(size, dtype=accumulator(weight))
 
 
-@pointwise_conv_gelu_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor, slope: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
 ) -> tuple[Tensor, Tensor]:
     return _gradients_like(flat_pixels(x), weight, needs_x, needs_parameters)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, *_ = inputs
     ctx.save_for_backward(output[1], x, weight)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     check_differentiated_once()
     weight = ctx.saved_tensors[2]
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_x, parameters = pointwise_conv_gelu_backward(
-        grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias
+        grad, *ctx.saved_tensors, needs_x, needs_weight or needs_bias, forward=ctx
     )
     matrix, bias = parameters.to(weight.dtype).tensor_split([weight.numel()])
     return (
         grad_x if needs_x else None,
-        matrix.view(weight.shape) if needs_weight else None,
+        matrix.view_as(weight) if needs_weight else None,
         bias if needs_bias else None,
         None,
         None,
     )
 
 
-pointwise_conv_gelu.register_autograd(_gradients, setup_context=_save)
+pointwise_conv_gelu_backward = Operator("fastconv::pointwise_conv_gelu_backward", Backward, _fake_backward)
+pointwise_conv_gelu = DifferentiableOperator("fastconv::pointwise_conv_gelu", Forward, _fake, _save, _gradients)

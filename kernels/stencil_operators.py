@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +10,18 @@ from torch import Tensor
 
 from .channel_norm_operators import ChannelNorm
 from .launch import (
+    Launch,
     accumulator,
     ceil_div,
     check_differentiated_once,
     flat_pixels,
-    launch,
     memory_format,
     new_maps,
     next_power_of_2,
     stride_unit,
 )
-from .partials import sum_partials
+from .partials import SumPartials
+from .registration import DifferentiableOperator, Operator
 from .stencil import stencil, stencil_backward_taps, stencil_channel_norm
 
 # Pixels of a program in a row, and channels of a thread, which keeps a sum for each pixel of each of its channels.
@@ -80,26 +82,24 @@ class Stencil:
             "KERNEL_WIDTH": self.kernel_width,
         }
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        self._convolve(x, weight, bias, y, transposed=False)
+    def forward(self, x: Tensor, channels: int, has_bias: bool) -> Launch:
+        """Of x, the taps, bias and y, which it writes."""
+        return self._convolution(x, channels, has_bias, transposed=False)
 
-    def backward_x(self, grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-        self._convolve(grad, weight, None, grad_x, transposed=True)
+    def backward_x(self, grad: Tensor, channels: int) -> Launch:
+        """Of the gradient of y, the taps, None and the gradient of x, which it writes."""
+        return self._convolution(grad, channels, has_bias=False, transposed=True)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transposed: bool) -> None:
-        channels = y.shape[1]
+    def _convolution(self, x: Tensor, channels: int, has_bias: bool, transposed: bool) -> Launch:
+        """To maps of so many channels."""
         block = block_of(channels)
         blocks = ceil_div(channels, block)
         strips, width = self._strips(WIDEST_STRIP, blocks)
         lines, warps = self._lines_and_warps(block, strips * blocks)
         image_and_row, units = _strides_in_units(x)
-        launch(
+        return Launch(
             stencil,
             ceil_div(self.lines, lines) * strips * blocks,
-            x,
-            taps_first(weight),
-            bias,
-            y,
             self.lines,
             self.height,
             self.width,
@@ -108,7 +108,7 @@ class Stencil:
             CHANNELS=channels,
             OUTPUTS=self.outputs,
             TRANSPOSED=transposed,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=has_bias,
             BLOCK_LINES=lines,
             BLOCK_WIDTH=width,
             BLOCK_CHANNELS=block,
@@ -119,30 +119,21 @@ class Stencil:
     def forward_norm(
         self,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
+        has_bias: bool,
+        has_norm_weight: bool,
+        has_norm_bias: bool,
         eps: float,
-        y: Tensor,
-        normalised: Tensor | None,
-        scale: Tensor | None,
-    ) -> None:
+        keep_normalised: bool,
+        keep_scale: bool,
+    ) -> Launch:
+        """Of x, the taps, bias, the norm's weight and bias, y, normalised and scale; writes the last three."""
         chunks, block = chunks_of(self.outputs)
         strips, width = self._strips(WIDEST_STRIP if chunks == 1 else WIDEST_STRIP_OF_CHUNKS, 1)
         lines, warps = self._lines_and_warps(block, strips)
         image_and_row, units = _strides_in_units(x)
-        launch(
+        return Launch(
             stencil_channel_norm,
             ceil_div(self.lines, lines) * strips,
-            x,
-            taps_first(weight),
-            bias,
-            norm_weight,
-            norm_bias,
-            y,
-            normalised,
-            scale,
             self.lines,
             self.height,
             self.width,
@@ -150,11 +141,11 @@ class Stencil:
             *image_and_row,
             **units,
             CHANNELS=self.outputs,
-            HAS_BIAS=bias is not None,
-            HAS_NORM_WEIGHT=norm_weight is not None,
-            HAS_NORM_BIAS=norm_bias is not None,
-            KEEP_NORMALISED=normalised is not None,
-            KEEP_SCALE=scale is not None,
+            HAS_BIAS=has_bias,
+            HAS_NORM_WEIGHT=has_norm_weight,
+            HAS_NORM_BIAS=has_norm_bias,
+            KEEP_NORMALISED=keep_normalised,
+            KEEP_SCALE=keep_scale,
             BLOCK_LINES=lines,
             BLOCK_WIDTH=width,
             CHUNKS=chunks,
@@ -183,8 +174,11 @@ class Stencil:
             lines *= 2
         return lines, max(1, lines * block // of_warp)
 
-    def backward_parameters(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradients of the taps, then of the bias: [kh * kw + 1, K]."""
+    def backward_parameters(self, x: Tensor, dtype: torch.dtype) -> ParametersBackward:
+        """
+        Args:
+            dtype: of sums.
+        """
         of_warp = 32 * CHANNELS_OF_THREAD_OF_TAPS
         block = min(block_of(self.outputs), of_warp)
         lines = of_warp // block
@@ -192,17 +186,12 @@ class Stencil:
         tiles = ceil_div(self.outputs, block) * ceil_div(self.kernel_height, tap_rows)
         strips, width = self._strips(WIDEST_STRIP_OF_TAPS, tiles)
         blocks = ceil_div(self.lines * strips, lines)
-        rounds = ceil_div(blocks, max(1, PROGRAMS // tiles))
+        rounds = max(1, ceil_div(blocks, max(1, PROGRAMS // tiles)))
         parts = ceil_div(blocks, rounds)
-        taps = self.kernel_height * self.kernel_width
-        partials = grad.new_empty(parts, taps + 1, self.outputs, dtype=accumulator(grad))
         image_and_row, units = _strides_in_units(x)
-        launch(
+        launch = Launch(
             stencil_backward_taps,
             parts * tiles,
-            grad,
-            x,
-            partials,
             self.lines,
             rounds,
             self.height,
@@ -217,7 +206,20 @@ class Stencil:
             num_warps=1,
             **self.options,
         )
-        return sum_partials(partials)
+        return ParametersBackward(launch, (parts, self.kernel_height * self.kernel_width + 1, self.outputs), dtype)
+
+
+class ParametersBackward:
+    """Of the gradient of y and x: the gradients of the taps, then of the bias, [kh * kw + 1, K]."""
+
+    def __init__(self, launch: Launch, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._launch, self._size, self._dtype = launch, size, dtype
+        self._sum = SumPartials(size[0], size[1] * size[2])
+
+    def __call__(self, grad: Tensor, x: Tensor) -> Tensor:
+        partials = grad.new_empty(self._size, dtype=self._dtype)
+        self._launch(grad, x, partials)
+        return self._sum(partials)
 
 
 def channels_side_by_side(x: Tensor) -> Tensor:
@@ -244,48 +246,49 @@ def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     return y if memory_format(x) == torch.channels_last else new_maps(x, y.shape[1]).copy_(y)
 
 
-@torch.library.custom_op("fastconv::depthwise_conv", mutates_args=())
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class Forward:
     """(N, K, H, W) in the memory format of x, by a sum over the taps."""
-    y = new_channels_last(x, weight.shape[0])
-    if x.numel() > 0:
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         source = channels_side_by_side(x)
-        Stencil(source, weight).forward(source, weight, bias, y)
-    return in_format_of(x, y)
+        self.launch = Stencil(source, weight).forward(source, weight.shape[0], bias is not None)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = new_channels_last(x, weight.shape[0])
+        if x.numel() > 0:
+            self.launch(channels_side_by_side(x), taps_first(weight), bias, y)
+        return in_format_of(x, y)
 
 
-@depthwise_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return new_maps(x, weight.shape[0])
 
 
-@torch.library.custom_op("fastconv::depthwise_conv_backward", mutates_args=())
-def depthwise_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
-) -> tuple[Tensor, Tensor]:
+class Backward:
     """The gradient of x, in its format, and of the taps and the bias, [kh * kw + 1, K]; empty where not needed."""
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    return _backward(grad, x, weight, needs_x, needs_parameters)
 
+    def __init__(self, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> None:
+        source = channels_side_by_side(x)
+        sizes = Stencil(source, weight)
+        self.backward_x = sizes.backward_x(new_channels_last(x, weight.shape[0]), x.shape[1])
+        self.backward_parameters = sizes.backward_parameters(source, accumulator(x))
 
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
-) -> tuple[Tensor, Tensor]:
-    """Of the convolution, given the gradient of its result, channels_last."""
-    if x.numel() == 0:
-        grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
-        return grad_x, parameters.zero_()
-    # Each as large as all maps: nothing is allocated that is not written.
-    grad_x, parameters = _gradients_like(x, weight, False, False)
-    source = channels_side_by_side(x)
-    plan = Stencil(source, weight)
-    if needs_x:
-        grad_source = new_channels_last(x, x.shape[1])
-        plan.backward_x(grad, weight, grad_source)
-        grad_x = in_format_of(x, grad_source)
-    if needs_parameters:
-        parameters = plan.backward_parameters(grad, source)
-    return grad_x, parameters
+    def __call__(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+    ) -> tuple[Tensor, Tensor]:
+        if x.numel() == 0:
+            grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+            return grad_x, parameters.zero_()
+        # Each as large as all maps: nothing is allocated that is not written.
+        grad_x, parameters = _gradients_like(x, weight, False, False)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if needs_x:
+            grad_source = new_channels_last(x, x.shape[1])
+            self.backward_x(grad, taps_first(weight), None, grad_source)
+            grad_x = in_format_of(x, grad_source)
+        if needs_parameters:
+            parameters = self.backward_parameters(grad, channels_side_by_side(x))
+        return grad_x, parameters
 
 
 def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
@@ -294,21 +297,22 @@ def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: 
     return new_maps(x, x.shape[1]) if needs_x else x.new_empty(0), parameters
 
 
-@depthwise_conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor]:
     return _gradients_like(x, weight, needs_x, needs_parameters)
 
 
-def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _convolution_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    grad_x, parameters = depthwise_conv_backward(grad, x, weight, needs_x, needs_weight or needs_bias)
+    grad_x, parameters = depthwise_conv_backward(grad, x, weight, needs_x, needs_weight or needs_bias, forward=ctx)
     taps, shift = _taps_and_bias(parameters, weight, needs_weight, needs_bias)
     return grad_x if needs_x else None, taps, shift
 
@@ -321,32 +325,63 @@ def _taps_and_bias(
     return taps, parameters[-1].to(weight.dtype) if needs_bias else None
 
 
-depthwise_conv.register_autograd(_convolution_gradients, setup_context=_save_convolution)
+depthwise_conv_backward = Operator("fastconv::depthwise_conv_backward", Backward, _fake_backward)
+depthwise_conv = DifferentiableOperator("fastconv::depthwise_conv", Forward, _fake, _save, _gradients)
 
 
-@torch.library.custom_op("fastconv::depthwise_conv_channel_norm", mutates_args=())
-def depthwise_conv_channel_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class NormedForward:
     """y (N, K, H, W) in the memory format of x and, to `keep` for the backward, or else empty:
 
     the normalised tensor, channels_last, empty too if y is that; and 1 / sqrt(variance + eps), [N * H * W].
     """
-    y = new_channels_last(x, weight.shape[0])
-    normalised, scale = _kept_like(x, weight, norm_weight, norm_bias, keep)
-    if x.numel() > 0:
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> None:
         source = channels_side_by_side(x)
-        kept = normalised if normalised.numel() > 0 else None
-        Stencil(source, weight).forward_norm(
-            source, weight, bias, norm_weight, norm_bias, eps, y, kept, scale if keep else None
+        normalised, _ = _kept_like(x, weight, norm_weight, norm_bias, keep)
+        self.launch = Stencil(source, weight).forward_norm(
+            source,
+            bias is not None,
+            norm_weight is not None,
+            norm_bias is not None,
+            eps,
+            normalised.numel() > 0,
+            keep,
         )
-    return in_format_of(x, y), normalised, scale
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = new_channels_last(x, weight.shape[0])
+        normalised, scale = _kept_like(x, weight, norm_weight, norm_bias, keep)
+        if x.numel() > 0:
+            kept = normalised if normalised.numel() > 0 else None
+            self.launch(
+                channels_side_by_side(x),
+                taps_first(weight),
+                bias,
+                norm_weight,
+                norm_bias,
+                y,
+                kept,
+                scale if keep else None,
+            )
+        return in_format_of(x, y), normalised, scale
 
 
 def _kept_like(
@@ -358,8 +393,7 @@ def _kept_like(
     return normalised, x.new_empty(rows, dtype=accumulator(x))
 
 
-@depthwise_conv_channel_norm.register_fake
-def _(
+def _fake_normed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -371,37 +405,58 @@ def _(
     return new_maps(x, weight.shape[0]), *_kept_like(x, weight, norm_weight, norm_bias, keep)
 
 
-@torch.library.custom_op("fastconv::depthwise_conv_channel_norm_backward", mutates_args=())
-def depthwise_conv_channel_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    normalised: Tensor,
-    scale: Tensor,
-    needs_x: bool,
-    needs_parameters: bool,
-    needs_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `depthwise_conv_backward`, and the gradients of the norm's weight and bias, [2, K], or empty."""
-    if x.numel() == 0:
-        grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
-        return grad_x, parameters.zero_(), _norm_gradients_like(x, weight, needs_norm).zero_()
-    plan = ChannelNorm(grad)
-    if plan.rows < LEAST_ROWS_OF_PLAIN_MAPS:
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    grad = flat_pixels(grad)
-    grad_h = new_channels_last(x, weight.shape[0])
-    norm = plan.backward(grad, flat_pixels(normalised), None, scale, norm_weight, grad_h, needs_norm)
-    return *_backward(grad_h, x, weight, needs_x, needs_parameters), norm
+class NormedBackward:
+    """As `Backward`, and the gradients of the norm's weight and bias, [2, K], or empty."""
+
+    def __init__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor | None,
+        normalised: Tensor,
+        scale: Tensor,
+        needs_x: bool,
+        needs_parameters: bool,
+        needs_norm: bool,
+    ) -> None:
+        norm = ChannelNorm(grad)
+        # A program would load more of plain maps than it needs.
+        self.permutes = norm.rows < LEAST_ROWS_OF_PLAIN_MAPS
+        grad_h = new_channels_last(x, weight.shape[0])
+        self.norm = norm.backward(
+            self._source(grad), flat_pixels(normalised), grad_h, False, norm_weight is not None, needs_norm
+        )
+        self.convolution = Backward(grad_h, x, weight, needs_x, needs_parameters)
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor | None,
+        normalised: Tensor,
+        scale: Tensor,
+        needs_x: bool,
+        needs_parameters: bool,
+        needs_norm: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if x.numel() == 0:
+            grad_x, parameters = _gradients_like(x, weight, needs_x, needs_parameters)
+            return grad_x, parameters.zero_(), _norm_gradients_like(x, weight, needs_norm).zero_()
+        grad_h = new_channels_last(x, weight.shape[0])
+        norm = self.norm(self._source(grad), flat_pixels(normalised), None, scale, norm_weight, grad_h)
+        return *self.convolution(grad_h, x, weight, needs_x, needs_parameters), norm
+
+    def _source(self, grad: Tensor) -> Tensor:
+        return flat_pixels(grad.contiguous(memory_format=torch.channels_last) if self.permutes else grad)
 
 
 def _norm_gradients_like(x: Tensor, weight: Tensor, needs_norm: bool) -> Tensor:
     return x.new_empty(2 if needs_norm else 0, weight.shape[0], dtype=accumulator(x))
 
 
-@depthwise_conv_channel_norm_backward.register_fake
-def _(
+def _fake_normed_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -416,7 +471,7 @@ def _(
     return *gradients, _norm_gradients_like(x, weight, needs_norm)
 
 
-def _save_normed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_normed(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, _, norm_weight, norm_bias, _, _ = inputs
     y, normalised, scale = output
     affine = norm_weight is not None or norm_bias is not None
@@ -440,6 +495,7 @@ def _normed_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | 
         needs_x,
         needs_weight or needs_bias,
         needs_norm_weight or needs_norm_bias,
+        forward=ctx,
     )
     return (
         grad_x if needs_x else None,
@@ -451,4 +507,9 @@ def _normed_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | 
     )
 
 
-depthwise_conv_channel_norm.register_autograd(_normed_gradients, setup_context=_save_normed)
+depthwise_conv_channel_norm_backward = Operator(
+    "fastconv::depthwise_conv_channel_norm_backward", NormedBackward, _fake_normed_backward
+)
+depthwise_conv_channel_norm = DifferentiableOperator(
+    "fastconv::depthwise_conv_channel_norm", NormedForward, _fake_normed, _save_normed, _normed_gradients
+)

@@ -13,7 +13,7 @@ from fastconv import functional, reference
 from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
 
 pytest.importorskip("triton")
-from fastconv.kernels import block_operator, operations, partials, pointwise_operator
+from fastconv.kernels import block_operator, launch, operations, registration
 
 # The third, "channel", has kernels of its own: see test_stencil.py.
 NORMS = ("tensor", "sample")
@@ -240,6 +240,7 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
     monkeypatch.setattr("fastconv.kernels.convolution.MAX_PARTIALS", 3)
     monkeypatch.setattr("fastconv.kernels.block_operator.MAX_PARTIALS", 3)
     monkeypatch.setattr("fastconv.kernels.pointwise_operator.MAX_PARTIALS", 3)
+    registration.forget_plans()
     shape = (140, 3, 3, 3, 2, (3, 3))
 
     def sample_block():
@@ -341,28 +342,28 @@ def test_each_gradient_by_itself(device):
 def test_each_gradient_of_the_pointwise_convolution_takes_its_kernels_only(index, kernels, device, monkeypatch):
     inputs = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
     y = functional.pointwise_conv_gelu(*(x.requires_grad_(i == index) for i, x in enumerate(inputs)))
-    launched = record_launches(monkeypatch, pointwise_operator, partials)
+    launched = record_launches(monkeypatch)
     torch.autograd.grad(y.sum(), inputs[index])
     assert set(launched) == kernels
 
 
-def record_launches(monkeypatch, *modules):
-    """{name: constants} of the kernels that `modules` launch from now on."""
+def record_launches(monkeypatch):
+    """{name: constants} of the kernels that are launched from now on."""
     launched = {}
-    launch = pointwise_operator.launch
+    call = launch.Launch.__call__
 
-    def recorded(kernel, *arguments, **options):
-        launched[kernel.fn.__name__] = options
-        launch(kernel, *arguments, **options)
+    def recorded(self, *tensors):
+        if not launch.on_meta(tensors):
+            launched[self.kernel.fn.__name__] = self.constants
+        call(self, *tensors)
 
-    for module in modules:
-        monkeypatch.setattr(module, "launch", recorded)
+    monkeypatch.setattr(launch.Launch, "__call__", recorded)
     return launched
 
 
 def test_without_gradients_the_slope_of_gelu_is_not_kept(device, monkeypatch):
     x, *parameters = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
-    launched = record_launches(monkeypatch, pointwise_operator)
+    launched = record_launches(monkeypatch)
     functional.pointwise_conv_gelu(x.requires_grad_(), *parameters)
     assert launched["pointwise_gelu"]["KEEP_SLOPE"]
     with torch.no_grad():

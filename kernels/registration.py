@@ -1,0 +1,210 @@
+"""Operators: opaque to whoever traces them, and cheap when called eagerly.
+
+torch.compile, torch.export and others that trace see an operator registered with PyTorch: the shapes of its results,
+and the operator of its gradient. Called eagerly, that boundary takes longer than the kernels behind it. There a plan,
+made once for all inputs of one layout, runs at once; where a gradient is needed, in a torch.autograd.Function.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import KernelError
+
+# How many plans an operator keeps: one for each batch size, say.
+MOST_PLANS = 512
+
+# A tensor, or a tuple of several.
+Results = Any
+# Computes the results of an operator, whose arguments it is called with.
+Plan = Callable[..., Results]
+# All that a plan depends on: of tensors shape, strides and dtype; the other arguments; and what is current.
+Key = tuple[Any, ...]
+
+_HERE = nullcontext()
+_OPERATORS: list[Operator] = []
+
+
+class Operator:
+    """A registered operator.
+
+    Args:
+        name: with the namespace.
+        plan: makes the plan for inputs like its arguments, whose tensors are on the "meta" device.
+        fake: its signature is the operator's; for fake tensors, perhaps of symbolic shapes, it returns results of
+            the right layout.
+    """
+
+    def __init__(self, name: str, plan: Callable[..., Plan], fake: Callable[..., Results]) -> None:
+        self._make_plan = plan
+        self._plans: dict[Key, Plan | KernelError] = {}
+        self._lock = threading.Lock()
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        self._registered = torch.library.custom_op(name, self._run, mutates_args=(), schema=schema)
+        self._registered.register_fake(fake)
+        _OPERATORS.append(self)
+
+    def __call__(self, *inputs: Any, forward: Any = None) -> Results:
+        """The results.
+
+        Args:
+            forward: of a backward, the context of its forward: the layouts of all inputs but the first, the
+                gradient, follow from those of the forward's, and need not be looked at again.
+
+        Raises:
+            KernelError: a kernel cannot run on the GPU.
+        """
+        if _is_traced(inputs):
+            return self._registered(*inputs)
+        key = getattr(forward, "key", None)
+        return self._run_plan((_layout(inputs[0]), key) if key is not None else _key(inputs), inputs)
+
+    def _run(self, *inputs: Any) -> Results:
+        return self._run_plan(_key(inputs), inputs)
+
+    def _run_plan(self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...] = ()) -> Results:
+        """
+        Args:
+            key: of the plan; there may be several for one layout, but no two layouts of one key.
+            needs_grad: which inputs need a gradient, if any: part of the key.
+        """
+        with _on_device_of(inputs[0]):
+            plan = self._plans.get(key) or self._add_plan(key, inputs, needs_grad)
+            if isinstance(plan, KernelError):
+                raise KernelError(plan.kernel, plan.reason)
+            return plan(*inputs)
+
+    def _add_plan(self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> Plan | KernelError:
+        """Make a plan and compile its kernels. An error is kept too: compiling again would not change it."""
+        like = [_without_memory(x) if isinstance(x, Tensor) else x for x in inputs]
+        plan: Plan | KernelError
+        try:
+            plan = self._make_plan(*like)
+            with torch.no_grad():
+                self._rehearse(plan, like, needs_grad)
+        except KernelError as error:
+            plan = error
+        with self._lock:
+            if len(self._plans) >= MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = plan
+        return plan
+
+    def _rehearse(self, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
+        """Run the plan on tensors without memory: that compiles its kernels, and launches nothing."""
+        plan(*inputs)
+
+
+class DifferentiableOperator(Operator):
+    """A registered operator whose first result can be differentiated, once; a call returns only that result.
+
+    Where a gradient is needed a call compiles the kernels of the backward too, before it launches any: a forward
+    whose backward cannot run is of no use.
+
+    Args:
+        name, plan, fake: as `Operator`'s.
+        save: keeps for the backward what it needs; called with the context of torch.autograd.Function, the inputs
+            and the results.
+        gradients: called with that context and the gradient of the first result; returns one for each input.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plan: Callable[..., Plan],
+        fake: Callable[..., Results],
+        save: Callable[[Any, Sequence[Any], Results], None],
+        gradients: Callable[..., tuple[Tensor | None, ...]],
+    ) -> None:
+        super().__init__(name, plan, fake)
+        self._registered.register_autograd(gradients, setup_context=save)
+        self._save, self._gradients = save, gradients
+        run_plan = self._run_plan
+
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            needs_grad = ctx.needs_input_grad
+            ctx.key = needs_grad, *_key(inputs)
+            results = run_plan(ctx.key, inputs, needs_grad)
+            save(ctx, inputs, results)
+            return _first(results)
+
+        # Its name is that of the node in autograd's graph, and in profiles.
+        members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        self._function: Any = type(name.partition("::")[2], (torch.autograd.Function,), members)
+
+    def __call__(self, *inputs: Any) -> Tensor:  # type: ignore[override]
+        if _is_traced(inputs):
+            return _first(self._registered(*inputs))
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return self._function.apply(*inputs)
+        return _first(self._run(*inputs))
+
+    def _rehearse(self, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
+        results = plan(*inputs)
+        if needs_grad:
+            context = _Context(needs_grad)
+            self._save(context, inputs, results)
+            self._gradients(context, torch.empty_like(_first(results)))
+
+
+class _Context:
+    """As much of torch.autograd.Function's context as `save` and `gradients` use."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def forget_plans() -> None:
+    """For tests and tools that change what kernels are compiled for."""
+    for operator in _OPERATORS:
+        operator._plans.clear()
+
+
+def _first(results: Results) -> Tensor:
+    return results[0] if isinstance(results, tuple) else results
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _layout(x: Tensor) -> Key:
+    return x.shape, x.stride(), x.dtype
+
+
+def _key(inputs: Sequence[Any]) -> Key:
+    layouts = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+    return inputs[0].get_device(), torch.get_float32_matmul_precision(), *layouts
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    index = x.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def _is_traced(inputs: Sequence[Any]) -> bool:
+    """Whether somebody other than autograd wants to see the operator: a compiler, a mode, a transform, a subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    for x in inputs:
+        if type(x) is not Tensor and isinstance(x, Tensor) and type(x) is not nn.Parameter:
+            return True
+    return False
