@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from textwrap import shorten
 
 import torch
 
@@ -14,7 +15,7 @@ _WARNED: set[tuple[str, ...]] = set()
 
 def warn_refused(operation: str, error: KernelError, device: torch.device) -> None:
     """Warn, once for each kernel and reason, that a kernel can be neither compiled nor loaded."""
-    problem = f"Triton kernel {error.kernel} of {operation} cannot run: {error.reason}"
+    problem = f"Triton kernel {error.kernel} of {operation} cannot run: {shorten(error.reason, 300)}"
     _warn((error.kernel, error.reason), problem, device)
 
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -452,3 +453,56 @@ def test_the_second_process_does_not_test_again(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == expected
     assert recorded(tmp_path)["layer_norm, tensor, float32"]["right"]
+
+
+REFUSED = """
+import sys, warnings
+import torch, triton
+import fastconv
+sys.path.insert(0, {tests!r})
+import faulty_kernels
+from fastconv import backends, functional, portable
+from fastconv.bench import null_gpu
+from fastconv.kernels import norm
+
+norm.store_moments = faulty_kernels.{fault}
+backends.can_run = lambda *_: None
+x = torch.randn(8, 4, 16, 16, requires_grad=True)
+with null_gpu.null_gpu(), warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = functional.layer_norm(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    fastconv.backend("triton")
+    try:
+        functional.layer_norm(x)
+    except fastconv.BackendUnavailable as error:
+        print(error)
+(warning,) = warned
+print(warning.message)
+assert torch.equal(y, portable.layer_norm(x))
+assert torch.equal(gradient, torch.autograd.grad(portable.layer_norm(x).sum(), x)[0])
+"""
+
+
+@pytest.mark.parametrize("setting", ["0", "1"])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("store_nothing", "store_moments("), ("store_by_a_large_product", "out of resource: shared memory")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA driver is there")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_kernel_of_ours_that_cannot_run(tmp_path, fault, reason, setting):
+    pytest.importorskip("triton")
+    code = REFUSED.format(tests=str(Path(__file__).parent), fault=fault)
+    environment = {**os.environ, "FASTCONV_SELFTEST": setting, "FASTCONV_CACHE": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    forced, warned = done.stdout.splitlines()
+    assert forced.startswith('backend "triton" cannot run layer_norm: kernel norm_moments: ')
+    assert reason in forced
+    assert warned.startswith("fastconv: Triton kernel norm_moments of layer_norm cannot run: ")
+    assert "The portable backend runs instead" in warned
