@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -26,8 +27,8 @@ _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton too reads it once, when it is imported.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The first with bfloat16 and tf32 in its tensor cores.
-_LEAST_CAPABILITY = (8, 0)
+# The first with tensor cores that Triton compiles for; and the first that has bfloat16.
+_LEAST_CAPABILITY, _BFLOAT16_CAPABILITY = (7, 5), (8, 0)
 
 
 class BackendUnavailable(RuntimeError):
@@ -87,51 +88,96 @@ def candidates() -> tuple[str, ...]:
     return BACKENDS if _forced == "auto" else (_forced,)
 
 
-def can_run(backend: str, x: Tensor) -> str | None:
-    """Return None if `backend` can run the operations on an input like `x`, else the reason why not."""
+def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None if `backend` can compute in `dtype` on `device`, else the reason why not, and what can."""
     if backend != "triton":
         return None
     if not _TRITON_INSTALLED:
         return "Triton is not installed (it exists for Linux: pip install triton)"
-    if x.device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
-            return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
-        return "its kernels do not take float64" if x.dtype == torch.float64 else None
-    if x.device.type != "cpu":
-        return f"it runs on GPUs of NVIDIA and AMD, not on {x.device.type}"
+    kind = device.type
+    if kind == "cuda":
+        return _gpu_refuses(device, dtype)
+    if kind != "cpu":
+        return f"it runs on GPUs of NVIDIA and AMD, not on {kind}"
     if not _TRITON_INTERPRETED:
         return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
     # Only to see that they are right: it is slow.
     return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
 
 
-def _module(backend: str) -> ModuleType:
+@functools.cache
+def _gpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels do not take float64"
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+    if capability < _LEAST_CAPABILITY:
+        return f"{name}; its kernels need 7.5 or newer"
+    if dtype == torch.bfloat16 and capability < _BFLOAT16_CAPABILITY:
+        return f"{name}, and bfloat16 needs 8.0 or newer: use float16, under autocast dtype=torch.float16"
+    return None
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module that holds the operations of a backend."""
     # Triton is imported where it is used first, and not by `import fastconv`.
     if backend not in _MODULES:
         _MODULES[backend] = importlib.import_module("fastconv.kernels.operations")
     return _MODULES[backend]
 
 
-def choose(x: Tensor) -> str | None:
-    """The backend that is to run the operations on `x`; None if the forced one cannot."""
-    return next((name for name in candidates() if can_run(name, x) is None), None)
+def choose(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """The backend that is to compute on `device` with tensors of `dtypes`; None if the forced one cannot."""
+    if torch.compiler.is_compiling():
+        from fastconv import tracing
+
+        return tracing.choose(_forced, device, *dtypes)
+    return first_that_can(device, *dtypes)
 
 
-def leaves_to_pytorch(x: Tensor) -> bool:
-    """Whether, where the portable backend is slower than PyTorch's own operations, those are to run."""
-    return _forced == "auto" and choose(x) == "portable"
+def first_that_can(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """As `choose`, but not to be traced."""
+    for name in candidates():
+        if all(can_run(name, device, dtype) is None for dtype in dtypes):
+            return name
+    return None
 
 
-def select(operation: str, x: Tensor) -> ModuleType:
-    """Return the module that is to run `operation` on `x`.
+def select(operation: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend that is to run `operation` on `device`, with tensors of `dtypes`.
 
     Raises:
         BackendUnavailable: a forced backend cannot.
     """
-    name = choose(x)
+    name = choose(device, *dtypes)
     if name is None:
-        raise BackendUnavailable(
-            f'backend "{_forced}" cannot run {operation}: {can_run(_forced, x)}; '
-            'use "auto", "portable" or "reference"'
-        )
-    return _module(name)
+        reasons = (can_run(_forced, device, dtype) for dtype in dtypes)
+        raise unavailable(operation, next(reason for reason in reasons if reason is not None))
+    return name
+
+
+def unavailable(operation: str, reason: str) -> BackendUnavailable:
+    """The error that says why the forced backend cannot run an operation."""
+    return BackendUnavailable(
+        f'backend "{_forced}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
+    )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast, if it is on for the device of `x`, computes convolutions; else None."""
+    kind = x.device.type
+    # The meta device has none, and to ask is an error there.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def leaves_to_pytorch(x: Tensor) -> bool:
+    """Whether, where the portable backend is slower than PyTorch's own operations, those are to run."""
+    if _forced != "auto":
+        return False
+    # Autocast leaves float64 alone.
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+    return choose(x.device, dtype) == "portable"

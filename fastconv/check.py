@@ -166,7 +166,7 @@ def examine(case: Case, device: torch.device) -> Result:
     samples = INTERPRETED_SAMPLES if interprets(backend, device) else accuracy.SAMPLES
     try:
         torch.manual_seed(0)
-        with float32_products(precision.matmul):
+        with float32_products(precision.matmul), backends.backend(backend):
             result = Result(case, backend, "right", errors=accuracy.measure(sample, precision.floor, samples))
             if 1 < result.worst()[1].excess < NEAR:
                 errors = accuracy.measure(sample, precision.floor, NEAR_SAMPLES * samples)
@@ -197,11 +197,9 @@ def choose_backend(case: Case, device: torch.device) -> tuple[str | None, str]:
     """The backend that will run a case, or None, and why not."""
     if case.precision == "tf32" and device.type != "cuda":
         return None, "tf32 is a format of GPUs"
-    given = INPUTS[case.given]
     dtype = torch.bfloat16 if PRECISIONS[case.precision].autocast else PRECISIONS[case.precision].dtype
-    x = torch.empty(given.images, given.channels, given.height, given.width, device=device, dtype=dtype)
     for name in backends.candidates():
-        reason = backends.can_run(name, x)
+        reason = backends.can_run(name, device, dtype)
         if reason is None and interprets(name, device):
             reason = why_not_interpreted(case, dtype)
         if reason is None:

@@ -29,6 +29,7 @@ from fastconv import (
     environment,
     prediction,
     problems,
+    selftest,
     swapping,
     training,
     zoo,
@@ -384,8 +385,11 @@ def swap_report(
 
 @app.command()
 def info(json_output: JsonOption = False) -> None:
-    """Tell the versions, the devices, and which backend runs each operation, and why."""
+    """Tell the versions, the devices, which backend runs each operation, why, and which kernels are right."""
     facts = environment.describe()
+    facts["kernels"] = {
+        name: selftest.describe(torch.device(name)) for name in facts["devices"] if name.startswith("cuda")
+    }
     if json_output:
         print(json.dumps(facts, indent=2))
         return
@@ -401,6 +405,14 @@ def info(json_output: JsonOption = False) -> None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["refused"].items())
             table.add_row(device, operation, choice["runs"] or "nothing", reasons)
     console.print(table)
+    for device, kernels in facts["kernels"].items():
+        console.print(
+            f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}", highlight=False
+        )
+        for subject in kernels["right"]:
+            console.print(f"  right: {subject}", highlight=False)
+        for subject, reason in kernels["wrong"].items():
+            console.print(f"  wrong: {subject}: {reason}; auto takes portable", highlight=False, markup=False)
 
 
 @contextmanager

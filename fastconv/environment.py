@@ -31,6 +31,20 @@ def available_devices() -> dict[str, str]:
     return {**devices, "cpu": "cpu"}
 
 
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def architecture(device: torch.device) -> str:
+    """That for which kernels are compiled, as "sm_90" or "gfx942"; of what is no GPU of CUDA, its type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def choose_device(name: str) -> torch.device:
     """Raises ValueError if there is no such device."""
     devices = available_devices()
@@ -50,7 +64,7 @@ def choose_backend(name: str, device: torch.device) -> None:
     if name != "auto":
         backends.backend(name)
     for operation in backends.OPERATIONS:
-        backends.select(operation, torch.empty(1, 1, 1, 1, device=device))
+        backends.select(operation, device, torch.float32)
 
 
 def describe() -> dict[str, Any]:
@@ -67,10 +81,9 @@ def describe() -> dict[str, Any]:
 
 def choices(device: torch.device) -> dict[str, dict[str, Any]]:
     """For each operation the backend that runs it on `device`, None if none can, and why not the others."""
-    x = torch.empty(1, 1, 1, 1, device=device)
     found = {}
     for operation in backends.OPERATIONS:
-        reasons = {name: backends.can_run(name, x) for name in backends.candidates()}
+        reasons = {name: backends.can_run(name, device, torch.float32) for name in backends.candidates()}
         found[operation] = {
             "runs": next((name for name, reason in reasons.items() if reason is None), None),
             "refused": {name: reason for name, reason in reasons.items() if reason is not None},

@@ -1,4 +1,4 @@
-"""The public operations: check the arguments, apply autocast, run the chosen backend.
+"""The public operations: check the arguments, apply autocast, and run them where `fastconv.dispatch` says.
 
 Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
 reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.
@@ -6,13 +6,12 @@ reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fast
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastconv import backends
+from fastconv import backends, dispatch
 
 NORMS = ("tensor", "sample", "channel")
 APPROXIMATIONS = ("none", "tanh")
@@ -53,9 +52,11 @@ def depthwise_conv_layer_norm(
         ValueError: a shape, a device, `norm` or `eps` is wrong.
         BackendUnavailable: the forced backend cannot run it.
     """
-    _check_maps(x)
-    _check_depthwise(x, weight, bias)
-    _check_norm(x, weight.shape[0], norm, eps, norm_weight, norm_bias)
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    outputs = _check_depthwise("weight", weight, channels)
+    _check_vector("bias", bias, outputs)
+    _check_norm(outputs, norm, eps, norm_weight, norm_bias)
     return _run(
         "depthwise_conv_layer_norm",
         x,
@@ -87,9 +88,10 @@ def pointwise_conv_gelu(
     Raises:
         TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
     """
-    _check_maps(x)
-    _check_pointwise("weight", x, weight, x.shape[1])
-    _check_vector("bias", x, bias, weight.shape[0])
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias)
+    outputs = _check_pointwise("weight", weight, channels)
+    _check_vector("bias", bias, outputs)
     _check_gelu(approximate)
     return _run("pointwise_conv_gelu", x, weight, bias, approximate=approximate)
 
@@ -127,17 +129,29 @@ def convnext_block(
     Raises:
         TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
     """
-    _check_maps(x)
-    _check_depthwise(x, depthwise_weight, depthwise_bias, prefix="depthwise_")
-    _check_norm(x, depthwise_weight.shape[0], norm, eps, norm_weight, norm_bias)
-    _check_pointwise("pointwise_weight", x, pointwise_weight, depthwise_weight.shape[0])
-    _check_vector("pointwise_bias", x, pointwise_bias, pointwise_weight.shape[0])
-    _check_pointwise("projection_weight", x, projection_weight, pointwise_weight.shape[0])
-    _check_vector("projection_bias", x, projection_bias, x.shape[1])
-    if projection_weight.shape[0] != x.shape[1]:
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(
+        x,
+        depthwise_weight=depthwise_weight,
+        depthwise_bias=depthwise_bias,
+        pointwise_weight=pointwise_weight,
+        pointwise_bias=pointwise_bias,
+        projection_weight=projection_weight,
+        projection_bias=projection_bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
+    _check_vector("depthwise_bias", depthwise_bias, wide)
+    _check_norm(wide, norm, eps, norm_weight, norm_bias)
+    hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
+    _check_vector("pointwise_bias", pointwise_bias, hidden)
+    outputs = _check_pointwise("projection_weight", projection_weight, hidden)
+    _check_vector("projection_bias", projection_bias, channels)
+    if outputs != channels:
         raise ValueError(
-            f"projection_weight has {projection_weight.shape[0]} outputs; "
-            f"expected the {x.shape[1]} channels of x, to which they are added"
+            f"projection_weight has {outputs} outputs; "
+            f"expected the {channels} channels of x, to which they are added"
         )
     _check_gelu(approximate)
     return _run(
@@ -172,8 +186,9 @@ def layer_norm(
     The result has the shape, dtype and memory format of `x`, but under autocast it is float32: PyTorch's
     autocast does so on GPUs, and it keeps the residual stream of the lecture's classifier in float32.
     """
-    _check_maps(x)
-    _check_norm(x, x.shape[1], norm, eps, norm_weight, norm_bias)
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check_norm(channels, norm, eps, norm_weight, norm_bias)
     return _run(
         "layer_norm",
         x,
@@ -202,17 +217,17 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
     """
-    _check_maps(x)
-    _check_tensor("weight", weight, x)
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
+    _, channels, height, width = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias)
+    if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
         raise ValueError(
-            f"weight has shape {_shape(weight)}; expected (outputs, {x.shape[1]}, height, width), "
-            f"for the {x.shape[1]} channels of x"
+            f"weight has shape {_shape(weight)}; expected (outputs, {channels}, height, width), "
+            f"for the {channels} channels of x"
         )
-    _check_vector("bias", x, bias, weight.shape[0])
-    if x.shape[2] < weight.shape[2] or x.shape[3] < weight.shape[3]:
+    _check_vector("bias", bias, weight.shape[0])
+    if height < weight.shape[2] or width < weight.shape[3]:
         raise ValueError(
-            f"x is {x.shape[2]} x {x.shape[3]} pixels; expected at least one patch of "
+            f"x is {height} x {width} pixels; expected at least one patch of "
             f"{weight.shape[2]} x {weight.shape[3]}: give larger images or a smaller patch"
         )
     return _run("patch_conv", x, weight, bias)
@@ -226,92 +241,97 @@ def _run(
     autocast_x: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Run an operation on the chosen backend; under autocast, as PyTorch's convolutions, in its dtype."""
-    run: Callable[..., Tensor] = getattr(backends.select(operation, x), operation)
-    device = x.device.type
-    if not _autocasts(x):
-        return run(x, *parameters, **options)
-    dtype = autocast_dtype or torch.get_autocast_dtype(device)
+    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype."""
+    dtype = backends.autocast_dtype(x)
+    if dtype is None:
+        return dispatch.run(operation, x, parameters, options)
+    dtype = autocast_dtype or dtype
 
     def cast(value: Any) -> Any:
         # Autocast leaves float64 alone.
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype != torch.float64 else value
 
-    with torch.autocast(device, enabled=False):
-        return run(
+    with torch.autocast(x.device.type, enabled=False):
+        return dispatch.run(
+            operation,
             cast(x) if autocast_x else x,
-            *(cast(parameter) for parameter in parameters),
-            **{name: cast(value) for name, value in options.items()},
+            tuple(cast(parameter) for parameter in parameters),
+            {name: cast(value) for name, value in options.items()},
         )
 
 
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    # The meta device has none, and to ask is an error there.
-    return device != "meta" and torch.is_autocast_enabled(device)
+# An eager step on a GPU is bound by the host: what of a tensor costs a call into PyTorch is asked for once.
 
 
-def _check_maps(x: Tensor) -> None:
+def _check_maps(x: Tensor) -> torch.Size:
+    """Return its shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; expected a tensor (N, C, H, W)")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; expected floating point: convert it with x.float()")
-    if x.dim() != 4:
+    shape = x.shape
+    if len(shape) != 4:
         raise ValueError(
             f"x has shape {_shape(x)}; expected (N, C, H, W): for one image, add the batch with x[None]"
         )
-    if 0 in x.shape[1:]:
+    _, channels, height, width = shape
+    if not (channels and height and width):
         raise ValueError(f"x has shape {_shape(x)}; expected at least one channel and one pixel")
+    return shape
 
 
-def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move them to one device")
-    if tensor.dtype != x.dtype and not _autocasts(x):
-        raise TypeError(f"{name} has dtype {tensor.dtype}, x {x.dtype}; convert one, or use torch.autocast")
+def _check_tensors(x: Tensor, **tensors: Tensor | None) -> None:
+    """Those that are there are on the device of `x`, and of its dtype or under autocast."""
+    device, dtype = x.device, x.dtype
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}; move them to one device")
+        if tensor.dtype != dtype and backends.autocast_dtype(x) is None:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, x {dtype}; convert one, or use torch.autocast")
 
 
-def _check_vector(name: str, x: Tensor, vector: Tensor | None, length: int) -> None:
-    if vector is None:
-        return
-    _check_tensor(name, vector, x)
-    if vector.shape != (length,):
+def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
+    if vector is not None and vector.shape != (length,):
         raise ValueError(f"{name} has shape {_shape(vector)}; expected ({length},), one for each output channel")
 
 
-def _check_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    name, channels = f"{prefix}weight", x.shape[1]
-    _check_tensor(name, weight, x)
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[0] == 0 or weight.shape[0] % channels:
+def _check_depthwise(name: str, weight: Tensor, channels: int) -> int:
+    """Return the number of outputs."""
+    shape = weight.shape
+    if len(shape) != 4 or shape[1] != 1 or shape[0] == 0 or shape[0] % channels:
         raise ValueError(
             f"{name} has shape {_shape(weight)}; expected ({channels} * multiplier, 1, height, width), "
             f"for the {channels} channels of x"
         )
-    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+    outputs, _, height, width = shape
+    if height % 2 == 0 or width % 2 == 0:
         raise ValueError(
-            f"{name} has a kernel of {weight.shape[2]} x {weight.shape[3]}; expected odd sides, "
-            'for which "same" padding is symmetric'
+            f'{name} has a kernel of {height} x {width}; expected odd sides, for which "same" padding is symmetric'
         )
-    _check_vector(f"{prefix}bias", x, bias, weight.shape[0])
+    return outputs
 
 
-def _check_pointwise(name: str, x: Tensor, weight: Tensor, inputs: int) -> None:
-    _check_tensor(name, weight, x)
-    if weight.dim() != 4 or weight.shape[1:] != (inputs, 1, 1):
+def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
+    """Return the number of outputs."""
+    shape = weight.shape
+    if len(shape) != 4 or shape[1:] != (inputs, 1, 1):
         raise ValueError(f"{name} has shape {_shape(weight)}; expected (outputs, {inputs}, 1, 1)")
+    return shape[0]
 
 
 def _check_norm(
-    x: Tensor, channels: int, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
+    channels: int, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; expected at least 0")
-    _check_vector("norm_weight", x, norm_weight, channels)
-    _check_vector("norm_bias", x, norm_bias, channels)
+    _check_vector("norm_weight", norm_weight, channels)
+    _check_vector("norm_bias", norm_bias, channels)
 
 
 def _check_gelu(approximate: str) -> None:

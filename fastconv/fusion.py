@@ -232,7 +232,7 @@ class ConvNeXtBlock(Fusion):
 
     def _widened(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The pointwise convolution (weight [O, C]) with GELU, of maps (N, C, H, W): (N, H, W, O)."""
-        if backends.choose(y) == "triton":
+        if backends.choose(y.device, y.dtype) == "triton":
             weight = weight[..., None, None]
             return functional.pointwise_conv_gelu(y, weight, bias, approximate=self.approximate).permute(
                 0, 2, 3, 1

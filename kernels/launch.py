@@ -72,7 +72,8 @@ class Launch:
                 *tensors, *self.numbers, grid=(self.programs,), **self.constants, **COMPILER_OPTIONS
             )
             # To load it is to see whether the device has the resources.
-            compiled.run  # noqa: B018
+            # Not `run`, which raises only the first time, and then when it is launched.
+            compiled._init_handles()
         except Exception as error:
             # Whatever it is, from the compiler's own crash to a missing C compiler.
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,8 @@ import torch
 # With a GPU the kernels run on it; without one, or if asked to, they are interpreted. This has to be decided
 # before any test module can import Triton. Where there is none, as on macOS, the tests of kernels are skipped.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+# Tests of kernels test them anyway, and leave the user's cache as it is.
+os.environ["FASTCONV_SELFTEST"] = "0"
 if importlib.util.find_spec("triton") and INTERPRETED:
     import interpreter
 
@@ -44,12 +46,13 @@ def run(capsys, monkeypatch):
     """Run the command in this process; return its exit code, standard output and standard error."""
     # Not above: fastconv reads TRITON_INTERPRET when it is imported.
     import fastconv
-    from fastconv import backends, cli
+    from fastconv import backends, cli, dispatch
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fastconv", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
+        monkeypatch.setattr(dispatch, "_CHOSEN", {})
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped, fastconv.backend("auto"):
             cli.main()

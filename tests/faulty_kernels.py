@@ -37,3 +37,17 @@ def load_toeplitz(
     inside = (row > 0) & (row < KERNEL_HEIGHT) & (column >= 0) & (column < KERNEL_WIDTH)
     inside &= (q < HEIGHT * WIDTH)[:, None] & (p < HEIGHT * WIDTH)[None, :]
     return tl.load(taps + row * KERNEL_WIDTH + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_nothing(values, mask, moments, image, images, part, parts, NORM: tl.constexpr):
+    """In place of `store_moments`: it does not compile."""
+    tl.static_assert(NORM == "none", "a planted fault")
+
+
+@triton.jit
+def store_by_a_large_product(values, mask, moments, image, images, part, parts, NORM: tl.constexpr):
+    """In place of `store_moments`: its operands take more shared memory than any GPU has."""
+    row = tl.arange(0, 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    matrix = tl.load(moments + row)
+    tl.store(moments + row, tl.dot(matrix, tl.trans(matrix), input_precision="tf32"))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import backends, functional, portable, reference
+from fastconv import backends, dispatch, functional, portable, reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def run_python(code, **environment):
@@ -24,7 +26,7 @@ def run_python(code, **environment):
 def test_auto_takes_the_portable_path_without_a_gpu():
     with fastconv.backend("auto"):
         for operation in backends.OPERATIONS:
-            assert backends.select(operation, torch.zeros(1, 1, 1, 1)) is portable
+            assert backends.select(operation, CPU, torch.float32) == "portable"
 
 
 def test_forced_backends_run(monkeypatch):
@@ -75,6 +77,7 @@ def test_unknown_backend_changes_nothing():
 def test_forcing_triton_says_why_it_cannot_run(monkeypatch, installed, interpreted, device, reason):
     monkeypatch.setattr(backends, "_TRITON_INSTALLED", installed)
     monkeypatch.setattr(backends, "_TRITON_INTERPRETED", interpreted)
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
     with (
         fastconv.backend("triton"),
         pytest.raises(
@@ -87,11 +90,77 @@ def test_forcing_triton_says_why_it_cannot_run(monkeypatch, installed, interpret
 def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
     monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
     monkeypatch.setattr(backends, "_TRITON_INTERPRETED", True)
-    x = torch.zeros(1, 1, 1, 1)
     with fastconv.backend("auto"):
-        assert "only if it is forced" in backends.can_run("triton", x)
+        assert "only if it is forced" in backends.can_run("triton", CPU, torch.float32)
     with fastconv.backend("triton"):
-        assert backends.can_run("triton", x) is None
+        assert backends.can_run("triton", CPU, torch.float32) is None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make torch.cuda tell of a GPU with a compute capability."""
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    backends._gpu_refuses.cache_clear()
+
+    def install(name, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    yield install
+    backends._gpu_refuses.cache_clear()
+
+
+def test_a_t4_runs_float16_and_float32(gpu):
+    gpu("Tesla T4", (7, 5))
+    assert backends.choose(CUDA, torch.float16) == backends.choose(CUDA, torch.float32) == "triton"
+    assert backends.choose(CUDA, torch.bfloat16) == backends.choose(CUDA, torch.float64) == "portable"
+    # A block under autocast: its maps stay float32.
+    assert backends.choose(CUDA, torch.float32, torch.bfloat16) == "portable"
+    with fastconv.backend("triton"), pytest.raises(fastconv.BackendUnavailable) as raised:
+        backends.select("convnext_block", CUDA, torch.float32, torch.bfloat16)
+    assert str(raised.value) == (
+        'backend "triton" cannot run convnext_block: Tesla T4 has compute capability 7.5, and bfloat16 needs 8.0 '
+        'or newer: use float16, under autocast dtype=torch.float16; use "auto", "portable" or "reference"'
+    )
+
+
+def test_gpus_older_than_a_t4_run_portable(gpu):
+    gpu("Tesla V100", (7, 0))
+    assert backends.choose(CUDA, torch.float16) == "portable"
+    reason = "Tesla V100 has compute capability 7.0; its kernels need 7.5 or newer"
+    assert backends.can_run("triton", CUDA, torch.float16) == reason
+
+
+def test_newer_gpus_run_all_but_float64(gpu):
+    gpu("NVIDIA A100", (8, 0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.choose(CUDA, dtype) == "triton"
+    assert backends.choose(CUDA, torch.float64) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "computed"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ],
+)
+def test_the_dtype_that_counts_is_that_of_autocast(monkeypatch, dtype, autocast, computed):
+    asked = []
+    monkeypatch.setattr(backends, "can_run", lambda name, device, dtype: asked.append(dtype))
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
+    monkeypatch.setattr(dispatch, "_call", lambda *_: None)
+    x, weight = torch.zeros(1, 2, 3, 3, dtype=dtype), torch.zeros(2, 2, 1, 1, dtype=dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with fastconv.backend("portable"):
+            functional.pointwise_conv_gelu(x, weight)
+        assert set(asked) == {computed}
+        asked.clear()
+        backends.leaves_to_pytorch(x)
+        assert set(asked) == {computed}
 
 
 def test_the_environment_variable_forces_one():
