@@ -27,7 +27,10 @@ def run(operation: str, x: Tensor, parameters: tuple[Tensor | None, ...], option
     """
     weight = parameters[0] if parameters else x
     assert weight is not None
-    large = operation in _CONVOLVING and x.shape[2] * x.shape[3] > LARGEST_TOEPLITZ_MAP
+    large = False
+    if operation in _CONVOLVING:
+        shape = x.shape
+        large = shape[2] * shape[3] > LARGEST_TOEPLITZ_MAP
     subject = operation, options.get("norm"), large, x.dtype, weight.dtype
     if torch.compiler.is_compiling():
         name = _choose_for_graph(subject, x.device)

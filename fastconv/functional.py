@@ -302,12 +302,12 @@ def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
 def _check_depthwise(name: str, weight: Tensor, channels: int) -> int:
     """Return the number of outputs."""
     shape = weight.shape
-    if len(shape) != 4 or shape[1] != 1 or shape[0] == 0 or shape[0] % channels:
+    outputs, inputs, height, width = shape if len(shape) == 4 else (0, 0, 0, 0)
+    if inputs != 1 or outputs == 0 or outputs % channels:
         raise ValueError(
             f"{name} has shape {_shape(weight)}; expected ({channels} * multiplier, 1, height, width), "
             f"for the {channels} channels of x"
         )
-    outputs, _, height, width = shape
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(
             f'{name} has a kernel of {height} x {width}; expected odd sides, for which "same" padding is symmetric'
@@ -318,7 +318,7 @@ def _check_depthwise(name: str, weight: Tensor, channels: int) -> int:
 def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
     """Return the number of outputs."""
     shape = weight.shape
-    if len(shape) != 4 or shape[1:] != (inputs, 1, 1):
+    if len(shape) != 4 or shape != (shape[0], inputs, 1, 1):
         raise ValueError(f"{name} has shape {_shape(weight)}; expected (outputs, {inputs}, 1, 1)")
     return shape[0]
 
