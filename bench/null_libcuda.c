@@ -1,18 +1,48 @@
 /* A libcuda that agrees to everything and runs nothing: it lets Triton's own launcher work without a GPU.
  *
- * Built and loaded by null_gpu.py. It has what Triton's driver.c asks of the CUDA driver, and counts launches.
+ * Built and loaded by null_gpu.py. It has what Triton's driver.c asks of the CUDA driver, counts launches, and keeps
+ * what the last one was given.
  */
 
 #include <cuda.h>
 #include <stdint.h>
+#include <string.h>
+
+enum { MOST_PARAMETERS = 64 };
 
 static long launches = 0;
 static int context;
+static int sizes[MOST_PARAMETERS], count = 0;
+static CUlaunchConfig last_config;
+static CUfunction last_function;
+static uint64_t last_parameters[MOST_PARAMETERS];
 
 long null_launches(void) { return launches; }
 
+/* Say how many bytes each parameter of the next launches has, at most 8. */
+void null_expect(int parameters, const int *bytes) {
+  count = parameters;
+  for (int i = 0; i < count; i++) sizes[i] = bytes[i];
+}
+
+/* What the last launch was given: programs, threads, shared memory, stream, function; then each parameter. */
+void null_last(uint64_t *launch) {
+  launch[0] = last_config.gridDimX;
+  launch[1] = last_config.blockDimX;
+  launch[2] = last_config.sharedMemBytes;
+  launch[3] = (uint64_t)last_config.hStream;
+  launch[4] = (uint64_t)last_function;
+  for (int i = 0; i < count; i++) launch[5 + i] = last_parameters[i];
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   launches++;
+  last_config = *config;
+  last_function = function;
+  for (int i = 0; i < count; i++) {
+    last_parameters[i] = 0;
+    memcpy(&last_parameters[i], parameters[i], sizes[i]);
+  }
   return CUDA_SUCCESS;
 }
 

@@ -12,8 +12,11 @@ class KernelError(RuntimeError):
     """
 
     def __init__(self, kernel: str, reason: str) -> None:
-        super().__init__(
-            f"Triton kernel {kernel} cannot run on this GPU: {reason}; use PyTorch's operations instead, "
+        super().__init__(kernel, reason)
+        self.kernel, self.reason = kernel, reason
+
+    def __str__(self) -> str:
+        return (
+            f"Triton kernel {self.kernel} cannot run on this GPU: {self.reason}; use PyTorch's operations instead, "
             'with fastconv.backend("portable") or FASTCONV_BACKEND=portable'
         )
-        self.kernel, self.reason = kernel, reason

@@ -71,13 +71,12 @@ class Launch:
             compiled = self.kernel.warmup(
                 *tensors, *self.numbers, grid=(self.programs,), **self.constants, **COMPILER_OPTIONS
             )
-            # To load it is to see whether the device has the resources.
-            # Not `run`, which raises only the first time, and then when it is launched.
+            # To load it is to see whether the device has the resources. Triton's public `run` raises only the
+            # first time, and then when it is launched.
             compiled._init_handles()
         except Exception as error:
             # Whatever it is, from the compiler's own crash to a missing C compiler.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise KernelError(self.kernel.fn.__name__, reason) from error
+            raise KernelError(self.kernel.fn.__name__, _describe(error)) from error
         return compiled
 
     def _bind(self, compiled: Any) -> Callable[[list[int]], None]:
@@ -101,6 +100,13 @@ class Launch:
                 run(programs, 1, 1, stream, function, packed_metadata, None, None, None, *pointers, *rest)
 
         return launch
+
+
+def _describe(error: BaseException) -> str:
+    """What went wrong first, in one line: Triton wraps it, with the source of the kernel."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def on_meta(tensors: Sequence[Tensor | None]) -> bool:
