@@ -81,7 +81,8 @@ def test_little_spills_and_products_are_on_tensor_cores():
             # Stencils keep as many sums in registers as there are; the odd one more costs little.
             assert row["spills"] <= 24, row
         else:
-            assert row["spills"] <= (152 if tuple(row[label] for label in LABELS[:4]) == spilling else 0), row
+            most = 64 if row["architecture"] == "sm_120" else 0
+            assert row["spills"] <= (152 if tuple(row[label] for label in LABELS[:4]) == spilling else most), row
         if row["kernel"] in products:
             assert row["tensor"] or row["architecture"] == "gfx942", row
 
