@@ -17,6 +17,6 @@ class KernelError(RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"Triton kernel {self.kernel} cannot run on this GPU: {self.reason}; use PyTorch's operations instead, "
-            'with fastconv.backend("portable") or FASTCONV_BACKEND=portable'
+            f"Triton kernel {self.kernel} cannot run on this GPU: {self.reason}; use PyTorch's own operations: "
+            'fastconv.backend("portable") or FASTCONV_BACKEND=portable'
         )
