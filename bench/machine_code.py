@@ -42,10 +42,11 @@ class MachineCode(NamedTuple):
 @cache
 def read(compiled: Any) -> MachineCode:
     """Of a CompiledKernel of Triton."""
-    return _read_nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amd(compiled.asm["amdgcn"])
+    return read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amd(compiled.asm["amdgcn"])
 
 
-def _read_nvidia(binary: bytes) -> MachineCode:
+def read_cubin(binary: bytes) -> MachineCode:
+    """Of NVIDIA's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
