@@ -22,7 +22,9 @@ def main() -> None:
     compilations.count()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with (folder / f"check-{shard}.jsonl").open("w") as kept:
-        check.run(device, problems.cases()[shard::shards], lambda _: None, kept)
+        # Without a GPU a rehearsal, on the first of them.
+        cases = problems.cases()[: None if device.type == "cuda" else 30]
+        check.run(device, cases[shard::shards], lambda _: None, kept)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import parts, report
 from .compile_ahead import SHARDS
-from .stage import LUGGAGE, PROCESSES, stage
+from .stage import HOW_TO_TEST, LUGGAGE, PROCESSES, stage
 
 AHEAD_SECONDS, BENCHMARKS_SECONDS = 80, 120
 
@@ -22,7 +22,9 @@ def main() -> None:
         ahead = [parts.program("compile_ahead", i, SHARDS, name=f"ahead-{i}") for i in range(SHARDS)]
         failed = failed_tests()
         if failed:
-            again = parts.tests("again", out / "again.jsonl", PROCESSES, *failed, CUDA_LAUNCH_BLOCKING="1")
+            again = parts.tests(
+                "again", out / "again.jsonl", PROCESSES, *failed, **HOW_TO_TEST, CUDA_LAUNCH_BLOCKING="1"
+            )
             ahead.append(again)
         parts.run(ahead, AHEAD_SECONDS, out)
         for i in range(SHARDS):

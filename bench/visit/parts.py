@@ -17,7 +17,7 @@ from typing import NamedTuple
 from . import pytest_outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
-# After the polite signal, until the one that no program survives.
+# Seconds after the polite signal, until the one that no program survives.
 GRACE = 5.0
 # What pytest selects.
 GPU_TESTS = "gpu and not slow"
@@ -37,14 +37,16 @@ def program(module: str, *arguments: object, name: str = "") -> Part:
     return Part(name or module, [sys.executable, "-m", f"{MODULES}.{module}", *map(str, arguments)])
 
 
-def tests(name: str, outcomes: Path, processes: int, *arguments: object, **environment: str) -> Part:
+def tests(
+    name: str, outcomes: Path, processes: int, *arguments: object, seconds_each: int = 60, **environment: str
+) -> Part:
     """pytest with arguments of its own, whose outcomes go to a file as they come."""
     options = ["--rootdir", str(ROOT), "--config-file", str(ROOT / "pyproject.toml")]
     options += ["-p", "no:cacheprovider", "-q", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(processes), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
-        options += ["--timeout", "60"]
+        options += ["--timeout", str(seconds_each)]
     environment |= {"PYTEST_PLUGINS": pytest_outcomes.__name__, pytest_outcomes.VARIABLE: str(outcomes)}
     return Part(name, [sys.executable, "-m", "pytest", *options, *map(str, arguments)], environment)
 
@@ -82,8 +84,8 @@ def run(parts: Sequence[Part], seconds: float, folder: Path | None = None) -> No
 
 
 def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
-    """As Ctrl-C would; those that go on, for good."""
-    for signal_number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, 1.0)):
+    """Politely; those that go on, for good. Not as Ctrl-C would, at which a training would finish its step."""
+    for signal_number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1.0)):
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal_number)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from . import parts, report
-from .stage import ON_GPU, PROCESSES, stage
+from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 # Of `fastconv check`, which runs beside the tests.
 SHARDS = 3
@@ -32,10 +32,19 @@ def main() -> None:
 def prove(out: Path, scratch: Path) -> None:
     folder = parts.ROOT / "tests"
     suite = [folder / file for file in SUITE]
-    selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "lecture and block and not stencil")
+    selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row")
     together = [
-        parts.tests("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite),
-        parts.tests("sanitizer", scratch / "sanitizer.jsonl", 2, "-k", "sanitizer", suite[0]),
+        parts.tests("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite, **HOW_TO_TEST),
+        parts.tests(
+            "sanitizer",
+            scratch / "sanitizer.jsonl",
+            2,
+            "-k",
+            "sanitizer",
+            suite[0],
+            seconds_each=TOGETHER_SECONDS,
+            **HOW_TO_TEST,
+        ),
         *(parts.program("check_shard", scratch, i, SHARDS, name=f"shard-{i}") for i in range(SHARDS)),
     ]
     parts.run(together, TOGETHER_SECONDS, out)

@@ -26,6 +26,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         "outcome": report.outcome,
         "seconds": round(report.duration, 2),
         "message": message(report),
+        # pytest itself prints them at the end, to which a run that is stopped does not come.
+        "traceback": report.longreprtext if report.failed else "",
     }
     with open(os.environ[VARIABLE], "a") as lines:
         print(json.dumps(outcome), file=lines)

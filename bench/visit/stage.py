@@ -17,6 +17,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # What travels to the machine beside the code: archives of kernels, and the names of tests that failed.
 LUGGAGE = parts.ROOT / ".visit/luggage"
+# For tests: without a GPU they are interpreted, which is decided before a plug-in imports Triton.
+HOW_TO_TEST = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
 # Processes that run together, each with a context on the GPU and a gigabyte of memory for PyTorch itself.
 PROCESSES = 10 if ON_GPU else 2
 

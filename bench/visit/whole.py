@@ -11,7 +11,7 @@ import shutil
 import sys
 
 from . import parts, report
-from .stage import ON_GPU, PROCESSES, stage
+from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 TRAINING_SECONDS, BENCHMARKS_SECONDS, SWAPPED_SECONDS, PROFILE_SECONDS = 60, 65, 40, 15
 
@@ -23,7 +23,7 @@ def main() -> None:
         networks = parts.ROOT / "tests/test_swapped_networks.py"
         selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "auto and pairs")
         try:
-            swapped = parts.tests("swapped", out / "swapped.jsonl", PROCESSES, *selected, networks)
+            swapped = parts.tests("swapped", out / "swapped.jsonl", PROCESSES, *selected, networks, **HOW_TO_TEST)
             parts.run([swapped], SWAPPED_SECONDS, out)
         finally:
             print("\n".join(report.tests(report.read(out / "swapped.jsonl"))), flush=True)
