@@ -58,7 +58,7 @@ def main() -> None:
 def fill_for_tests(processes: int, scratch: Path) -> None:
     """Run the tests that a GPU runs, with assertions that Python and pytest leave out."""
     suite = [parts.ROOT / "tests" / file for file in SUITE]
-    tests = parts.tests(
+    tests = parts.pytest_part(
         "tests", scratch / "outcomes.jsonl", processes, "--assert=plain", "-m", parts.GPU_TESTS, *suite
     )
     plugin = {"PYTEST_PLUGINS": f"{parts.MODULES}.pytest_kernels", "PYTHONOPTIMIZE": "1"}

@@ -22,7 +22,7 @@ def main() -> None:
         ahead = [parts.program("compile_ahead", i, SHARDS, name=f"ahead-{i}") for i in range(SHARDS)]
         failed = failed_tests()
         if failed:
-            again = parts.tests(
+            again = parts.pytest_part(
                 "again", out / "again.jsonl", PROCESSES, *failed, **HOW_TO_TEST, CUDA_LAUNCH_BLOCKING="1"
             )
             ahead.append(again)

@@ -37,7 +37,7 @@ def program(module: str, *arguments: object, name: str = "") -> Part:
     return Part(name or module, [sys.executable, "-m", f"{MODULES}.{module}", *map(str, arguments)])
 
 
-def tests(
+def pytest_part(
     name: str, outcomes: Path, processes: int, *arguments: object, seconds_each: int = 60, **environment: str
 ) -> Part:
     """pytest with arguments of its own, whose outcomes go to a file as they come."""

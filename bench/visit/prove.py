@@ -34,8 +34,8 @@ def prove(out: Path, scratch: Path) -> None:
     suite = [folder / file for file in SUITE]
     selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row")
     together = [
-        parts.tests("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite, **HOW_TO_TEST),
-        parts.tests(
+        parts.pytest_part("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite, **HOW_TO_TEST),
+        parts.pytest_part(
             "sanitizer",
             scratch / "sanitizer.jsonl",
             2,

@@ -23,7 +23,9 @@ def main() -> None:
         networks = parts.ROOT / "tests/test_swapped_networks.py"
         selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "auto and pairs")
         try:
-            swapped = parts.tests("swapped", out / "swapped.jsonl", PROCESSES, *selected, networks, **HOW_TO_TEST)
+            swapped = parts.pytest_part(
+                "swapped", out / "swapped.jsonl", PROCESSES, *selected, networks, **HOW_TO_TEST
+            )
             parts.run([swapped], SWAPPED_SECONDS, out)
         finally:
             print("\n".join(report.tests(report.read(out / "swapped.jsonl"))), flush=True)
