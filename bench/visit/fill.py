@@ -10,10 +10,10 @@ have long machine code, or spill registers.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ FOLDER = parts.ROOT / ".visit"
 CACHE = FOLDER / "triton"
 # Above these a kernel is to have a reason.
 MOST_INSTRUCTIONS, MOST_SPILLS = 4000, 64
+INSTRUCTION_BYTES = 16
 SUITE = ("test_gpu.py", "test_triton.py", "test_stencil.py", "test_swapped_networks.py")
 # More than any of them takes.
 SECONDS = 7200
@@ -52,7 +53,8 @@ def main() -> None:
     archive = FOLDER / "luggage/kernels.tar.xz"
     count = kernel_cache.pack(CACHE, archive, without=kernel_cache.entries(CACHE) - in_use - launchers)
     print(f"{archive.relative_to(parts.ROOT)}: {count} entries, {archive.stat().st_size / 1e6:.1f} MB")
-    print("\n".join(heavy(found)))
+    for line in heavy(found):
+        print(line, flush=True)
 
 
 def fill_for_tests(processes: int, scratch: Path) -> None:
@@ -65,20 +67,23 @@ def fill_for_tests(processes: int, scratch: Path) -> None:
     parts.run([tests._replace(environment={**tests.environment, **plugin})], SECONDS, FOLDER)
 
 
-def heavy(found: Iterable[dict[str, Any]]) -> list[str]:
-    """The kernels whose machine code is long or spills registers, by what they were compiled for."""
+def heavy(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The kernels whose machine code is long or spills registers, and what they were compiled for."""
     kernels = {line["entry"]: line for line in found}
-    with ThreadPoolExecutor() as pool:
-        codes = pool.map(machine_code.read_cubin, [read(line) for line in kernels.values()])
-    return [
-        f"{code.instructions} instructions, {code.spills} bytes of spills: {line['kernel']} {line['constants']}"
-        for code, line in zip(codes, kernels.values(), strict=True)
-        if code.instructions > MOST_INSTRUCTIONS or code.spills > MOST_SPILLS
-    ]
+    for entry, line in kernels.items():
+        (path,) = (CACHE / entry).glob("*.cubin")
+        # Disassembling takes a second: most are too short for it, and have no stack to spill to.
+        if path.stat().st_size < INSTRUCTION_BYTES * MOST_INSTRUCTIONS and not stack_bytes(path):
+            continue
+        code = machine_code.read_cubin(path.read_bytes())
+        if code.instructions > MOST_INSTRUCTIONS or code.spills > MOST_SPILLS:
+            what = f"{line['kernel']} {line['constants']}"
+            yield f"{code.instructions} instructions, {code.spills} bytes of spills: {what}"
 
 
-def read(line: dict[str, Any]) -> bytes:
-    return next((CACHE / line["entry"]).glob("*.cubin")).read_bytes()
+def stack_bytes(cubin: Path) -> int:
+    usage = machine_code.cuobjdump("--dump-resource-usage", str(cubin))
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from . import parts, report
 from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 # Of `fastconv check`, which runs beside the tests.
-SHARDS = 3
+SHARDS = 3 if ON_GPU else 1
 SUITE = ("test_gpu.py", "test_triton.py", "test_stencil.py")
 TOGETHER_SECONDS, TIMINGS_SECONDS = 120, 35
 
