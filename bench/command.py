@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 
@@ -27,11 +26,10 @@ def bench(
         str, typer.Option(metavar="TEXT", help="Only workloads whose name holds this, as block or batch 128.")
     ] = "",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to run.")] = "auto",
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the tensors.")] = "float32",
-    float32_products: Annotated[
-        Literal["highest", "high", "medium"],
-        typer.Option(help="torch.set_float32_matmul_precision, and tf32 in convolutions unless highest; for all."),
-    ] = "highest",
+    dtype: Annotated[
+        Literal["float32", "tf32", "float16", "bfloat16"],
+        typer.Option(help="Of the tensors; tf32 is float32 whose products and convolutions are tf32, for all."),
+    ] = "float32",
     seconds: Annotated[
         float | None, typer.Option(min=0, help="For timing each direction of a workload.", show_default=False)
     ] = None,
@@ -66,8 +64,6 @@ def bench(
     if not chosen:
         names = "\n".join(map(str, workloads.quick() if quick else workloads.full()))
         raise typer.BadParameter(f"no workload's name holds {only!r}; there are\n{names}", param_hint="--only")
-    torch.set_float32_matmul_precision(float32_products)
-    torch.backends.cudnn.allow_tf32 = float32_products != "highest"
     about = results.provenance(place)
     path = out or results.default_path(about)
     ways = contenders.choose(place, quick)

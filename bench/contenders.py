@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from fastconv.data import ImageSet
 from .timing import Call
 from .workloads import CLASSES, CLASSIFIERS, CONVNEXTS, EPOCH_IMAGES, Workload, input_shape, make_modules
 
-# Inputs to rotate through, so that none stays in a cache.
+# Inputs to rotate through, so that a call does not find its own in the nearest cache. Small ones all stay in a
+# GPU's L2, as in a network, whose layer before has just written them: see `Runner.fits_in_l2`.
 BATCHES = 4
 BASELINE = "eager"
 
@@ -71,7 +73,7 @@ class Runner:
     def __init__(self, contender: Contender, workload: Workload, device: torch.device, dtype: torch.dtype) -> None:
         self.contender, self.workload, self.device, self.dtype = contender, workload, device, dtype
         self.classifies = workload.level in CLASSIFIERS
-        module = make_modules(workload)[contender.fused].to(device)
+        module = copy.deepcopy(make_modules(workload)[contender.fused]).to(device)
         # A classifier keeps its parameters in float32, as training does, and autocast rounds.
         if not self.classifies:
             module = module.to(dtype)
@@ -133,6 +135,13 @@ class Runner:
     def can_run(self, direction: str) -> bool:
         """A CUDA graph holds the forward that its backward belongs to."""
         return direction != "backward" or not self.contender.uses_graphs
+
+    def fits_in_l2(self) -> bool | None:
+        """Whether all inputs that calls rotate through fit into the GPU's L2 cache together; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        size = sum(x.numel() * x.element_size() for x in self.inputs)
+        return size <= torch.cuda.get_device_properties(self.device).L2_cache_size
 
     def stepper(self) -> Callable[[int], Tensor]:
         """A step of the lecture's training, which returns the loss."""
@@ -198,7 +207,10 @@ def exact_results(workload: Workload, device: torch.device, dtype: torch.dtype) 
 
 
 def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
-    """Record `call`, for each of so many inputs, as a CUDA graph; the result replays them, and returns theirs."""
+    """Record `call`, for each of so many inputs, as a CUDA graph; the result replays them, and returns theirs.
+
+    The graphs share their memory, but for what they return: one runs at a time.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -206,10 +218,11 @@ def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
         for i in range(count):
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
-    graphs, outputs = [], []
+    graphs: list[torch.cuda.CUDAGraph] = []
+    outputs = []
     for i in range(count):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             outputs.append(call(i))
         graphs.append(graph)
 

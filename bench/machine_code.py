@@ -42,15 +42,16 @@ class MachineCode(NamedTuple):
 @cache
 def read(compiled: Any) -> MachineCode:
     """Of a CompiledKernel of Triton."""
-    return _read_nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amd(compiled.asm["amdgcn"])
+    return read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amd(compiled.asm["amdgcn"])
 
 
-def _read_nvidia(binary: bytes) -> MachineCode:
+def read_cubin(binary: bytes) -> MachineCode:
+    """Of NVIDIA's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        registers = re.search(r"\bREG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
-        lines = _INSTRUCTION.findall(_cuobjdump("-sass", file.name))
+        registers = re.search(r"\bREG:(\d+)", cuobjdump("--dump-resource-usage", file.name))
+        lines = _INSTRUCTION.findall(cuobjdump("-sass", file.name))
     code_at = {int(address, 16): opcode for address, opcode, _ in lines if opcode != "NOP"}
     opcodes = list(code_at.values())
     if registers is None or not opcodes:
@@ -81,7 +82,7 @@ def _memory_cycles(opcodes: list[str]) -> int:
     return sum(max(1, _width(code) // 4) for code in opcodes if code.split(".")[0] in _MEMORY)
 
 
-def _cuobjdump(option: str, file: str) -> str:
+def cuobjdump(option: str, file: str) -> str:
     command = [triton.knobs.nvidia.cuobjdump.path, option, file]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import re
 import shlex
@@ -22,6 +23,8 @@ from .suite import Row
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().with_name("results")
+# An environment variable with what `git describe --always --exclude='*' --abbrev=40 --dirty` prints.
+COMMIT, CHANGED = "FASTCONV_COMMIT", "-dirty"
 # What identifies a row; the rest of it is measured.
 KEY = ("level", "images", "channels", "side", "direction", "dtype", "contender")
 
@@ -33,19 +36,16 @@ class ResultsError(ValueError):
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where the numbers come from; what cannot be known is None."""
     on_gpu = device.type == "cuda"
-    changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "driver": nvidia_smi("driver_version", device) if on_gpu else None,
         # Of multiprocessors and memory, as the benchmark starts.
         "clocks": nvidia_smi("clocks.sm,clocks.mem", device) if on_gpu else None,
         "threads": torch.get_num_threads(),
-        "float32_products": torch.get_float32_matmul_precision(),
         "system": platform.system(),
         **environment.versions(),
         "torch": torch.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else changes != "",
+        **commit(),
         "command": shlex.join(["fastconv", *sys.argv[1:]]),
         "date": date.today().isoformat(),
     }
@@ -57,6 +57,14 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def commit() -> dict[str, Any]:
+    """Of the code that runs, and whether it was changed since; a copy without .git is told by FASTCONV_COMMIT."""
+    described = git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty") or os.environ.get(COMMIT)
+    if not described:
+        return {"commit": None, "dirty": None}
+    return {"commit": described.removesuffix(CHANGED), "dirty": described.endswith(CHANGED)}
 
 
 def git(*arguments: str) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from fastconv.accuracy import FLOOR
+from fastconv.accuracy import Error
+from fastconv.check import float32_products
+from fastconv.problems import PRECISIONS
 from fastconv.training import keep_freed_memory
 
 from . import ceilings, contenders, timing
@@ -21,7 +23,8 @@ from .workloads import Workload, cost
 
 Row = dict[str, Any]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of problems.PRECISIONS. With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
+DTYPES = ("float32", "tf32", "float16", "bfloat16")
 # Rounds fill so many seconds, within these bounds.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
@@ -37,18 +40,24 @@ def run(
     """Yield the rows of each workload.
 
     Args:
+        dtype_name: one of DTYPES.
         seconds: to spend on timing each direction of a workload; compiling and judging come on top.
         advanced: is told of each direction of a workload that is done.
     """
-    dtype = DTYPES[dtype_name]
     keep_freed_memory()
+    with float32_products(PRECISIONS[dtype_name].matmul):
+        limits = ceilings.measure(device, PRECISIONS[dtype_name].dtype)
+        for workload in workloads:
+            start_compiling()
+            yield list(measure(workload, chosen, device, dtype_name, limits, seconds, advanced))
+
+
+def start_compiling() -> None:
+    """Set what torch.compile depends on, before the contenders of a workload."""
     # Compiled backward functions would free what a second call of them needs.
     torch._functorch.config.donated_buffer = False
-    limits = ceilings.measure(device, dtype)
-    for workload in workloads:
-        # Otherwise a size that was compiled before makes the next compiled function one for all sizes.
-        torch.compiler.reset()
-        yield list(measure(workload, chosen, device, dtype_name, limits, seconds, advanced))
+    # Otherwise a size that was compiled before makes the next compiled function one for all sizes.
+    torch.compiler.reset()
 
 
 def steps(workloads: Sequence[Workload]) -> int:
@@ -65,7 +74,7 @@ def measure(
     seconds: float,
     advanced: Callable[[str], None],
 ) -> Iterator[Row]:
-    dtype = DTYPES[dtype_name]
+    dtype, floor = PRECISIONS[dtype_name].dtype, PRECISIONS[dtype_name].floor
     exact = contenders.exact_results(workload, device, dtype)
     gates: dict[str, Gate] = {}
     runners: dict[str, Runner] = {}
@@ -97,8 +106,9 @@ def measure(
             elif name in calls:
                 row |= figures(name, samples, moved, least.flops)
                 row |= resources(calls[name], workload, device)
+                row |= {"in_l2": runners[name].fits_in_l2()}
                 row |= {"output_error": gates[name].output, "gradients_error": gates[name].gradients}
-                yield row | {"right": is_right(gates[name], gates.get(BASELINE), dtype)}
+                yield row | {"right": is_right(gates[name], gates.get(BASELINE), floor)}
         advanced(f"{workload}, {direction}")
 
 
@@ -147,8 +157,8 @@ def resources(call: Call, workload: Workload, device: torch.device) -> Row:
     }
 
 
-def is_right(gate: Gate, baseline: Gate | None, dtype: torch.dtype) -> bool:
-    """At most twice the error of eager PyTorch, or a floor; NaN is not."""
+def is_right(gate: Gate, baseline: Gate | None, floor: float) -> bool:
+    """By the rule of `fastconv.accuracy`, beside eager PyTorch's errors."""
     if baseline is None:
         baseline = Gate(0.0, 0.0)
-    return all(own <= max(2 * other, FLOOR[dtype]) for own, other in zip(gate, baseline, strict=True))
+    return all(Error(own, other, floor).right for own, other in zip(gate, baseline, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -108,8 +109,17 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def run(device: torch.device, cases: Sequence[Case], advanced: Callable[[str], None]) -> Report:
-    """Try all cases, then train; `advanced` is told what has been done after each case and each step.
+def run(
+    device: torch.device,
+    cases: Sequence[Case],
+    advanced: Callable[[str], None],
+    kept: IO[str] | None = None,
+) -> Report:
+    """Try all cases, then train.
+
+    Args:
+        advanced: is told what has been done after each case and each step of the training.
+        kept: a file that gets each result as soon as it is there, as a line of JSON.
 
     Raises:
         BackendUnavailable: Triton's interpreter fails whatever the kernel.
@@ -120,9 +130,16 @@ def run(device: torch.device, cases: Sequence[Case], advanced: Callable[[str], N
     with torch.random.fork_rng(devices=[]):
         for case in cases:
             results.append(examine(case, device))
+            keep(results[-1], kept)
             advanced(str(case))
         training = examine_training(device, lambda: advanced("training"))
+        keep(training, kept)
     return Report(device, results, training, time.monotonic() - started)
+
+
+def keep(result: Result | Training, file: IO[str] | None) -> None:
+    if file is not None:
+        print(json.dumps(result.as_json()), file=file, flush=True)
 
 
 def steps(cases: Sequence[Case]) -> int:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -343,7 +343,14 @@ def summary(
 
 
 @app.command()
-def check(device: DeviceOption = "auto", backend: BackendOption = "auto", json_output: JsonOption = False) -> None:
+def check(
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    json_output: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep each result here as soon as it is there, as a line of JSON.")
+    ] = None,
+) -> None:
     """Tell whether all results are right on this machine; the exit code is 0 if they are, else 1.
 
     Every operation and module, forward and each gradient, is compared with float64, and PyTorch's own with it: an
@@ -355,8 +362,11 @@ def check(device: DeviceOption = "auto", backend: BackendOption = "auto", json_o
         environment.choose_backend(backend, place)
     console = Console(stderr=json_output)
     cases = problems.cases()
-    with progress(console, checking.steps(cases)) as advanced:
-        report = checking.run(place, cases, advanced)
+    with (
+        nullcontext() if out is None else out.open("w") as kept,
+        progress(console, checking.steps(cases)) as advanced,
+    ):
+        report = checking.run(place, cases, advanced, kept)
     check_display.show(report, console)
     if json_output:
         print(json.dumps(report.as_json()))

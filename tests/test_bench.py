@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,7 +172,11 @@ def test_a_contender_that_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
     ],
 )
 def test_the_gate(gate, right):
-    assert suite.is_right(contenders.Gate(*gate), contenders.Gate(1e-5, 1e-5), torch.float32) == right
+    assert suite.is_right(contenders.Gate(*gate), contenders.Gate(1e-5, 1e-5), floor=5e-6) == right
+
+
+def test_an_overflow_in_pytorch_excuses_nothing():
+    assert not suite.is_right(contenders.Gate(1.0, 0.0), contenders.Gate(math.inf, 0.0), floor=5e-6)
 
 
 def test_turns_are_interleaved_and_each_has_a_call_before():
@@ -352,28 +353,6 @@ def test_committed_results_say_where_they_come_from(path):
 def test_a_readme_without_the_marks():
     with pytest.raises(results.ResultsError, match="lacks the lines"):
         readme.rewritten("# fastconv\n")
-
-
-def test_a_visit_to_a_gpu_needs_no_package_but_torch_and_triton():
-    """And pytest, which runs the tests: a bare machine has no others."""
-    code = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("typer", "rich", "torchvision", "torchinfo", "matplotlib", "PIL"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Missing())
-import fastconv.bench.gpu_visit
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_visits_script_is_bash():
-    script = Path(readme.README).parent / "bench/gpu.sh"
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: bench/gpu.sh [--convnext] OUT [DATA]\n")
 
 
 def test_json_of_results_is_one_row_a_line(tmp_path):

@@ -1,5 +1,6 @@
 """`fastconv check`: right where all is right, and wrong, in the right rows, where a fault is planted."""
 
+import io
 import json
 import re
 
@@ -313,3 +314,13 @@ def test_training_that_ends_in_nan_is_wrong(monkeypatch, quick):
 def test_checking_nothing_is_not_right():
     skipped = check.Result(problems.cases()[0], None, "skipped", "no reason")
     assert not check.Report(CPU, [skipped], check.Training("skipped"), 0.0).right
+
+
+def test_results_are_kept_as_soon_as_they_are_there(monkeypatch):
+    monkeypatch.setattr(check, "examine_training", lambda *_: check.Training("wrong", "no reason"))
+    kept, seen = io.StringIO(), []
+    cases = [case for case in problems.cases() if case.subject == "layer_norm"][:2]
+    report = check.run(CPU, cases, lambda _: seen.append(kept.getvalue().count("\n")), kept)
+    assert seen == [1, 2]
+    lines = [json.loads(line) for line in kept.getvalue().splitlines()]
+    assert lines == [result.as_json() for result in (*report.results, report.training)]

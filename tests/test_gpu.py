@@ -1,6 +1,7 @@
 """What only a GPU can show of the Triton kernels; `tests/test_triton.py` compares their numbers there too."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ CUDA = "cuda"
 
 
 @pytest.fixture(autouse=True)
-def _triton():
+def _triton(monkeypatch):
+    # Some of cuDNN's weight gradients are sums in any order: no two runs are equal.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with fastconv.backend("triton"):
         yield
 
@@ -29,9 +32,9 @@ def gradients(model, x, labels):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def example(images=32, device=CUDA, norm="tensor"):
-    model = fastconv.Classifier(width=16, depth=2, norm=norm).to(device)
-    return model, torch.rand(images, 3, 32, 32, device=device), torch.randint(10, (images,), device=device)
+def example(images=32, norm="tensor"):
+    model = fastconv.Classifier(width=16, depth=2, norm=norm).to(CUDA)
+    return model, torch.rand(images, 3, 32, 32, device=CUDA), torch.randint(10, (images,), device=CUDA)
 
 
 def equal(a, b):
@@ -125,10 +128,11 @@ def test_more_than_2_31_elements():
     assert torch.equal(grad[-1:], torch.autograd.grad(expected.sum(), last)[0])
 
 
+# Maps of the kernels that multiply by Toeplitz matrices, of the stencils, and of one pixel.
 SANITIZED = """
 import torch, fastconv
 for dtype in (torch.float32, torch.bfloat16):
-    for shape in [(33, 5, 8, 8), (7, 3, 5, 7), (1, 4, 1, 1), (2, 3, 17, 18)]:
+    for shape in [(7, 3, 5, 7), (2, 3, 17, 18), (1, 4, 1, 1)]:
         for norm in ("tensor", "sample", "channel"):
             block = fastconv.ConvNextBlock(shape[1], norm=norm).to("cuda", dtype)
             depthwise = fastconv.DepthwiseConvLayerNorm(shape[1], norm=norm).to("cuda", dtype)
@@ -141,12 +145,15 @@ torch.cuda.synchronize()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool):
+def test_compute_sanitizer_finds_nothing(tool, record_property):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # PyTorch's allocator would hand out parts of larger blocks, within which an overrun is none for the sanitizer.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    record_property("found", done.stdout.strip().rpartition("\n")[2])
     assert done.returncode == 0, done.stdout[-2000:]
 
 

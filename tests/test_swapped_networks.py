@@ -1,6 +1,7 @@
 """Swapped models compute what they did: results and the gradient of each parameter, against float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ FULL = {
     "timm/convnext_large_mlp": (2, 3, 384, 384),
     "huggingface/ConvNext": (8, 3, 224, 224),
 }
+CUDA = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -55,14 +57,22 @@ def outputs_and_gradients(model, images):
     return {"logits": logits.detach(), **named}
 
 
+# A large network takes half a minute; tests of one network follow each other.
+@functools.lru_cache(maxsize=1)
+def original_and_swapped(network, **options):
+    model = network.create()
+    swapped = copy.deepcopy(model)
+    report = fastconv.swap(swapped, **options)
+    assert len(report.swapped) == network.swapped, str(report)
+    return model, swapped
+
+
 def assert_same_numbers(
     network, size, dtype=torch.float32, device="cpu", layout=torch.contiguous_format, **options
 ):
     """The swapped model's errors against float64 are at most twice the original's."""
-    model = network.create().to(device, dtype)
-    swapped = copy.deepcopy(model)
-    report = fastconv.swap(swapped, **options)
-    assert len(report.swapped) == network.swapped, str(report)
+    pair = original_and_swapped(network, **options)
+    model, swapped = (copy.deepcopy(module).to(device, dtype) for module in pair)
     exact_model = copy.deepcopy(model).double()
 
     def sample():
@@ -144,7 +154,7 @@ def test_interpreted_kernels_give_the_originals_numbers(network):
 def test_full_sizes_on_a_gpu(network, dtype, layout, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastconv.backend("triton"):
-        assert_same_numbers(network, FULL[str(network)], dtype, "cuda", layout)
+        assert_same_numbers(network, FULL[str(network)], dtype, CUDA, layout)
 
 
 def test_training_steps_move_the_same_way():
