@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import shorten
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 
+from fastconv import fallback
 from fastconv.accuracy import Error
 from fastconv.check import float32_products
 from fastconv.problems import PRECISIONS
@@ -114,9 +116,14 @@ def measure(
 
 @contextmanager
 def noted(failures: dict[str, str], name: str) -> Iterator[None]:
-    """A contender that cannot run, such as torch.compile without a compiler, is a row of the table too."""
+    """A contender that cannot run, such as torch.compile without a compiler, is a row of the table too.
+
+    So is one whose kernels cannot run: the portable backend in their place is not what is timed.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", f".*{fallback.INSTEAD}", RuntimeWarning)
+            yield
     except Exception as error:
         failures[name] = shorten(f"{type(error).__name__}: {error}", 200)
 

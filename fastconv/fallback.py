@@ -10,6 +10,7 @@ import torch
 from fastconv import environment
 from fastconv.kernels.errors import KernelError
 
+INSTEAD = "The portable backend runs instead"
 _WARNED: set[tuple[str, ...]] = set()
 
 
@@ -27,12 +28,13 @@ def warn_wrong(subject: str, reason: str, device: torch.device) -> None:
 def _warn(key: tuple[str, ...], problem: str, device: torch.device) -> None:
     if key in _WARNED:
         return
-    _WARNED.add(key)
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions().items())
     warnings.warn(
-        f"fastconv: {problem}. The portable backend runs instead, with right results but slower. Please report "
+        f"fastconv: {problem}. {INSTEAD}, with right results but slower. Please report "
         f"this at fastconv's issue tracker, with what `fastconv info` prints: {environment.gpu_name(device)} "
         f"({environment.architecture(device)}), {versions}",
         RuntimeWarning,
         stacklevel=2,
     )
+    # Not before: where warnings are errors each must be one.
+    _WARNED.add(key)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import reference
+from fastconv import fallback, reference
 from fastconv.bench import contenders, plots, readme, results, suite, tables, timing, workloads
 from fastconv.bench.ceilings import Ceilings
 from fastconv.bench.workloads import Workload
+from fastconv.kernels.errors import KernelError
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -361,3 +362,13 @@ def test_json_of_results_is_one_row_a_line(tmp_path):
     lines = path.read_text().splitlines()
     assert sum(line.startswith('{"level"') for line in lines) == 2
     assert json.loads(path.read_text())["schema"] == results.SCHEMA
+
+
+def test_a_fallback_is_not_timed_in_the_place_of_kernels():
+    failures = {}
+    error = KernelError("stencil", "too large")
+    for name in ("first", "second"):
+        with suite.noted(failures, name):
+            fallback.warn_refused("layer_norm", error, torch.device("cpu"))
+    assert failures.keys() == {"first", "second"}
+    assert "stencil of layer_norm cannot run: too large" in failures["first"]

@@ -67,8 +67,8 @@ def gpu_found() -> AbstractContextManager[object]:
     return mock.patch.object(torch.cuda, "is_available", return_value=True)
 
 
-def _can_run(backend: str, x: Tensor) -> str | None:
-    return "its kernels do not take float64" if backend == "triton" and x.dtype == torch.float64 else None
+def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return "its kernels do not take float64" if backend == "triton" and dtype == torch.float64 else None
 
 
 def _once(sample: Callable[[], object], *_: Any, **__: Any) -> dict[str, accuracy.Error]:
