@@ -6,7 +6,7 @@ call with tensors on that GPU would compile, here from tensors on the CPU, whose
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -75,10 +75,27 @@ class DryDriver:
 
 
 @contextmanager
-def dry_run(architecture: str) -> Iterator[list[Launch]]:
-    """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
+def active(make_driver: Callable[[], Any]) -> Iterator[None]:
+    """Triton compiles for the GPU of a driver meanwhile, and launches through it.
+
+    Raises:
+        RuntimeError: kernels are interpreted.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
+    try:
+        triton.runtime.driver.set_active(make_driver())
+        registration.forget_plans()
+        yield
+    finally:
+        registration.forget_plans()
+        # Not `reset_active`, which would look for a GPU.
+        triton.runtime.driver._active = None
+
+
+@contextmanager
+def dry_run(architecture: str) -> Iterator[list[Launch]]:
+    """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
     launches: list[Launch] = []
     target = TARGETS[architecture][0]
     call, version, capability = launch.Launch.__call__, torch.version.hip, launch.capability
@@ -90,18 +107,14 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
             compiled = self.compile(*tensors)
             launches.append(Launch(self.kernel.fn.__name__, compiled, self.programs, values | self.constants))
 
-    try:
-        triton.runtime.driver.set_active(DryDriver(architecture))
-        registration.forget_plans()
-        # By the vendor for whose GPUs PyTorch is built, and by the GPU, kernels choose how to multiply.
-        torch.version.hip = "of the target" if target.backend == "hip" else None
-        if target.backend == "cuda":
-            launch.capability = lambda: divmod(target.arch, 10)
-        launch.Launch.__call__ = record  # type: ignore[method-assign]
-        yield launches
-    finally:
-        launch.Launch.__call__ = call  # type: ignore[method-assign]
-        torch.version.hip, launch.capability = version, capability
-        registration.forget_plans()
-        # Not `reset_active`, which would look for a GPU.
-        triton.runtime.driver._active = None
+    with active(lambda: DryDriver(architecture)):
+        try:
+            # By the vendor for whose GPUs PyTorch is built, and by the GPU, kernels choose how to multiply.
+            torch.version.hip = "of the target" if target.backend == "hip" else None
+            if target.backend == "cuda":
+                launch.capability = lambda: divmod(target.arch, 10)
+            launch.Launch.__call__ = record  # type: ignore[method-assign]
+            yield launches
+        finally:
+            launch.Launch.__call__ = call  # type: ignore[method-assign]
+            torch.version.hip, launch.capability = version, capability

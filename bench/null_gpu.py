@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from fastconv.kernels import registration
+from .dry_run import active
 
 _SOURCE = Path(__file__).with_name("null_libcuda.c")
 
@@ -49,8 +48,6 @@ def null_gpu() -> Iterator[ctypes.CDLL]:
     Raises:
         RuntimeError: kernels are interpreted, or CUDA's own driver is loaded already.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted; unset it to compile them")
     # PyTorch finds that there is no GPU, and does not look again once there is a libcuda.
     torch.cuda.is_available()
     previous = os.environ.get("TRITON_LIBCUDA_PATH")
@@ -59,13 +56,9 @@ def null_gpu() -> Iterator[ctypes.CDLL]:
         try:
             # Triton links what it builds with the library that it finds there.
             os.environ["TRITON_LIBCUDA_PATH"] = folder
-            triton.runtime.driver.set_active(NullDriver())
-            registration.forget_plans()
-            yield library
+            with active(NullDriver):
+                yield library
         finally:
-            registration.forget_plans()
-            # Not `reset_active`, which would look for a GPU.
-            triton.runtime.driver._active = None
             if previous is None:
                 os.environ.pop("TRITON_LIBCUDA_PATH", None)
             else:

@@ -176,9 +176,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 def precision(x: Tensor) -> str:
     """How matrices are multiplied: those of float32 as `torch.set_float32_matmul_precision` says."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    if is_before_ampere():
+    if x.dtype != torch.float32 or is_before_ampere():
         return "ieee"
     # AMD's matrix cores multiply float32 as it is; for NVIDIA's it is split into three products of tf32.
     highest = "ieee" if torch.version.hip else "tf32x3"
