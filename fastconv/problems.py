@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fastconv import functional, modules, reference
 from fastconv.accuracy import FLOOR
+from fastconv.dispatch import LARGEST_TOEPLITZ_MAP
 
 
 class Precision(NamedTuple):
@@ -59,8 +60,6 @@ class Given(NamedTuple):
 
 
 SQUARE = (7, 7)
-# As in kernels/operations.py, which imports Triton.
-LARGEST_TOEPLITZ_MAP = 256
 INPUTS = {
     "8x8": Given(16, 4, 8, 8, 4, SQUARE),
     "8x8 channels_last": Given(16, 4, 8, 8, 4, SQUARE, layout="channels_last", affine=True),
