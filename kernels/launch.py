@@ -57,7 +57,7 @@ class Launch:
         run = self._runs.get(alignment)
         if run is None:
             run = self._runs[alignment] = self._bind(self.compile(*tensors))
-        if bits == 0 and on_meta(tensors):
+        if on_meta(tensors):
             return
         run(pointers)
 
@@ -110,8 +110,12 @@ def _describe(error: BaseException) -> str:
 
 
 def on_meta(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether they have no memory, so that nothing can be launched."""
-    return any(x is not None and x.is_meta for x in tensors)
+    """Whether the tensors of a launch, all on one device, have no memory: nothing can be launched then.
+
+    Their addresses do not show it: that of a view on "meta" is its offset.
+    """
+    first = tensors[0]
+    return first is not None and first.is_meta
 
 
 def check_differentiated_once() -> None:
