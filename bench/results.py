@@ -33,8 +33,12 @@ class ResultsError(ValueError):
     """A file that does not hold results, or results that cannot be compared; the message says why."""
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where the numbers come from; what cannot be known is None."""
+def provenance(device: torch.device, command: str | None = None) -> dict[str, Any]:
+    """Where the numbers come from; what cannot be known is None.
+
+    Args:
+        command: what was called; by default fastconv, with the arguments of this process.
+    """
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
@@ -45,8 +49,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         **environment.versions(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         **commit(),
-        "command": shlex.join(["fastconv", *sys.argv[1:]]),
+        "command": command or shlex.join(["fastconv", *sys.argv[1:]]),
         "date": date.today().isoformat(),
     }
 
@@ -60,8 +65,11 @@ def processor() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Of the code that runs, and whether it was changed since; a copy without .git is told by FASTCONV_COMMIT."""
-    described = git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty") or os.environ.get(COMMIT)
+    """Of the code that runs, and whether it was changed since.
+
+    FASTCONV_COMMIT says so of a copy, whose .git may be missing, or that of another commit.
+    """
+    described = os.environ.get(COMMIT) or git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
     if not described:
         return {"commit": None, "dirty": None}
     return {"commit": described.removesuffix(CHANGED), "dirty": described.endswith(CHANGED)}

@@ -13,7 +13,7 @@ over the M outputs of each channel.
 import triton
 import triton.language as tl
 
-from .product import widen
+from .product import divide, widen
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def stencil_channel_norm(
                 value += shifts[chunk]
             values = values + (value,)
             total += value
-        mean = tl.sum(total, 1, keep_dims=True) / CHANNELS
+        mean = divide(tl.sum(total, 1, keep_dims=True), CHANNELS * 1.0)
         squares = tl.zeros_like(total)
         for chunk in tl.static_range(CHUNKS):
             k = channels_of_block(chunk * BLOCK_CHANNELS, BLOCK_LINES, BLOCK_CHANNELS)

@@ -52,7 +52,7 @@ def series(stage: str) -> list[Series]:
 def main() -> None:
     out, stage = Path(sys.argv[1]), sys.argv[2]
     compilations.count()
-    about = results.provenance(DEVICE)
+    about = results.provenance(DEVICE, f"bench/gpu.sh {stage}")
     rows: list[Row] = []
     for dtype, chosen, ways in series(stage):
         for found in suite.run(chosen, ways, DEVICE, dtype, SECONDS, lambda _: None):

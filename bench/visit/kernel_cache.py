@@ -58,7 +58,7 @@ def pack(cache: Path, archive: Path, without: Collection[str] = ()) -> int:
     archive.parent.mkdir(parents=True, exist_ok=True)
     # Whoever finds the archive finds all of it.
     unfinished = archive.with_name(archive.name + ".tmp")
-    with tarfile.open(unfinished, "w:xz", preset=1) as tar:
+    with tarfile.open(unfinished, "w:xz", preset=6) as tar:
         about = json.dumps(manifest(), indent=1).encode()
         header = tarfile.TarInfo(_MANIFEST)
         header.size = len(about)

@@ -19,6 +19,9 @@ from . import pytest_outcomes
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds after the polite signal, until the one that no program survives.
 GRACE = 5.0
+# For what runs beside others: the CPU computes in float64 what results are compared with, and more threads than it
+# has would mostly wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # What pytest selects.
 GPU_TESTS = "gpu and not slow"
 MODULES = "fastconv.bench.visit"
@@ -32,9 +35,9 @@ class Part(NamedTuple):
     environment: Mapping[str, str] = MappingProxyType({})
 
 
-def program(module: str, *arguments: object, name: str = "") -> Part:
+def program(module: str, *arguments: object, name: str = "", **environment: str) -> Part:
     """One of the programs in this folder."""
-    return Part(name or module, [sys.executable, "-m", f"{MODULES}.{module}", *map(str, arguments)])
+    return Part(name or module, [sys.executable, "-m", f"{MODULES}.{module}", *map(str, arguments)], environment)
 
 
 def pytest_part(
@@ -48,6 +51,7 @@ def pytest_part(
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", str(seconds_each)]
     environment |= {"PYTEST_PLUGINS": pytest_outcomes.__name__, pytest_outcomes.VARIABLE: str(outcomes)}
+    environment |= ONE_THREAD
     return Part(name, [sys.executable, "-m", "pytest", *options, *map(str, arguments)], environment)
 
 

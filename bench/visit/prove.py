@@ -15,7 +15,7 @@ from . import parts, report
 from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 # Of `fastconv check`, which runs beside the tests.
-SHARDS = 3 if ON_GPU else 1
+SHARDS = 5 if ON_GPU else 1
 SUITE = ("test_gpu.py", "test_triton.py", "test_stencil.py")
 TOGETHER_SECONDS, TIMINGS_SECONDS = 120, 35
 
@@ -45,7 +45,10 @@ def prove(out: Path, scratch: Path) -> None:
             seconds_each=TOGETHER_SECONDS,
             **HOW_TO_TEST,
         ),
-        *(parts.program("check_shard", scratch, i, SHARDS, name=f"shard-{i}") for i in range(SHARDS)),
+        *(
+            parts.program("check_shard", scratch, i, SHARDS, name=f"shard-{i}", **parts.ONE_THREAD)
+            for i in range(SHARDS)
+        ),
     ]
     parts.run(together, TOGETHER_SECONDS, out)
 

@@ -20,7 +20,7 @@ LUGGAGE = parts.ROOT / ".visit/luggage"
 # For tests: without a GPU they are interpreted, which is decided before a plug-in imports Triton.
 HOW_TO_TEST = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
 # Workers of pytest-xdist, each with a context on the GPU and a gigabyte of memory for PyTorch itself.
-PROCESSES = 10 if ON_GPU else 0
+PROCESSES = 8 if ON_GPU else 0
 
 
 @contextmanager
