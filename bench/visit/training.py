@@ -34,7 +34,10 @@ def main() -> None:
     out, *directory = map(Path, sys.argv[1:])
     compilations.count()
     dataset = data.load(directory[0]) if directory else pictures()
-    found: dict[str, Any] = {"provenance": results.provenance(DEVICE, "bench/gpu.sh whole"), "data": dataset.source}
+    found: dict[str, Any] = {
+        "provenance": results.provenance(DEVICE, "bench/gpu.sh whole"),
+        "data": dataset.source,
+    }
     for precision in ("bf16", "fp32"):
         for backend in ("auto", "reference"):
             recipe = replace(RECIPE, precision=precision)
