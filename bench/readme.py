@@ -2,7 +2,7 @@
 
     python -m bench.readme
 
-rewrites the table between the two marks, and the pictures.
+rewrites the tables between the marks, one pair for a CPU and one for a GPU, and the pictures.
 """
 
 from __future__ import annotations
@@ -13,50 +13,61 @@ from . import plots, results, tables
 from .suite import Row
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- python -m bench.readme: begin -->\n", "<!-- end -->\n"
-# What the table shows: the batch of the lecture, at its first stage.
+BEGINS = {machine: f"<!-- python -m bench.readme, {machine}: begin -->\n" for machine in ("CPU", "GPU")}
+END = "<!-- end -->\n"
+# What the tables show: the batch of the lecture, at its first stage.
 SHOWN = {"images": 128, "channels": 32, "side": 8}
 
 
-def committed() -> Path:
-    """The results that the README shows: the newest on a CPU."""
-    found = [path for path in results.FOLDER.glob("*.json") if results.read(path)[0]["driver"] is None]
+def committed(machine: str) -> Path:
+    """The results that the README shows: the newest on a "CPU", or on a "GPU"."""
+    found = {}
+    for path in results.FOLDER.glob("*.json"):
+        about, rows = results.read(path)
+        if (about["driver"] is None) == (machine == "CPU") and any(row["level"] == "training_step" for row in shown(rows)):
+            found[path] = about["date"]
     if not found:
-        raise results.ResultsError(f"there are no results of a CPU in {results.FOLDER}; run fastconv bench")
-    return max(found, key=lambda path: results.read(path)[0]["date"])
+        raise results.ResultsError(f"there are no results of a {machine} in {results.FOLDER}; run fastconv bench")
+    return max(found, key=found.__getitem__)
 
 
 def shown(rows: list[Row]) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in SHOWN.items())]
 
 
-def section() -> str:
+def section(machine: str) -> str:
     """What stands between the marks."""
-    path = committed()
+    path = committed(machine)
     about, rows = results.read(path)
-    pictures = [
-        f"![{alt}](bench/results/{path.stem}-{suffix}.png)"
-        for suffix, alt in (
-            ("speedups", "Speed-ups over eager PyTorch"),
-            ("batches", "Time of a block against the batch"),
-        )
-    ]
-    return "\n\n".join([f"{tables.machine(about)}:", tables.speedups(shown(rows)), *pictures]) + "\n"
+    # Results of a GPU go on with other dtypes.
+    chosen = [row for row in shown(rows) if row["dtype"] == rows[0]["dtype"]]
+    parts = [f"{tables.machine(about)}:", tables.speedups(chosen)]
+    for suffix, alt in (
+        ("speedups", "Speed-ups over eager PyTorch"),
+        ("batches", "Time of a block against the batch"),
+    ):
+        picture = path.with_name(f"{path.stem}-{suffix}.png")
+        if picture.exists():
+            parts.append(f"![{alt}](bench/results/{picture.name})")
+    return "\n\n".join(parts) + "\n"
 
 
 def rewritten(text: str) -> str:
-    """The README with its section anew."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise results.ResultsError(f"{README.name} lacks the lines {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}\n{section()}\n{END}{after}"
+    """The README with its sections anew."""
+    for machine, mark in BEGINS.items():
+        before, begin, rest = text.partition(mark)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise results.ResultsError(f"{README.name} lacks the lines {mark.strip()} and {END.strip()}")
+        text = f"{before}{mark}\n{section(machine)}\n{END}{after}"
+    return text
 
 
 def main() -> None:
-    path = committed()
+    for machine in BEGINS:
+        path = committed(machine)
+        plots.write_all(results.read(path)[1], path)
     README.write_text(rewritten(README.read_text()))
-    plots.write_all(results.read(path)[1], path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Long sums of weight gradients differ by the order of their terms.
 FLOOR = {torch.float32: 5e-6, torch.float16: 1.25e-4, torch.bfloat16: 1e-3}
+# Of tf32, whose operands are cut to 10 bits, 2^-11 too small on average: for three products of two operands each,
+# the longest chain of a block's gradients.
+TF32_FLOOR = 6 * 2**-11
 # A gradient of a few numbers is rounded well or badly by chance: errors are averaged over this many samples.
 SAMPLES = 8
 FORMATS = ("contiguous", "channels_last", "batch_last", "sliced")

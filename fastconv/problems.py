@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastconv import functional, modules, reference
-from fastconv.accuracy import FLOOR
+from fastconv.accuracy import FLOOR, TF32_FLOOR
 from fastconv.dispatch import LARGEST_TOEPLITZ_MAP
 
 
@@ -32,8 +32,8 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "float32": Precision(torch.float32, FLOOR[torch.float32]),
-    # Operands rounded to 10 bits, which PyTorch spares some of its convolutions: its error is not ours.
-    "tf32": Precision(torch.float32, 2e-3, matmul="high"),
+    # PyTorch spares it some of its convolutions: its error is not ours.
+    "tf32": Precision(torch.float32, TF32_FLOOR, matmul="high"),
     "float16": Precision(torch.float16, FLOOR[torch.float16]),
     "bfloat16": Precision(torch.bfloat16, FLOOR[torch.bfloat16]),
     "autocast": Precision(torch.float32, FLOOR[torch.bfloat16], autocast=True),

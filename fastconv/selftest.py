@@ -33,7 +33,7 @@ FEWEST_NORMED = 16
 # A gradient of a few numbers is rounded well or badly by chance. Where an error is that near its bound, more tell.
 SAMPLES, NEAR, NEAR_SAMPLES = 2, 2.0, 16
 # Below it every error is right; in float32 by `torch.get_float32_matmul_precision`, which kernels obey.
-FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": 2e-3, "medium": 1e-2}
+FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": accuracy.TF32_FLOOR, "medium": 1e-2}
 
 _LOCK = threading.Lock()
 _TRUSTED: dict[tuple[torch.device, Subject], bool] = {}

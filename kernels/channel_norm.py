@@ -118,6 +118,9 @@ def channel_norm_backward(
         average = tl.sum(values, 1, keep_dims=True) / CHANNELS
         slope = tl.sum(values * normalised, 1, keep_dims=True) / CHANNELS
         values = scales * (values - average - normalised * slope)
+        if CHANNELS == 1:
+            # The norm of one value is constant. A product fused with a subtraction keeps what should cancel.
+            values *= 0.0
         offset = (n * grad_x_image_stride + p * grad_x_pixel_stride) * STRIDE_UNIT + c * grad_x_channel_stride
         tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=inside)
     if NEEDS_PARAMETERS:

@@ -337,10 +337,11 @@ def drawn_from(picture):
 def test_the_readme_shows_the_committed_results():
     text = readme.README.read_text()
     assert readme.rewritten(text) == text, "run python -m bench.readme"
-    path = readme.committed()
-    _, rows = results.read(path)
-    for suffix, chosen in (("speedups", plots.lecture_batch(rows)), ("batches", plots.growing(rows))):
-        assert drawn_from(path.with_name(f"{path.stem}-{suffix}.png")) == plots.digest(chosen)
+    for machine in ("CPU", "GPU"):
+        path = readme.committed(machine)
+        _, rows = results.read(path)
+        for suffix, chosen in (("speedups", plots.lecture_batch(rows)), ("batches", plots.growing(rows))):
+            assert drawn_from(path.with_name(f"{path.stem}-{suffix}.png")) == plots.digest(chosen)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
