@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A visit to a GPU, in three calls, each within its limit:
 #
-#     bench/gpu.sh [--gpu] prove OUT             200 s: is everything right?
+#     bench/gpu.sh [--gpu] prove OUT             165 s: is everything right?
 #     bench/gpu.sh [--gpu] measure OUT           240 s: how fast is it?
-#     bench/gpu.sh [--gpu] whole OUT [DATA]      220 s: training, ConvNeXt-T, swapped networks
+#     bench/gpu.sh [--gpu] whole OUT [DATA]      255 s: training, a profile, ConvNeXt-T
 #
 # The machine needs PyTorch, Triton and pytest: no network, and nothing is installed. OUT gets at most eight files,
 # each kept as far as it came if time runs out. With --gpu it refuses to run without a GPU; otherwise, without one, it
@@ -19,9 +19,9 @@ if [ "${1:-}" = --gpu ]; then
 fi
 [ $# -ge 2 ] || usage
 case $1 in
-    prove) limit=200 ;;
+    prove) limit=165 ;;
     measure) limit=240 ;;
-    whole) limit=220 ;;
+    whole) limit=255 ;;
     *) usage ;;
 esac
 stage=$1

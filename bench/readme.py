@@ -24,7 +24,8 @@ def committed(machine: str) -> Path:
     found = {}
     for path in results.FOLDER.glob("*.json"):
         about, rows = results.read(path)
-        if (about["driver"] is None) == (machine == "CPU") and any(row["level"] == "training_step" for row in shown(rows)):
+        steps = any(row["level"] == "training_step" for row in shown(rows))
+        if steps and (about["driver"] is None) == (machine == "CPU"):
             found[path] = about["date"]
     if not found:
         raise results.ResultsError(f"there are no results of a {machine} in {results.FOLDER}; run fastconv bench")

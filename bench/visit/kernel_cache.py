@@ -52,13 +52,17 @@ def entries(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if path.is_dir()} if cache.is_dir() else set()
 
 
-def pack(cache: Path, archive: Path, without: Collection[str] = ()) -> int:
-    """Write the entries of a cache, but for those named in `without`, to a .tar.xz; return their number."""
+def pack(cache: Path, archive: Path, without: Collection[str] = (), preset: int = 6) -> int:
+    """Write the entries of a cache, but for those named in `without`, to a .tar.xz; return their number.
+
+    Args:
+        preset: of xz. Kernels resemble each other: 6 makes them half as large as 1, which takes seconds, does.
+    """
     names = sorted(entries(cache).difference(without))
     archive.parent.mkdir(parents=True, exist_ok=True)
     # Whoever finds the archive finds all of it.
     unfinished = archive.with_name(archive.name + ".tmp")
-    with tarfile.open(unfinished, "w:xz", preset=6) as tar:
+    with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
         about = json.dumps(manifest(), indent=1).encode()
         header = tarfile.TarInfo(_MANIFEST)
         header.size = len(about)

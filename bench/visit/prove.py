@@ -16,8 +16,9 @@ from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 # Of `fastconv check`, which runs beside the tests.
 SHARDS = 5 if ON_GPU else 1
-SUITE = ("test_gpu.py", "test_triton.py", "test_stencil.py")
-TOGETHER_SECONDS, TIMINGS_SECONDS = 120, 35
+# Networks first: they take longest.
+SUITE = ("test_swapped_networks.py", "test_gpu.py", "test_triton.py", "test_stencil.py")
+TOGETHER_SECONDS, TIMINGS_SECONDS = 95, 35
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
 def prove(out: Path, scratch: Path) -> None:
     folder = parts.ROOT / "tests"
     suite = [folder / file for file in SUITE]
-    selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row")
+    selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row or auto and pairs")
     together = [
         parts.pytest_part("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite, **HOW_TO_TEST),
         parts.pytest_part(
@@ -41,7 +42,7 @@ def prove(out: Path, scratch: Path) -> None:
             2,
             "-k",
             "sanitizer",
-            suite[0],
+            folder / "test_gpu.py",
             seconds_each=TOGETHER_SECONDS,
             **HOW_TO_TEST,
         ),

@@ -44,5 +44,5 @@ def stage(name: str) -> Iterator[Path]:
     except KeyboardInterrupt:
         print("== stopped at the limit", flush=True)
     print(compilations.report(Path(os.environ[compilations.VARIABLE])), flush=True)
-    new = kernel_cache.pack(cache, out / f"{name}-kernels.tar.xz", carried)
+    new = kernel_cache.pack(cache, out / f"{name}-kernels.tar.xz", carried, preset=1)
     print(f"{new} new entries of the cache in {name}-kernels.tar.xz", flush=True)

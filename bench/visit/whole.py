@@ -1,8 +1,8 @@
-"""The third stage: whole things. The lecture's training, ConvNeXt-T by stages and as a whole, swapped networks.
+"""The third stage: whole things. The lecture's training, ConvNeXt-T by stages and as a whole, a profile.
 
     python3 -m fastconv.bench.visit.whole OUT [DATA]
 
-OUT gets training.json, whole.json, swapped.jsonl and swapped.txt, profile.txt, and an archive of new kernels.
+OUT gets training.json, whole.json, profile.txt, and an archive of new kernels.
 """
 
 from __future__ import annotations
@@ -11,27 +11,18 @@ import shutil
 import sys
 
 from . import parts, report
-from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
+from .stage import stage
 
-TRAINING_SECONDS, BENCHMARKS_SECONDS, SWAPPED_SECONDS, PROFILE_SECONDS = 60, 65, 40, 15
+TRAINING_SECONDS, PROFILE_SECONDS, BENCHMARKS_SECONDS = 115, 15, 70
 
 
 def main() -> None:
     with stage("whole") as out:
         parts.run([parts.program("training", *sys.argv[1:])], TRAINING_SECONDS)
-        parts.run([parts.program("benchmarks", out, "whole")], BENCHMARKS_SECONDS)
-        networks = parts.ROOT / "tests/test_swapped_networks.py"
-        selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "auto and pairs")
-        try:
-            swapped = parts.pytest_part(
-                "swapped", out / "swapped.jsonl", PROCESSES, *selected, networks, **HOW_TO_TEST
-            )
-            parts.run([swapped], SWAPPED_SECONDS, out)
-        finally:
-            print("\n".join(report.tests(report.read(out / "swapped.jsonl"))), flush=True)
         if profiler := shutil.which("ncu"):
             parts.run([profile(profiler)], PROFILE_SECONDS, out)
             print("\n".join(report.kernels((out / "profile.txt").read_text())), flush=True)
+        parts.run([parts.program("benchmarks", out, "whole")], BENCHMARKS_SECONDS)
 
 
 def profile(profiler: str) -> parts.Part:
