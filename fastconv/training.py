@@ -250,7 +250,9 @@ def train(
                     logits = model(x)
                 loss = F.cross_entropy(logits.float(), labels)
                 optimizer.zero_grad()
-                loss.backward()
+                # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
+                with torch.autograd.set_multithreading_enabled(False):
+                    loss.backward()
                 optimizer.step()
                 losses[step] = loss.detach()
                 correct += (logits.argmax(1) == labels).sum()
