@@ -52,6 +52,8 @@ def test_timms_own_tests_pass_on_swapped_models(timms_tests):
         "FASTCONV_BACKEND": "portable",
         "TRITON_INTERPRET": "0",
         "HF_HUB_OFFLINE": "1",
+        # One process, which counts what it swaps.
+        "PYTEST_ADDOPTS": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
