@@ -136,7 +136,7 @@ def draw_batches(rows: list[Row], file: BinaryIO) -> None:
         fontsize="medium",
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save(figure, rows, file)
 
 

@@ -47,9 +47,7 @@ def section(machine: str) -> str:
         ("speedups", "Speed-ups over eager PyTorch"),
         ("batches", "Time of a block against the batch"),
     ):
-        picture = path.with_name(f"{path.stem}-{suffix}.png")
-        if picture.exists():
-            parts.append(f"![{alt}](bench/results/{picture.name})")
+        parts.append(f"![{alt}](bench/results/{path.stem}-{suffix}.png)")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of all kernels: the matrix product in the precision asked for, and what else has one."""
+"""The arithmetic that kernels share: products in the precision asked for, exact division, and widening."""
 
 import triton
 import triton.language as tl

@@ -337,7 +337,7 @@ def drawn_from(picture):
 def test_the_readme_shows_the_committed_results():
     text = readme.README.read_text()
     assert readme.rewritten(text) == text, "run python -m bench.readme"
-    for machine in ("CPU", "GPU"):
+    for machine in readme.BEGINS:
         path = readme.committed(machine)
         _, rows = results.read(path)
         for suffix, chosen in (("speedups", plots.lecture_batch(rows)), ("batches", plots.growing(rows))):

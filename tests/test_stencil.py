@@ -230,15 +230,15 @@ def test_gradients_of_any_layout_alone_and_together(device):
     expected = torch.autograd.grad(y, leaves, grad, retain_graph=True)
     for layout in FORMATS[1:]:
         found = torch.autograd.grad(y, leaves, in_format(grad, layout), retain_graph=True)
-        # Not bit by bit: of another layout Triton sums in another order.
-        torch.testing.assert_close(found, expected)
+        # On a GPU not bit by bit: of another layout Triton sums in another order.
+        torch.testing.assert_close(found, expected, **({} if device == "cuda" else {"rtol": 0, "atol": 0}))
     assert torch.equal(grad, before)
     for i in range(len(leaves)):
         alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
         (found,) = torch.autograd.grad(depthwise(functional)(*alone), alone[i], grad)
-        torch.testing.assert_close(found, expected[i])
+        assert torch.equal(found, expected[i])
     dense = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), dense)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y.sum(), leaves), dense, strict=True))
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
