@@ -8,8 +8,18 @@ so they are listed.
 
 from setuptools import setup
 
+ROOMS = ("operations", "swapping", "checking", "training", "commands")
+KERNELS = ("common", "toeplitz", "layer_norm", "stencil", "channel_norm", "pointwise", "block")
+
 setup(
-    packages=["fastconv", "fastconv.bench", "fastconv.kernels"],
+    packages=[
+        "fastconv",
+        *(f"fastconv.{room}" for room in ROOMS),
+        "fastconv.kernels",
+        *(f"fastconv.kernels.{room}" for room in KERNELS),
+        # Without bench/tools, which are for those who work on fastconv.
+        "fastconv.bench",
+    ],
     package_dir={"fastconv": "fastconv", "fastconv.bench": "bench", "fastconv.kernels": "kernels"},
-    package_data={"fastconv": ["py.typed"], "fastconv.bench": ["*.c"]},
+    package_data={"fastconv": ["py.typed"]},
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastconv import environment
+from fastconv import machine
 from fastconv.progress import progress
 
 from . import contenders, plots, results, suite, tables, workloads
@@ -57,7 +57,7 @@ def bench(
         if render is not None:
             show(render)
             return
-        place = environment.choose_device(device)
+        place = machine.choose_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     chosen = [w for w in (workloads.quick() if quick else workloads.full()) if only in str(w)]

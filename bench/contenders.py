@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastconv.data import ImageSet
+from fastconv.training.data import ImageSet
 
 from .timing import Call
 from .workloads import CLASSES, CLASSIFIERS, CONVNEXTS, EPOCH_IMAGES, Workload, input_shape, make_modules

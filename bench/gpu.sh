@@ -40,7 +40,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 # The package as an installation would lay it out.
 mkdir "$scratch/fastconv"
-ln -s "$root"/fastconv/*.py "$scratch/fastconv/"
+ln -s "$root"/fastconv/* "$scratch/fastconv/"
 ln -s "$root/kernels" "$root/bench" "$scratch/fastconv/"
 export PYTHONPATH="$scratch" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # What was compiled, and what was found: nothing is left on the machine.
@@ -55,4 +55,4 @@ cd "$scratch"
 # After a stage is told to stop it packs what it compiled.
 grace=15
 timeout --signal=INT --kill-after="$grace" $((limit - grace)) \
-    python3 -m "fastconv.bench.visit.$stage" "$out" ${data:+"$data"}
+    python3 -m "fastconv.bench.tools.visit.$stage" "$out" ${data:+"$data"}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastconv.checkpoint import write_atomically
 from fastconv.extras import import_extra
+from fastconv.files import write_atomically
 
 from .contenders import BASELINE, CONTENDERS
 from .suite import Row

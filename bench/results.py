@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastconv import environment
-from fastconv.checkpoint import write_atomically
+from fastconv import machine
+from fastconv.files import write_atomically
 
 from .suite import Row
 
@@ -47,7 +47,7 @@ def provenance(device: torch.device, command: str | None = None) -> dict[str, An
         "clocks": nvidia_smi("clocks.sm,clocks.mem", device) if on_gpu else None,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
-        **environment.versions(),
+        **machine.versions(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         **commit(),

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from fastconv import fallback
 from fastconv.accuracy import Error
-from fastconv.check import float32_products
-from fastconv.problems import PRECISIONS
-from fastconv.training import keep_freed_memory
+from fastconv.checking.precisions import PRECISIONS, float32_products
+from fastconv.machine import keep_freed_memory
+from fastconv.operations import fallback
 
 from . import ceilings, contenders, timing
 from .contenders import BASELINE, Contender, Gate, Runner
@@ -25,7 +24,7 @@ from .workloads import Workload, cost
 
 Row = dict[str, Any]
 
-# Of problems.PRECISIONS. With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
+# Of precisions.PRECISIONS. With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 # Rounds fill so many seconds, within these bounds.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50

@@ -10,12 +10,12 @@ import itertools
 import pytest
 import torch
 
-from fastconv import accuracy, environment
-from fastconv.training import keep_freed_memory
+from fastconv import accuracy, machine
+from fastconv.machine import keep_freed_memory
 
 from . import contenders, suite, workloads
 
-DEVICE = environment.choose_device("auto")
+DEVICE = machine.choose_device("auto")
 LEVELS = [workload for workload in workloads.quick() if workload.images == 128]
 TIMED = [(workload, direction) for workload in LEVELS for direction in workload.directions]
 

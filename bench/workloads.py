@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fastconv
-from fastconv import reference
 from fastconv.extras import import_extra
+from fastconv.operations import reference
 
 OPERATIONS = ("depthwise_conv_layer_norm", "pointwise_conv_gelu", "convnext_block")
 # Training steps of a library's ConvNeXt-T.

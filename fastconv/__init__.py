@@ -1,8 +1,8 @@
 """Fused convolution modules for PyTorch: depthwise convolution + layer norm, pointwise convolution + GELU."""
 
-from fastconv import functional
-from fastconv.backends import BackendUnavailable, backend
+from fastconv import functional, reference
 from fastconv.modules import Classifier, ConvNextBlock, DepthwiseConvLayerNorm, PointwiseConvGELU
+from fastconv.operations.backends import BackendUnavailable, backend
 from fastconv.swapping import SwapReport, swap, unswap
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SwapReport",
     "backend",
     "functional",
+    "reference",
     "swap",
     "unswap",
 ]

@@ -1,5 +1,5 @@
 """`python -m fastconv` is the command `fastconv`."""
 
-from fastconv.cli import main
+from fastconv.commands.main import main
 
 main()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastconv import functional
+from fastconv.operations import functional
 
 
 class DepthwiseConvLayerNorm(nn.Conv2d):

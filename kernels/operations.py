@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import block_operator, channel_norm_operators, norm_operators, pointwise_operator, stencil_operators
+from .block import operator as block_operator
+from .channel_norm import operators as channel_norm_operators
+from .layer_norm import operator as layer_norm_operator
+from .pointwise import operator as pointwise_operator
+from .stencil import operators as stencil_operators
+from .toeplitz import operator as toeplitz_operator
 
 # On maps of more pixels the convolution is a stencil: a Toeplitz matrix has P^2 entries for each channel.
 LARGEST_TOEPLITZ_MAP = 256
@@ -89,7 +94,7 @@ def depthwise_conv_layer_norm(
     if norm == "channel" or _is_large(x):
         h = stencil_operators.depthwise_conv(x, weight, bias)
         return layer_norm(h, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
-    y = norm_operators.depthwise_conv_layer_norm(x, weight, bias, norm, eps)
+    y = toeplitz_operator.depthwise_conv_layer_norm(x, weight, bias, norm, eps)
     return _affine(y, norm_weight, norm_bias)
 
 
@@ -132,7 +137,7 @@ def layer_norm(
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm_weight, norm_bias, eps)
         y = y.permute(0, 3, 1, 2)
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-    return _affine(norm_operators.layer_norm(x, norm, eps), norm_weight, norm_bias)
+    return _affine(layer_norm_operator.layer_norm(x, norm, eps), norm_weight, norm_bias)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

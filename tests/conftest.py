@@ -59,7 +59,7 @@ def stop_after_fault(request):
 @pytest.fixture
 def nothing_small(monkeypatch):
     """Keep small inputs, as those of tests are, on the portable path's own code."""
-    from fastconv import portable
+    from fastconv.operations import portable
 
     monkeypatch.setattr(portable, "is_small", lambda *_: False)
 
@@ -69,7 +69,8 @@ def run(capsys, monkeypatch):
     """Run the command in this process; return its exit code, standard output and standard error."""
     # Not above: fastconv reads TRITON_INTERPRET when it is imported.
     import fastconv
-    from fastconv import backends, cli, dispatch
+    from fastconv.commands import main as cli
+    from fastconv.operations import backends, dispatch
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fastconv", *map(str, arguments)])

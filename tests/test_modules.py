@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv import reference
+from fastconv.operations import reference
 
 CLASSIFIERS = {
     "lecture": ({}, (4, 3, 32, 32)),

@@ -1,0 +1,1 @@
+"""Tools of those who work on fastconv: they make budgets, tables of the README, and visits to a GPU."""

@@ -1,0 +1,342 @@
+"""What every kernel costs on each GPU, from its machine code alone: no GPU is needed, and none is used.
+
+    python -m bench.tools.budget
+
+compiles the kernels of all operations at the lecture's shapes, and those of two stages of ConvNeXt-T, and
+prints a table; `--json` prints its rows. `--write` puts them into bench/budget.json, to which the tests compare,
+and leaves there what it says of other GPUs and precisions.
+
+Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
+access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
+run; and moving every tensor that the kernel is given once, as if none were in the L2 cache. The loops of stencils,
+of the norm's backward and of sums count as often as they run, but of other kernels each instruction once, though
+they loop over channels and over partial sums; and latencies, bank conflicts, what L1 takes from L2, and the launch
+itself count for nothing. A kernel takes longer than its estimate, which compares versions of one kernel, not
+kernels. The floor is the longer of moving the tensors and multiplying, were the work spread evenly.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastconv.kernels import operations
+
+from . import machine_code
+from .dry_run import TARGETS, Launch, dry_run
+
+TABLE = Path(__file__).with_name("budget.json")
+
+# How often a kernel's loop runs, by its arguments.
+ROUNDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "stencil": lambda arguments: arguments["KERNEL_HEIGHT"],
+    "stencil_channel_norm": lambda arguments: arguments["KERNEL_HEIGHT"],
+    "stencil_backward_taps": lambda arguments: arguments["rounds"],
+    "channel_norm_backward": lambda arguments: arguments["rounds"],
+    "sum_columns": lambda arguments: ceil(arguments["rows"] / arguments["BLOCK_ROWS"]),
+}
+
+Row = dict[str, Any]
+
+
+class Gpu(NamedTuple):
+    """Approximate, from the vendor's data sheets."""
+
+    multiprocessors: int
+    gigahertz: float
+    terabytes_per_second: float
+    # Of dense products in bf16 or fp16; tf32 has half of it.
+    teraflops: float
+
+
+# A100 80 GB, H100 and B200, all SXM.
+GPUS = {
+    "sm_80": Gpu(108, 1.41, 2.0, 312),
+    "sm_90": Gpu(132, 1.83, 3.35, 989),
+    "sm_100": Gpu(148, 1.85, 8.0, 2250),
+}
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    # Of `torch.set_float32_matmul_precision`.
+    float32: str
+    # Products of bf16 in the time of one.
+    cost: int
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16, "highest", 1),
+    "fp16": Precision(torch.float16, "highest", 1),
+    "fp32 medium": Precision(torch.float32, "medium", 1),
+    "fp32 high": Precision(torch.float32, "high", 2),
+    "fp32 highest": Precision(torch.float32, "highest", 6),
+}
+
+
+class Shape(NamedTuple):
+    images: int
+    channels: int
+    multiplier: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.multiplier}, {self.side}x{self.side}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        outputs = self.channels * self.multiplier
+        sizes = {
+            "x": (self.images, self.channels, self.side, self.side),
+            "h": (self.images, outputs, self.side, self.side),
+            "depthwise_weight": (outputs, 1, 7, 7),
+            "depthwise_bias": (outputs,),
+            "pointwise_weight": (self.channels, outputs, 1, 1),
+            "pointwise_bias": (self.channels,),
+            "projection_weight": (self.channels, self.channels, 1, 1),
+            "projection_bias": (self.channels,),
+        }
+        return {name: torch.empty(size, dtype=dtype, requires_grad=True) for name, size in sizes.items()}
+
+    def flops(self, kernel: str) -> int:
+        """Of the products of one kernel. Toeplitz matrices count in full, though on 8x8 maps half of them is 0."""
+        pixels, outputs = self.side**2, self.channels * self.multiplier
+        toeplitz = 2 * self.images * outputs * pixels**2
+        pointwise = 2 * self.images * pixels * self.channels * (outputs + self.channels)
+        alone = 2 * self.images * pixels * self.channels * outputs
+        return {
+            "depthwise_forward": toeplitz,
+            "depthwise_backward": 2 * toeplitz,
+            "pointwise_forward": pointwise,
+            "pointwise_backward": 2 * pointwise,
+            "pointwise_gelu": alone,
+            "pointwise_gelu_backward_x": alone,
+            "pointwise_gelu_backward_weight": alone,
+        }.get(kernel, 0)
+
+
+class OddMaps(NamedTuple):
+    """Maps of an awkward number of pixels, of which a norm takes each image by itself."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}, {self.height}x{self.width}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {"x": torch.empty(*self, dtype=dtype, requires_grad=True)}
+
+    def flops(self, kernel: str) -> int:
+        return 0
+
+
+class Stage(NamedTuple):
+    """Of a ConvNeXt for images of 224x224, in channels_last, the layout that its blocks keep."""
+
+    channels: int
+    side: int
+    images: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.channels}, {self.side}x{self.side}"
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
+        x = torch.empty(self.images, self.channels, self.side, self.side, dtype=dtype)
+        vectors = {name: torch.empty(self.channels, dtype=dtype) for name in ("bias", "norm_weight", "norm_bias")}
+        tensors = {
+            "x": x.contiguous(memory_format=torch.channels_last),
+            "weight": torch.empty(self.channels, 1, 7, 7, dtype=dtype),
+            **vectors,
+        }
+        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def flops(self, kernel: str) -> int:
+        """Of products: the stencils have none."""
+        return 0
+
+
+LECTURE = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4)]
+WIDEST_BLOCK = Shape(128, 128, 4, 4)
+
+Call = Callable[[dict[str, Any]], Tensor]
+
+
+def convnext_block(tensors: dict[str, Any]) -> Tensor:
+    return operations.convnext_block(**{name: tensor for name, tensor in tensors.items() if name != "h"})
+
+
+def depthwise_conv_layer_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.depthwise_conv_layer_norm(
+        tensors["x"], tensors["depthwise_weight"], tensors["depthwise_bias"]
+    )
+
+
+def depthwise_conv_channel_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.depthwise_conv_layer_norm(**tensors, norm="channel", eps=1e-6)
+
+
+def pointwise_conv_gelu(tensors: dict[str, Any]) -> Tensor:
+    return operations.pointwise_conv_gelu(tensors["h"], tensors["pointwise_weight"], tensors["pointwise_bias"])
+
+
+def layer_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.layer_norm(tensors["x"])
+
+
+def sample_norm(tensors: dict[str, Any]) -> Tensor:
+    return operations.layer_norm(tensors["x"], norm="sample")
+
+
+# What one process compiles. The kernels of a stage take as long as all others.
+PARTS: dict[str, list[tuple[Call, Shape | Stage | OddMaps]]] = {
+    "lecture": [
+        *((convnext_block, shape) for shape in LECTURE),
+        *((call, LECTURE[0]) for call in (depthwise_conv_layer_norm, pointwise_conv_gelu, layer_norm)),
+        (sample_norm, OddMaps(3, 5, 7, 11)),
+    ],
+    "widest block": [(convnext_block, WIDEST_BLOCK)],
+    "first stage": [(depthwise_conv_channel_norm, Stage(96, 56))],
+    "last stage": [(depthwise_conv_channel_norm, Stage(768, 7))],
+}
+# One stage in each precision: they differ in how channels and rows are divided, and both would take twice as long.
+STAGE_OF = {"bf16": "first stage", "fp32 highest": "last stage"}
+# Of the table. Turing's tensor cores take neither bfloat16 nor tf32.
+IN_TABLE = {
+    "sm_75": ("fp16", "fp32 highest"),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"), ("bf16", "fp32 highest")),
+}
+WITH_STAGES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
+    """A row for each launch of some operations, forward and backward."""
+    precision = PRECISIONS[precision_name]
+    torch.set_float32_matmul_precision(precision.float32)
+    rows = []
+    for call, shape in PARTS[part]:
+        with dry_run(architecture) as launches:
+            tensors = shape.tensors(precision.dtype)
+            y = call(tensors)
+            torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
+        for launch in launches:
+            labels = {
+                "operation": call.__name__,
+                "shape": str(shape),
+                "kernel": launch.kernel,
+                "dtype": precision_name,
+                "architecture": architecture,
+            }
+            flops = shape.flops(launch.kernel) * precision.cost
+            rows.append(labels | describe(launch, architecture, flops))
+    return rows
+
+
+def describe(launch: Launch, architecture: str, flops: int) -> Row:
+    """What the launch costs, given its products in operations of bf16."""
+    code = machine_code.read(launch.compiled)
+    row = {
+        "programs": launch.programs,
+        "warps": launch.compiled.metadata.num_warps,
+        "registers": code.registers,
+        "spills": code.spills,
+        "shared_memory": launch.compiled.metadata.shared,
+        "instructions": code.instructions,
+        "tensor": code.tensor,
+        "wide_accesses": code.wide_accesses,
+        "narrow_accesses": code.narrow_accesses,
+    }
+    if architecture not in GPUS:
+        return row
+    gpu = GPUS[architecture]
+    moved = launch.bytes / (gpu.terabytes_per_second * 1e6)
+    multiplied = flops / (gpu.teraflops * 1e6)
+    # The busiest multiprocessor's, which issues an instruction of four warps in each cycle.
+    programs = ceil(launch.programs / gpu.multiprocessors)
+    warps = programs * row["warps"]
+    again = ROUNDS[launch.kernel](launch.arguments) - 1 if launch.kernel in ROUNDS else 0
+    instructions = code.instructions + again * code.looped_instructions
+    issued = instructions * warps / 4 / (gpu.gigahertz * 1e3)
+    memory_cycles = code.memory_cycles + again * code.looped_memory_cycles
+    accessed = memory_cycles * warps / (gpu.gigahertz * 1e3)
+    uneven = programs * gpu.multiprocessors / launch.programs
+    estimate = max(issued, accessed, moved, multiplied * uneven)
+    return row | {"estimate_us": round(estimate, 2), "floor_us": round(max(moved, multiplied), 2)}
+
+
+def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
+    """In processes of their own, because Triton compiles in one thread."""
+    jobs = []
+    for architecture in architectures:
+        for precision in precisions or IN_TABLE[architecture]:
+            jobs.append((architecture, precision, "lecture"))
+            # In float32 it takes 72 KiB of shared memory, and a program on Turing has 64.
+            if architecture != "sm_75":
+                jobs.append((architecture, precision, "widest block"))
+            if architecture in WITH_STAGES and precision in STAGE_OF:
+                jobs.append((architecture, precision, STAGE_OF[precision]))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(measure, *zip(*jobs, strict=True)) for row in rows]
+
+
+def write_table(rows: list[Row]) -> None:
+    """One row a line, so that differences read well; what another Triton made is dropped."""
+    table = json.loads(TABLE.read_text())
+    new = {(row["architecture"], row["dtype"]) for row in rows}
+    kept = table["rows"] if table["triton"] == triton.__version__ else []
+    rows = [row for row in kept if (row["architecture"], row["dtype"]) not in new] + rows
+    rows.sort(key=lambda row: list(TARGETS).index(row["architecture"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table("operation", "shape", "kernel", "dtype", "GPU")
+    columns = ("warps", "registers", "spills", "shared", "instr.", "tensor", "128-bit", "model us", "floor us")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        wide, narrow = row["wide_accesses"], row["narrow_accesses"]
+        table.add_row(
+            *(row[key] for key in ("operation", "shape", "kernel", "dtype", "architecture")),
+            *(str(row[key]) for key in ("warps", "registers", "spills", "shared_memory", "instructions")),
+            " ".join(f"{name} {count}" for name, count in row["tensor"].items()),
+            f"{wide} of {wide + narrow}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("estimate_us", "floor_us")),
+        )
+    # In a file or a pipe there is no width to fit into.
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def main(
+    architecture: Annotated[list[str], typer.Option(help="Only for these GPUs.")] = list(TARGETS),  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="In these precisions instead of the table's.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the rows into bench/budget.json.")] = False,
+) -> None:
+    """Compile every kernel, and print what it costs."""
+    rows = measure_all(architecture, dtype)
+    if write:
+        write_table(rows)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

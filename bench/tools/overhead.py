@@ -1,0 +1,107 @@
+"""What a call costs the host: Python, PyTorch's dispatch and autograd, and Triton's launcher, without a GPU.
+
+    python -m bench.tools.overhead
+
+calls the operations eagerly over a libcuda that does nothing: a call that reaches a GPU takes some microseconds
+more for each launch, and to allocate. Backward passes include what torch.autograd.grad takes by itself, which the
+row "nothing" shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from fastconv.kernels.toeplitz.plan import Depthwise
+
+from .. import results, tables
+from . import budget
+from .null_gpu import null_gpu
+
+OPERATIONS = (
+    budget.convnext_block,
+    budget.depthwise_conv_layer_norm,
+    budget.pointwise_conv_gelu,
+    budget.layer_norm,
+)
+# Rounds in which all calls take turns, as long as the machine's mood.
+ROUNDS = 10
+
+
+class Nothing(torch.autograd.Function):
+    """As many inputs as a block has, and no work: what is left is autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def calls_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """By direction."""
+    y = call()
+    backward = partial(torch.autograd.grad, y, tensors, torch.empty_like(y), retain_graph=True, allow_unused=True)
+
+    def without_gradients() -> None:
+        with torch.no_grad():
+            call()
+
+    return {"forward": call, "backward": backward, "forward without gradients": without_gradients}
+
+
+def one_launch(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    """A block's first kernel, by itself."""
+    depthwise = Depthwise(x, weight, "tensor")
+    h, moments = depthwise.new_h(weight), depthwise.new_moments(weight)
+    return partial(depthwise.forward(x, weight, has_bias=False), x, weight, None, h, moments)
+
+
+def median_time(call: Callable[[], object], count: int) -> float:
+    """In microseconds."""
+    samples = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return torch.tensor(samples, dtype=torch.float64).median().item() * 1e6
+
+
+def main(count: Annotated[int, typer.Option(min=1, help="How often each call is timed in a round.")] = 60) -> None:
+    """Print microseconds per call of each operation."""
+    tensors = budget.LECTURE[0].tensors(torch.float32)
+    leaves = list(tensors.values())
+    with null_gpu() as library:
+        calls = {call.__name__: calls_of(partial(call, tensors), leaves) for call in OPERATIONS}
+        inputs = [tensor for name, tensor in tensors.items() if name != "h"]
+        calls["nothing, of a block's inputs"] = calls_of(partial(Nothing.apply, *inputs), leaves)
+        calls["one launch"] = {"forward": one_launch(tensors["x"], tensors["depthwise_weight"])}
+        timed = [(name, direction, call) for name, of in calls.items() for direction, call in of.items()]
+        # The first call compiles.
+        launches = [count_launches(library, call) for *_, call in timed]
+        rounds = [[median_time(call, count) for *_, call in timed] for _ in range(ROUNDS)]
+    print(f"{tables.machine(results.provenance(torch.device('cpu')))}\n")
+    print("| operation | direction | launches | us |\n|---|---|---:|---:|")
+    medians = torch.tensor(rounds, dtype=torch.float64).median(dim=0).values.tolist()
+    for (name, direction, _), number, microseconds in zip(timed, launches, medians, strict=True):
+        print(f"| {name} | {direction} | {number} | {microseconds:.0f} |")
+
+
+def count_launches(library: Any, call: Callable[[], object]) -> int:
+    call()
+    before = library.null_launches()
+    call()
+    return library.null_launches() - before
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,73 @@
+"""The README's figures of speed, from committed results.
+
+    python -m bench.tools.readme
+
+rewrites the tables between the marks, one pair for a CPU and one for a GPU, and the pictures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import plots, results, tables
+from ..suite import Row
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGINS = {machine: f"<!-- python -m bench.tools.readme, {machine}: begin -->\n" for machine in ("CPU", "GPU")}
+END = "<!-- end -->\n"
+# What the tables show: the batch of the lecture, at its first stage.
+SHOWN = {"images": 128, "channels": 32, "side": 8}
+
+
+def committed(machine: str) -> Path:
+    """The results that the README shows: the newest on a "CPU", or on a "GPU"."""
+    found = {}
+    for path in results.FOLDER.glob("*.json"):
+        about, rows = results.read(path)
+        steps = any(row["level"] == "training_step" for row in shown(rows))
+        if steps and (about["driver"] is None) == (machine == "CPU"):
+            found[path] = about["date"]
+    if not found:
+        raise results.ResultsError(f"there are no results of a {machine} in {results.FOLDER}; run fastconv bench")
+    return max(found, key=found.__getitem__)
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in SHOWN.items())]
+
+
+def section(machine: str) -> str:
+    """What stands between the marks."""
+    path = committed(machine)
+    about, rows = results.read(path)
+    # Results of a GPU go on with other dtypes.
+    chosen = [row for row in shown(rows) if row["dtype"] == rows[0]["dtype"]]
+    parts = [f"{tables.machine(about)}:", tables.speedups(chosen)]
+    for suffix, alt in (
+        ("speedups", "Speed-ups over eager PyTorch"),
+        ("batches", "Time of a block against the batch"),
+    ):
+        parts.append(f"![{alt}](bench/results/{path.stem}-{suffix}.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def rewritten(text: str) -> str:
+    """The README with its sections anew."""
+    for machine, mark in BEGINS.items():
+        before, begin, rest = text.partition(mark)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise results.ResultsError(f"{README.name} lacks the lines {mark.strip()} and {END.strip()}")
+        text = f"{before}{mark}\n{section(machine)}\n{END}{after}"
+    return text
+
+
+def main() -> None:
+    for machine in BEGINS:
+        path = committed(machine)
+        plots.write_all(results.read(path)[1], path)
+    README.write_text(rewritten(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

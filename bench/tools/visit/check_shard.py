@@ -1,0 +1,31 @@
+"""A part of `fastconv check`: every n-th case, from the i-th on.
+
+    python3 -m fastconv.bench.tools.visit.check_shard FOLDER I N
+
+FOLDER/check-I.jsonl gets each result as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fastconv.checking import check, problems
+
+from . import compilations
+
+
+def main() -> None:
+    folder, shard, shards = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    compilations.count()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with (folder / f"check-{shard}.jsonl").open("w") as kept:
+        # Without a GPU a rehearsal, on the first of them.
+        cases = problems.cases()[: None if device.type == "cuda" else 30]
+        check.run(device, cases[shard::shards], lambda _: None, kept)
+
+
+if __name__ == "__main__":
+    main()

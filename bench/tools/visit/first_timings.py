@@ -1,0 +1,75 @@
+"""First numbers: what a block of the lecture takes, replayed as a CUDA graph, called eagerly, and of the host.
+
+    python3 -m fastconv.bench.tools.visit.first_timings FILE
+
+FILE gets a line of JSON for each block, dtype and direction.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ... import contenders, timing
+from ...contenders import Contender, Runner
+from ...timing import Call
+from ...workloads import LECTURE, Workload
+from . import compilations
+from .stage import DEVICE, ON_GPU
+
+IMAGES = 128 if ON_GPU else 2
+WAYS = {"fastconv": Contender("fastconv", fused=True), "PyTorch": Contender("PyTorch")}
+# Of these a CPU takes seconds for the first.
+DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
+ROUNDS = 20
+# So many calls, whose kernels the GPU queues: the host does not wait.
+HOST_CALLS = 50
+
+
+def main() -> None:
+    compilations.count()
+    with Path(sys.argv[1]).open("w") as kept:
+        for dtype in DTYPES:
+            for shape in LECTURE:
+                workload = Workload("convnext_block", IMAGES, *shape)
+                runners = {name: Runner(way, workload, DEVICE, dtype) for name, way in WAYS.items()}
+                for direction in ("forward", "both"):
+                    found = measure(runners, direction)
+                    dtype_name = str(dtype).removeprefix("torch.")
+                    about = {**workload._asdict(), "dtype": dtype_name, "direction": direction}
+                    print(json.dumps(about | {"microseconds": found}), file=kept, flush=True)
+                    numbers = ", ".join(f"{name} {us:.4g}" for name, us in found.items())
+                    print(f"{workload}, {dtype_name}, {direction}, us: {numbers}", flush=True)
+
+
+def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
+    """Medians, in microseconds."""
+    eager: dict[str, Call] = {name: runner.call(direction) for name, runner in runners.items()}
+    calls = dict(eager)
+    if ON_GPU:
+        calls |= {f"{name} in a graph": contenders.capture(call) for name, call in eager.items()}
+    samples = timing.interleave(calls, ROUNDS, 2, DEVICE)
+    found = {name: 1e3 * timing.percentiles(times).p50 for name, times in samples.items()}
+    return found | {f"host of {name}": host_microseconds(call) for name, call in eager.items()}
+
+
+def host_microseconds(call: Callable[[int], object]) -> float:
+    """What a call takes of the host alone."""
+    samples = []
+    for _ in range(5):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(HOST_CALLS):
+            call(i)
+        samples.append((time.perf_counter() - start) / HOST_CALLS * 1e3)
+    return 1e3 * timing.percentiles(samples).p50
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Code that is meant for a GPU, run without one for the kernels that it launches, which Triton compiles.
+
+Kernels compute nothing then, so nothing else need be computed either: tensors have shapes, strides and dtypes, and
+lie on the CPU. What code that runs here returns, or asserts, means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fastconv import accuracy
+from fastconv.checking import check
+from fastconv.operations import backends
+from fastconv.training import loop as training
+
+from ..null_gpu import null_gpu
+
+
+class Uncomputed(TorchDispatchMode):
+    """PyTorch's operations return new memory as it is found, of the shape and strides that results would have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aliases = any(value.alias_info for value in (*func._schema.arguments, *func._schema.returns))
+        if func.namespace != "aten" or aliases:
+            return func(*args, **kwargs)
+        on_meta = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+        try:
+            described = func(*tree_map_only(Tensor, _like, args), **tree_map_only(Tensor, _like, kwargs) | on_meta)
+        except (RuntimeError, NotImplementedError):
+            # Its result depends on values, or on a generator of random numbers.
+            return func(*args, **kwargs)
+        return tree_map_only(Tensor, lambda x: _like(x, "cpu"), described)
+
+
+def _like(x: Tensor, device: str = "meta") -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+@contextmanager
+def kernels_only() -> Iterator[None]:
+    """Meanwhile fastconv runs its kernels, on no GPU, and `accuracy.measure` judges nothing.
+
+    Raises:
+        RuntimeError: as `null_gpu`.
+    """
+    with null_gpu(), ExitStack() as stack:
+        for owner, name, replacement in (
+            (backends, "can_run", _can_run),
+            (accuracy, "measure", _once),
+            (check, "choose_backend", lambda case, device: ("triton", "")),
+            (check, "interprets", lambda backend, device: False),
+            (training, "check_finite", lambda *_: None),
+            *((torch.cuda, name, replacement) for name, replacement in _CUDA.items()),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+def gpu_found() -> AbstractContextManager[object]:
+    """Meanwhile PyTorch says that there is a GPU: for code that asks once, and not for PyTorch's compiler."""
+    return mock.patch.object(torch.cuda, "is_available", return_value=True)
+
+
+def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return "its kernels do not take float64" if backend == "triton" and dtype == torch.float64 else None
+
+
+def _once(sample: Callable[[], object], *_: Any, **__: Any) -> dict[str, accuracy.Error]:
+    """In the place of `accuracy.measure`: no errors of any tensor, of one sample whose kernels were launched."""
+    with Uncomputed():
+        sample()
+    return {}
+
+
+# What tests and benchmarks call of it, for a GPU that is not there.
+_CUDA: dict[str, Any] = {
+    "get_device_capability": lambda device=None: (9, 0),
+    "mem_get_info": lambda device=None: (0, 0),
+    "synchronize": lambda device=None: None,
+    "set_sync_debug_mode": lambda mode: None,
+    "current_stream": mock.MagicMock(),
+    "Stream": mock.MagicMock(),
+    "CUDAGraph": mock.MagicMock(),
+    "stream": lambda stream: nullcontext(),
+    "graph": lambda graph, **_: nullcontext(),
+}

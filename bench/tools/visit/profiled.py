@@ -1,0 +1,23 @@
+"""The kernels of a block of the lecture, forward and backward in bf16, once: for a profiler that is told when."""
+
+from __future__ import annotations
+
+import torch
+
+from ...contenders import Contender, Runner
+from ...workloads import LECTURE, Workload
+from .stage import DEVICE
+
+
+def main() -> None:
+    for shape in LECTURE:
+        workload = Workload("convnext_block", 128, *shape)
+        runner = Runner(Contender("fastconv", fused=True), workload, DEVICE, torch.bfloat16)
+        runner.both(0)
+        torch.cuda.profiler.start()
+        runner.both(1)
+        torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    main()

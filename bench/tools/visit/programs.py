@@ -1,0 +1,102 @@
+"""What a visit runs besides tests, run without a GPU for its kernels.
+
+    python3 -m fastconv.bench.tools.visit.programs NAME
+
+They call the very code that the stages call, once instead of often.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+from fastconv.checking import check, divergence, problems
+from fastconv.checking.precisions import PRECISIONS, float32_products
+
+from ...contenders import Contender, Runner
+from ...workloads import LECTURE, Workload, make_modules
+from . import compilations, parts
+from .kernels_only import Uncomputed, gpu_found, kernels_only
+
+CPU = torch.device("cpu")
+FASTCONV = Contender("fastconv", fused=True)
+
+
+def check_cases() -> None:
+    for case in problems.cases():
+        check.examine(case, CPU)
+    with mock.patch.object(divergence, "STEPS", 1), Uncomputed():
+        check.examine_training(CPU, lambda: None)
+
+
+def sanitized() -> None:
+    sys.path[:0] = [str(parts.ROOT / "tests"), str(parts.ROOT / "tests/kernels")]
+    from test_gpu import SANITIZED
+
+    exec(SANITIZED.replace('"cuda"', '"cpu"'), {})
+
+
+def first_timings() -> None:
+    for dtype in ("bfloat16", "float32"):
+        for shape in LECTURE:
+            launch(Workload("convnext_block", 128, *shape), dtype)
+
+
+def measure() -> None:
+    benchmarks("measure")
+
+
+def whole() -> None:
+    benchmarks("whole")
+
+
+def benchmarks(stage: str) -> None:
+    with gpu_found():
+        from .benchmarks import series
+
+    for dtype, workloads, _ in series(stage):
+        for workload in workloads:
+            launch(workload, dtype)
+
+
+def launch(workload: Workload, dtype: str) -> None:
+    """All kernels of a workload."""
+    # Swapping computes, to see that it changes nothing.
+    make_modules(workload)
+    with Uncomputed(), float32_products(PRECISIONS[dtype].matmul):
+        runner = Runner(FASTCONV, workload, CPU, PRECISIONS[dtype].dtype)
+        runner.results()
+        for direction in workload.directions:
+            runner.call(direction)(0)
+
+
+def train() -> None:
+    with gpu_found():
+        from . import training
+    training.DEVICE = CPU
+    dataset = training.pictures()
+    for precision in ("bf16", "fp32"):
+        # The last batch of CIFAR-10's 40,000 training images, and of 10,000 others.
+        for rest in (64, 16):
+            recipe = replace(training.RECIPE, epochs=1, precision=precision, limit=128 + rest)
+            with Uncomputed():
+                training.run(recipe, "auto", dataset)
+
+
+PROGRAMS: dict[str, Callable[[], None]] = {
+    program.__name__: program for program in (whole, check_cases, measure, train, sanitized, first_timings)
+}
+
+
+def main() -> None:
+    compilations.count()
+    with kernels_only():
+        PROGRAMS[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()

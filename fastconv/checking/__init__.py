@@ -1,0 +1,1 @@
+"""Whether results are right on this machine: `fastconv check`."""

@@ -1,0 +1,125 @@
+"""What `fastconv check` shows: a row for each operation with its options in each precision, then the losses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastconv import machine
+from fastconv.checking.check import Report, Result
+from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
+
+STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
+# Of a terminal, for all columns.
+WIDE = 130
+SHOWN_STEPS = (1, *range(10, STEPS + 1, 10))
+
+
+def show(report: Report, console: Console) -> None:
+    if not console.is_terminal:
+        # In a file or a pipe nothing is to be wrapped or cut.
+        console = Console(file=console.file, width=200)
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+    console.print(f"{report.device}; {versions}", highlight=False)
+    groups = [list(group) for _, group in groupby(report.results, key=kind)]
+    console.print(errors_table(groups, narrow=console.width < WIDE))
+    tell(report, groups, console)
+    if report.training.divergence is not None:
+        console.print(losses_table(report.training.divergence))
+        tell_divergence(report.training.divergence, console)
+    console.print(summary(report))
+
+
+def kind(result: Result) -> tuple[str, str, str]:
+    """What the cases in a row of the table have in common."""
+    return result.case.subject, ", ".join(result.case.options.values()), result.case.precision
+
+
+def worst_of(group: Sequence[Result]) -> Result:
+    """The case whose error is farthest beyond its bound or closest to it; before all, one that raised an error."""
+    return max(group, key=lambda r: (r.verdict == "wrong", r.worst()[1].excess if r.errors else float("inf")))
+
+
+def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
+    """The worst of each group; if `narrow`, in 80 columns, without naming its input and its tensor."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0 if narrow else (0, 1))
+    for name in ("tried", "with", "in"):
+        table.add_column(name)
+    if not narrow:
+        table.add_column("on")
+        table.add_column("worst of", justify="right")
+        table.add_column("input")
+        table.add_column("tensor")
+    for name in ("error", "PyTorch's", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    previous = ""
+    for group in groups:
+        tried = [result for result in group if result.verdict != "skipped"]
+        if not tried:
+            continue
+        subject, options, precision = kind(group[0])
+        if previous and subject != previous:
+            table.add_section()
+        worst = worst_of(tried)
+        name, figures = "-", ["-", "-", "-"]
+        if worst.errors:
+            name, error = worst.worst()
+            ratio = f"{error.ours / error.pytorch:.2f}" if error.pytorch else "-"
+            figures = [f"{error.ours:.1e}", f"{error.pytorch:.1e}", ratio]
+        which = [] if narrow else [worst.backend or "", str(len(tried)), worst.case.given, name]
+        cells = [options, precision, *which, *figures]
+        table.add_row("" if subject == previous else subject, *cells, Text(worst.verdict, STYLES[worst.verdict]))
+        previous = subject
+    return table
+
+
+def tell(report: Report, groups: Sequence[Sequence[Result]], console: Console) -> None:
+    """Why cases were skipped, and what is wrong: of each row of the table the worst."""
+    skipped = Counter(result.reason for result in report.results if result.verdict == "skipped")
+    for reason, count in skipped.items():
+        console.print(f"skipped {count}: {reason}", highlight=False, style=STYLES["skipped"])
+    for group in groups:
+        wrong = [result for result in group if result.verdict == "wrong"]
+        if wrong:
+            worst = worst_of(wrong)
+            text = f"WRONG {worst.case}: {worst.reason}"
+            if len(wrong) > 1:
+                text += f"; and {len(wrong) - 1} other inputs"
+            console.print(Text(text, STYLES["wrong"]))
+    if report.training.verdict == "wrong":
+        console.print(Text(f"WRONG training: {report.training.reason}", STYLES["wrong"]))
+
+
+def losses_table(found: Divergence) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column("loss at step")
+    for step in SHOWN_STEPS:
+        table.add_column(str(step), justify="right")
+    for name in ("reference", "fused"):
+        losses = getattr(found, name)
+        table.add_row(name, *(f"{losses[step - 1]:.6f}" for step in SHOWN_STEPS))
+    return table
+
+
+def tell_divergence(found: Divergence, console: Console) -> None:
+    console.print(
+        f"Fused and reference losses differ by at most {found.difference:.1e} of the loss; right is up to "
+        f"{found.bound:.1e}:\n{MARGIN:.0f} times what the reference's change if each initial weight moves to a "
+        f"neighbouring float, at least {FLOOR:.0e}.",
+        highlight=False,
+    )
+
+
+def summary(report: Report) -> Text:
+    counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in ("right", "wrong", "skipped"))
+    outcome = f"{counts} in {report.seconds:.0f} s"
+    if report.right:
+        return Text(f"fastconv check: {outcome}", STYLES["right"])
+    return Text(f"fastconv check: WRONG: {outcome}", STYLES["wrong"])

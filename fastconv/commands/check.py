@@ -1,0 +1,48 @@
+"""`fastconv check`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fastconv import machine
+from fastconv.checking import check as checking
+from fastconv.checking import display, problems
+from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, usage_errors
+from fastconv.operations import backends
+from fastconv.progress import progress
+
+
+def check(
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    json_output: JsonOption = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep each result here as soon as it is there, as a line of JSON.")
+    ] = None,
+) -> None:
+    """Tell whether all results are right on this machine; the exit code is 0 if they are, else 1.
+
+    Every operation and module, forward and each gradient, is compared with float64, and PyTorch's own with it: an
+    error is right up to twice PyTorch's. Then the fused and the reference classifier are trained for 50 steps.
+    [bold]TRITON_INTERPRET=1 fastconv check --backend triton[/bold] checks the kernels on a CPU, in minutes.
+    """
+    with usage_errors():
+        place = machine.choose_device(device)
+        backends.force(backend, place)
+    console = Console(stderr=json_output)
+    cases = problems.cases()
+    with (
+        nullcontext() if out is None else out.open("w") as kept,
+        progress(console, checking.steps(cases)) as advanced,
+    ):
+        report = checking.run(place, cases, advanced, kept)
+    display.show(report, console)
+    if json_output:
+        print(json.dumps(report.as_json()))
+    raise typer.Exit(0 if report.right else 1)

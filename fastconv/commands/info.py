@@ -1,0 +1,57 @@
+"""`fastconv info`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastconv import machine
+from fastconv.commands.options import JsonOption
+from fastconv.operations import backends, selftest
+
+
+def info(json_output: JsonOption = False) -> None:
+    """Tell the versions, the devices, which backend runs each operation, why, and which kernels are right."""
+    facts = describe()
+    facts["kernels"] = {
+        name: selftest.describe(torch.device(name)) for name in facts["devices"] if name.startswith("cuda")
+    }
+    if json_output:
+        print(json.dumps(facts, indent=2))
+        return
+    console = Console()
+    for name, found in facts["versions"].items():
+        console.print(f"{name:<12}{found}", highlight=False)
+    devices = ", ".join(facts["devices"].values())
+    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads", highlight=False)
+    console.print(f"{'backend':<12}{backends.current()}\n", highlight=False)
+    table = Table("device", "operation", "runs on", "because")
+    for device, operations in facts["operations"].items():
+        for operation, choice in operations.items():
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["refused"].items())
+            table.add_row(device, operation, choice["runs"] or "nothing", reasons)
+    console.print(table)
+    for device, kernels in facts["kernels"].items():
+        console.print(
+            f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}", highlight=False
+        )
+        for subject in kernels["right"]:
+            console.print(f"  right: {subject}", highlight=False)
+        for subject, reason in kernels["wrong"].items():
+            console.print(f"  wrong: {subject}: {reason}; auto takes portable", highlight=False, markup=False)
+
+
+def describe() -> dict[str, Any]:
+    """Everything that `fastconv info` tells, as JSON can hold it."""
+    devices = machine.available_devices()
+    return {
+        "versions": machine.versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "forced_backend": backends.current(),
+        "operations": {device: backends.choices(torch.device(device)) for device in devices},
+    }

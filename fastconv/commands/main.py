@@ -1,0 +1,61 @@
+"""The program `fastconv`: its commands are the modules beside this one, and what packages register as such."""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from fastconv import machine
+from fastconv.commands import check, evaluate, info, predict, summary, swap_report, train
+from fastconv.extras import MissingPackage
+from fastconv.operations import backends
+from fastconv.training import checkpoint, data
+
+app = typer.Typer(
+    help="Train the lecture's CIFAR-10 classifier with fused convolution modules, and use the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line. Known errors become one line on standard error and exit code 2."""
+    # OSError is what a full disk or a directory without permission raises; its text names the file.
+    known = (data.DataError, checkpoint.CheckpointError, backends.BackendUnavailable, MissingPackage, OSError)
+    for stream in (sys.stdout, sys.stderr):
+        # Tables and file names have characters that not every terminal's encoding has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except known as error:
+        print(f"fastconv: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def callback(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        print(f"fastconv {machine.package_version('fastconv')}")
+        raise typer.Exit
+
+
+app.command()(train.train)
+app.command()(evaluate.evaluate)
+app.command()(predict.predict)
+app.command()(summary.summary)
+app.command()(check.check)
+app.command()(swap_report.swap_report)
+app.command()(info.info)
+# Those of packages that build on this one, as fastconv.bench: pyproject.toml names them.
+for command in entry_points(group="fastconv.commands"):
+    app.command(command.name)(command.load())

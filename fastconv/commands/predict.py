@@ -1,0 +1,46 @@
+"""`fastconv predict`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastconv import machine
+from fastconv.commands.options import BackendOption, CheckpointOption, DeviceOption, JsonOption, usage_errors
+from fastconv.operations import backends
+from fastconv.training import checkpoint, prediction
+
+
+def predict(
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Image files of any size and mode.", metavar="IMAGE...", show_default=False),
+    ],
+    checkpoint_path: CheckpointOption,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    json_output: JsonOption = False,
+) -> None:
+    """Name the three most probable classes of images.
+
+    An image is scaled and cropped in the middle to the size trained on. The layer norm spans the batch, so each
+    image goes through the model by itself: what else is in the call does not change its answer.
+    """
+    state = checkpoint.load(checkpoint_path)
+    with usage_errors():
+        place = machine.choose_device(device)
+        backends.force(backend, place)
+    model = prediction.load_model(state, place)
+    # All are read before any is answered: a wrong name is found at once.
+    inputs = [prediction.read_input(path, state.image_size) for path in images]
+    for path, image in zip(images, inputs, strict=True):
+        top = prediction.predict(model, image.to(place), min(3, len(state.classes)))
+        named = [(state.classes[label], probability) for label, probability in top]
+        if json_output:
+            classes = [{"class": name, "probability": probability} for name, probability in named]
+            print(json.dumps({"image": str(path), "classes": classes}))
+        else:
+            print(f"{path}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in named)}")

@@ -1,0 +1,29 @@
+"""`fastconv swap-report`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Annotated
+
+import typer
+
+from fastconv import swapping
+from fastconv.commands import zoo
+from fastconv.commands.options import JsonOption, usage_errors
+
+
+def swap_report(
+    model: Annotated[
+        str, typer.Argument(help="Of torchvision or timm, for example convnext_tiny, timm/convnext_tiny.")
+    ],
+    json_output: JsonOption = False,
+) -> None:
+    """Tell which modules of a model fastconv.swap takes, which it leaves, and why; with random weights."""
+    with usage_errors():
+        network = zoo.create_model(model)
+    with warnings.catch_warnings():
+        # The report says it, too.
+        warnings.simplefilter("ignore")
+        report = swapping.swap(network)
+    print(json.dumps([candidate._asdict() for candidate in report.candidates]) if json_output else report)

@@ -1,0 +1,197 @@
+"""`fastconv train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from fastconv import machine
+from fastconv.commands.options import (
+    DEFAULTS,
+    BackendOption,
+    DataOption,
+    DepthOption,
+    DeviceOption,
+    JsonOption,
+    PatchOption,
+    WidthOption,
+    usage_errors,
+)
+from fastconv.extras import import_extra
+from fastconv.files import write_atomically
+from fastconv.operations import backends
+from fastconv.training import checkpoint, curves, data, loop
+from fastconv.training.display import Display, model_summary
+from fastconv.training.loop import Recipe
+
+CHECKPOINT = "checkpoint.pt"
+# The exit code of a program that Ctrl-C stopped.
+INTERRUPTED = 130
+RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
+
+
+def train(
+    context: typer.Context,
+    data_directory: DataOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to save the run.  \\[default: runs/<date>-<time>]", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
+    json_output: JsonOption = False,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training images.", rich_help_panel="Recipe")
+    ] = DEFAULTS.epochs,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Images per step, and in evaluation: the layer norm spans the batch.",
+            rich_help_panel="Recipe",
+        ),
+    ] = DEFAULTS.batch_size,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.", rich_help_panel="Recipe")] = DEFAULTS.lr,
+    weight_decay: Annotated[
+        float, typer.Option(help="AdamW's weight decay.", rich_help_panel="Recipe")
+    ] = DEFAULTS.weight_decay,
+    seed: Annotated[
+        int, typer.Option(help="Of the initial weights and the order of images.", rich_help_panel="Recipe")
+    ] = DEFAULTS.seed,
+    split_seed: Annotated[
+        int, typer.Option(help="Of the split into training and validation images.", rich_help_panel="Recipe")
+    ] = DEFAULTS.split_seed,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16 uses torch.autocast.", rich_help_panel="Recipe")
+    ] = "fp32",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="For a quick try: use only the first so many training, validation and test images.",
+            show_default=False,
+            rich_help_panel="Recipe",
+        ),
+    ] = DEFAULTS.limit,
+    width: WidthOption = DEFAULTS.width,
+    depth: DepthOption = DEFAULTS.depth,
+    patch: PatchOption = DEFAULTS.patch,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Refuse operations that do not repeat bit for bit. On a CPU all repeat.",
+            rich_help_panel="Machine",
+        ),
+    ] = False,
+) -> None:
+    """Train the classifier by the lecture's recipe; with no options, on CIFAR-10, for five epochs.
+
+    Saves config.json, metrics.jsonl, curves.png and checkpoint.pt. Ctrl-C saves too, and so does a run that is
+    killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on from there.
+    """
+    console = Console(stderr=json_output)
+    for package in ("torchinfo", "matplotlib"):
+        import_extra(package)
+    if resume and out is None:
+        raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
+    out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out is {out}, a file; give a directory")
+    path = out / CHECKPOINT
+    resumed = checkpoint.load(path) if resume else None
+    if resumed is None and path.exists():
+        raise typer.BadParameter(f"{out} holds a run; go on with it by --resume, or give another --out")
+    with usage_errors():
+        if resumed is None:
+            recipe = Recipe(**{field.name: context.params[field.name] for field in fields(Recipe)})
+        else:
+            recipe = resumed_recipe(context, resumed)
+        place = machine.choose_device(device)
+        backends.force(backend, place)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    dataset = data.load(data_directory)
+    console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
+    image_size = dataset.train.images.shape[1:]
+    with usage_errors():
+        loop.check_patch(recipe, image_size)
+    layers = model_summary(recipe, image_size, len(dataset.classes), depth=2)
+    console.print(layers, highlight=False, markup=False, soft_wrap=True)
+    out.mkdir(parents=True, exist_ok=True)
+    config = {
+        "recipe": asdict(recipe),
+        "device": str(place),
+        "backend": backends.current(),
+        "data": dataset.source,
+        "versions": machine.versions(),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(out / "config.json", lambda file: file.write(text.encode()))
+
+    display = Display(console, recipe.epochs, out / "metrics.jsonl", json_output)
+    try:
+        with display:
+            final = loop.train(recipe, dataset, place, path, display, resumed)
+    except (loop.Interrupted, KeyboardInterrupt) as error:
+        console.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
+        if path.exists():
+            console.print(f"go on with:\n  {resume_command(context, out)}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from error
+    except loop.NonFiniteLoss as error:
+        console.print(
+            f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
+            style="red",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from error
+    display.write_metrics(final.history)
+    write_atomically(out / "curves.png", lambda file: curves.plot(final.history, file))
+    display.finished(final, out)
+
+
+def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Recipe:
+    """The recipe of a checkpoint, with the number of epochs that was typed.
+
+    Raises:
+        ValueError: another option was typed that contradicts it, or the epochs are done.
+    """
+    try:
+        recipe = Recipe(**resumed.recipe)
+    except TypeError as error:
+        raise checkpoint.CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
+    typed = {name for name in context.params if is_typed(context, name)}
+    for name, trained_with in asdict(recipe).items():
+        given = context.params[name]
+        if name in typed and name != "epochs" and given != trained_with:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"the run was started with {option} {trained_with}; got {given}: leave {option} out")
+    if "epochs" not in typed:
+        return recipe
+    if context.params["epochs"] < resumed.epoch:
+        raise ValueError(f"the run has done {resumed.epoch} epochs; got --epochs {context.params['epochs']}")
+    return Recipe(**{**resumed.recipe, "epochs": context.params["epochs"]})
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def resume_command(context: typer.Context, out: Path) -> str:
+    words = ["fastconv", "train", "--out", str(out), "--resume"]
+    for name, option in [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]:
+        if is_typed(context, name):
+            words += [option, str(context.params[name])]
+    words += [option for name, option in RESUMED_FLAGS if context.params[name]]
+    return shlex.join(words)

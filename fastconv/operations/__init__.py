@@ -1,0 +1,1 @@
+"""The public operations, their implementations, and which of them runs."""

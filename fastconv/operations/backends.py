@@ -1,0 +1,204 @@
+"""Which implementation of an operation runs, and if one cannot, why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv.operations import portable, reference
+
+OPERATIONS = (
+    "depthwise_conv_layer_norm",
+    "pointwise_conv_gelu",
+    "convnext_block",
+    "layer_norm",
+    "patch_conv",
+)
+# In the order in which "auto" tries them.
+BACKENDS = ("triton", "portable", "reference")
+
+_MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton too reads it once, when it is imported.
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The first with tensor cores that Triton compiles for; and the first that has bfloat16.
+_LEAST_CAPABILITY, _BFLOAT16_CAPABILITY = (7, 5), (8, 0)
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend cannot run an operation; the message says why and what to do."""
+
+
+_NAMES = (*BACKENDS, "auto")
+# What the environment says is checked when it is used: importing a package should not fail for it.
+_forced = os.environ.get("FASTCONV_BACKEND") or "auto"
+
+
+def current() -> str:
+    """The forced backend, or "auto"."""
+    return _forced
+
+
+class backend:
+    """Force the implementation of all operations, from now on or within a `with` block.
+
+    The setting is one per process. It overrides the environment variable FASTCONV_BACKEND, which is read when
+    fastconv is imported.
+
+    Args:
+        name: "triton", "portable" or "reference"; or "auto" for the first of them that can run.
+
+    Raises:
+        ValueError: there is no such backend. That an existing one cannot run an operation shows when the
+            operation is called, as `BackendUnavailable`.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        if name not in _NAMES:
+            raise ValueError(f"backend is {name!r}; expected one of {', '.join(_NAMES)}")
+        self._name, self._previous = name, _forced
+        _forced = name
+
+    def __enter__(self) -> None:
+        global _forced
+        _forced = self._name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def candidates() -> tuple[str, ...]:
+    """The backends that may run, in order of preference.
+
+    Raises:
+        BackendUnavailable: the environment variable FASTCONV_BACKEND names none.
+    """
+    if _forced not in _NAMES:
+        raise BackendUnavailable(f"FASTCONV_BACKEND is {_forced!r}; expected one of {', '.join(_NAMES)}")
+    return BACKENDS if _forced == "auto" else (_forced,)
+
+
+def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None if `backend` can compute in `dtype` on `device`, else the reason why not, and what can."""
+    if backend != "triton":
+        return None
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed (it exists for Linux: pip install triton)"
+    kind = device.type
+    if kind == "cuda":
+        return _gpu_refuses(device, dtype)
+    if kind != "cpu":
+        return f"it runs on GPUs of NVIDIA and AMD, not on {kind}"
+    if not _TRITON_INTERPRETED:
+        return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
+    # Only to see that they are right: it is slow.
+    return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
+
+
+@functools.cache
+def _gpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels do not take float64"
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+    if capability < _LEAST_CAPABILITY:
+        return f"{name}; its kernels need 7.5 or newer"
+    if dtype == torch.bfloat16 and capability < _BFLOAT16_CAPABILITY:
+        return f"{name}, and bfloat16 needs 8.0 or newer: use float16, under autocast dtype=torch.float16"
+    return None
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module that holds the operations of a backend."""
+    # Triton is imported where it is used first, and not by `import fastconv`.
+    if backend not in _MODULES:
+        _MODULES[backend] = importlib.import_module("fastconv.kernels.operations")
+    return _MODULES[backend]
+
+
+def choose(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """The backend that is to compute on `device` with tensors of `dtypes`; None if the forced one cannot."""
+    if torch.compiler.is_compiling():
+        from fastconv.operations import tracing
+
+        return tracing.choose(_forced, device, *dtypes)
+    return first_that_can(device, *dtypes)
+
+
+def first_that_can(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """As `choose`, but not to be traced."""
+    for name in candidates():
+        if all(can_run(name, device, dtype) is None for dtype in dtypes):
+            return name
+    return None
+
+
+def select(operation: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend that is to run `operation` on `device`, with tensors of `dtypes`.
+
+    Raises:
+        BackendUnavailable: a forced backend cannot.
+    """
+    name = choose(device, *dtypes)
+    if name is None:
+        reasons = (can_run(_forced, device, dtype) for dtype in dtypes)
+        raise unavailable(operation, next(reason for reason in reasons if reason is not None))
+    return name
+
+
+def unavailable(operation: str, reason: str) -> BackendUnavailable:
+    """The error that says why the forced backend cannot run an operation."""
+    return BackendUnavailable(
+        f'backend "{_forced}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
+    )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast, if it is on for the device of `x`, computes convolutions; else None."""
+    kind = x.device.type
+    # The meta device has none, and to ask is an error there.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def leaves_to_pytorch(x: Tensor) -> bool:
+    """Whether, where the portable backend is slower than PyTorch's own operations, those are to run."""
+    if _forced != "auto":
+        return False
+    # Autocast leaves float64 alone.
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
+    return choose(x.device, dtype) == "portable"
+
+
+def force(name: str, device: torch.device) -> None:
+    """Force a backend; raises BackendUnavailable if it cannot run on `device`."""
+    if name != "auto":
+        backend(name)
+    for operation in OPERATIONS:
+        select(operation, device, torch.float32)
+
+
+def choices(device: torch.device) -> dict[str, dict[str, Any]]:
+    """For each operation the backend that runs it on `device`, None if none can, and why not the others."""
+    found = {}
+    for operation in OPERATIONS:
+        reasons = {name: can_run(name, device, torch.float32) for name in candidates()}
+        found[operation] = {
+            "runs": next((name for name, reason in reasons.items() if reason is None), None),
+            "refused": {name: reason for name, reason in reasons.items() if reason is not None},
+        }
+    return found

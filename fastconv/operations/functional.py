@@ -1,0 +1,343 @@
+"""The public operations: check the arguments, apply autocast, and run them where `fastconv.operations.dispatch` says.
+
+Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
+reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv.operations import backends, dispatch
+
+NORMS = ("tensor", "sample", "channel")
+APPROXIMATIONS = ("none", "tanh")
+
+
+def depthwise_conv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    """Depthwise convolution with "same" zero padding, then layer norm.
+
+    Output channel c * M + m of the convolution reads input channel c, as with `groups=C` in PyTorch. The norm
+    is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the
+    dtype and the memory format of `x`; under autocast it has the autocast dtype. Statistics are float32 or
+    better. A NaN or an infinity in `x` may spread over its map, not only as far as the kernel.
+
+    Args:
+        x: floating point (N, C, H, W), of any strides.
+        weight: (C * M, 1, kh, kw), kh and kw odd, M >= 1.
+        bias: (C * M,), or None.
+        norm: what one mean and variance span: "tensor", everything, batch included; "sample", the channels
+            and pixels of one image; "channel", the channels of one pixel.
+        eps: added to the variance.
+        norm_weight: (C * M,), multiplies the normalised tensor; None is 1.
+        norm_bias: (C * M,), is added then; None is 0.
+
+    Returns:
+        (N, C * M, H, W)
+
+    Raises:
+        TypeError: an argument is not a floating point tensor, or dtypes differ outside autocast.
+        ValueError: a shape, a device, `norm` or `eps` is wrong.
+        BackendUnavailable: the forced backend cannot run it.
+    """
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    outputs = _check_depthwise("weight", weight, channels)
+    _check_vector("bias", bias, outputs)
+    _check_norm(outputs, norm, eps, norm_weight, norm_bias)
+    return _run(
+        "depthwise_conv_layer_norm",
+        x,
+        weight,
+        bias,
+        norm=norm,
+        eps=eps,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+
+
+def pointwise_conv_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+) -> Tensor:
+    """1x1 convolution, then GELU (Hendrycks and Gimpel, arXiv:1606.08415).
+
+    The result has the dtype and the memory format of `x`; under autocast it has the autocast dtype.
+
+    Args:
+        x: floating point (N, I, H, W), of any strides.
+        weight: (O, I, 1, 1).
+        bias: (O,), or None.
+        approximate: "none", by the error function; or "tanh".
+
+    Returns:
+        (N, O, H, W)
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
+    """
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias)
+    outputs = _check_pointwise("weight", weight, channels)
+    _check_vector("bias", bias, outputs)
+    _check_gelu(approximate)
+    return _run("pointwise_conv_gelu", x, weight, bias, approximate=approximate)
+
+
+def convnext_block(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    projection_weight: Tensor,
+    projection_bias: Tensor | None,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    approximate: str = "none",
+) -> Tensor:
+    """The lecture's block: x + projection(gelu(pointwise(layer_norm(depthwise(x))))).
+
+    As one operation it need not write the normalised tensor, the widest of the block, at all. The result has
+    the memory format of `x`, and its dtype; under autocast, the wider of its dtype and the autocast dtype.
+
+    Args:
+        x: floating point (N, C, H, W), of any strides.
+        depthwise_weight, depthwise_bias, norm, eps, norm_weight, norm_bias: as `depthwise_conv_layer_norm`'s.
+        pointwise_weight: (O, C * M, 1, 1), with bias (O,) or None.
+        projection_weight: (C, O, 1, 1), with bias (C,) or None.
+        approximate: as `pointwise_conv_gelu`'s.
+
+    Returns:
+        (N, C, H, W)
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
+    """
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(
+        x,
+        depthwise_weight=depthwise_weight,
+        depthwise_bias=depthwise_bias,
+        pointwise_weight=pointwise_weight,
+        pointwise_bias=pointwise_bias,
+        projection_weight=projection_weight,
+        projection_bias=projection_bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
+    _check_vector("depthwise_bias", depthwise_bias, wide)
+    _check_norm(wide, norm, eps, norm_weight, norm_bias)
+    hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
+    _check_vector("pointwise_bias", pointwise_bias, hidden)
+    outputs = _check_pointwise("projection_weight", projection_weight, hidden)
+    _check_vector("projection_bias", projection_bias, channels)
+    if outputs != channels:
+        raise ValueError(
+            f"projection_weight has {outputs} outputs; "
+            f"expected the {channels} channels of x, to which they are added"
+        )
+    _check_gelu(approximate)
+    return _run(
+        "convnext_block",
+        x,
+        depthwise_weight,
+        depthwise_bias,
+        pointwise_weight,
+        pointwise_bias,
+        projection_weight,
+        projection_bias,
+        norm=norm,
+        eps=eps,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        approximate=approximate,
+        # The block works in the dtype of its weights, but adds the result to x as it is.
+        autocast_x=False,
+    )
+
+
+def layer_norm(
+    x: Tensor,
+    *,
+    norm: str = "tensor",
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    """Layer norm of maps (N, C, H, W), with the arguments and errors of `depthwise_conv_layer_norm`.
+
+    The result has the shape, dtype and memory format of `x`, but under autocast it is float32: PyTorch's
+    autocast does so on GPUs, and it keeps the residual stream of the lecture's classifier in float32.
+    """
+    _, channels, _, _ = _check_maps(x)
+    _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check_norm(channels, norm, eps, norm_weight, norm_bias)
+    return _run(
+        "layer_norm",
+        x,
+        norm=norm,
+        eps=eps,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        autocast_dtype=torch.float32,
+    )
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolution of patches that do not overlap: its stride is the size of its kernel.
+
+    The result is in the memory format that suits the next operation best, whatever that of `x`.
+
+    Args:
+        x: floating point (N, I, H, W), of any strides, at least one patch high and wide. What is left over at
+            the bottom and the right beyond whole patches is ignored.
+        weight: (O, I, kh, kw).
+        bias: (O,), or None.
+
+    Returns:
+        (N, O, H // kh, W // kw)
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `depthwise_conv_layer_norm`.
+    """
+    _, channels, height, width = _check_maps(x)
+    _check_tensors(x, weight=weight, bias=bias)
+    if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
+        raise ValueError(
+            f"weight has shape {_shape(weight)}; expected (outputs, {channels}, height, width), "
+            f"for the {channels} channels of x"
+        )
+    _check_vector("bias", bias, weight.shape[0])
+    if height < weight.shape[2] or width < weight.shape[3]:
+        raise ValueError(
+            f"x is {height} x {width} pixels; expected at least one patch of "
+            f"{weight.shape[2]} x {weight.shape[3]}: give larger images or a smaller patch"
+        )
+    return _run("patch_conv", x, weight, bias)
+
+
+def _run(
+    operation: str,
+    x: Tensor,
+    *parameters: Tensor | None,
+    autocast_dtype: torch.dtype | None = None,
+    autocast_x: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype."""
+    dtype = backends.autocast_dtype(x)
+    if dtype is None:
+        return dispatch.run(operation, x, parameters, options)
+    dtype = autocast_dtype or dtype
+
+    def cast(value: Any) -> Any:
+        # Autocast leaves float64 alone.
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype != torch.float64 else value
+
+    with torch.autocast(x.device.type, enabled=False):
+        return dispatch.run(
+            operation,
+            cast(x) if autocast_x else x,
+            tuple(cast(parameter) for parameter in parameters),
+            {name: cast(value) for name, value in options.items()},
+        )
+
+
+# An eager step on a GPU is bound by the host: what of a tensor costs a call into PyTorch is asked for once.
+
+
+def _check_maps(x: Tensor) -> torch.Size:
+    """Return its shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor (N, C, H, W)")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; expected floating point: convert it with x.float()")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(
+            f"x has shape {_shape(x)}; expected (N, C, H, W): for one image, add the batch with x[None]"
+        )
+    _, channels, height, width = shape
+    if not (channels and height and width):
+        raise ValueError(f"x has shape {_shape(x)}; expected at least one channel and one pixel")
+    return shape
+
+
+def _check_tensors(x: Tensor, **tensors: Tensor | None) -> None:
+    """Those that are there are on the device of `x`, and of its dtype or under autocast."""
+    device, dtype = x.device, x.dtype
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}; move them to one device")
+        if tensor.dtype != dtype and backends.autocast_dtype(x) is None:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, x {dtype}; convert one, or use torch.autocast")
+
+
+def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
+    if vector is not None and vector.shape != (length,):
+        raise ValueError(f"{name} has shape {_shape(vector)}; expected ({length},), one for each output channel")
+
+
+def _check_depthwise(name: str, weight: Tensor, channels: int) -> int:
+    """Return the number of outputs."""
+    shape = weight.shape
+    outputs, inputs, height, width = shape if len(shape) == 4 else (0, 0, 0, 0)
+    if inputs != 1 or outputs == 0 or outputs % channels:
+        raise ValueError(
+            f"{name} has shape {_shape(weight)}; expected ({channels} * multiplier, 1, height, width), "
+            f"for the {channels} channels of x"
+        )
+    if height % 2 == 0 or width % 2 == 0:
+        raise ValueError(
+            f'{name} has a kernel of {height} x {width}; expected odd sides, for which "same" padding is symmetric'
+        )
+    return outputs
+
+
+def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
+    """Return the number of outputs."""
+    shape = weight.shape
+    if len(shape) != 4 or shape != (shape[0], inputs, 1, 1):
+        raise ValueError(f"{name} has shape {_shape(weight)}; expected (outputs, {inputs}, 1, 1)")
+    return shape[0]
+
+
+def _check_norm(
+    channels: int, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; expected at least 0")
+    _check_vector("norm_weight", norm_weight, channels)
+    _check_vector("norm_bias", norm_bias, channels)
+
+
+def _check_gelu(approximate: str) -> None:
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"approximate is {approximate!r}; expected one of {', '.join(APPROXIMATIONS)}")
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)

@@ -1,0 +1,279 @@
+"""Whether the Triton kernels are right on a GPU on which nobody has proved them: tried once, at their first use.
+
+Each operation is compared with the reference, by the rule of `fastconv.accuracy`; `fastconv.operations.verdicts` keeps the
+verdict for other processes. FASTCONV_SELFTEST=0 turns it off.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastconv import accuracy, machine
+from fastconv.accuracy import Error
+from fastconv.kernels.common.errors import KernelError
+from fastconv.operations import backends, fallback, reference, verdicts
+from fastconv.operations.verdicts import Verdict
+
+# Architectures on which all tests of the kernels have passed, as "sm_90" or "gfx942".
+PROVED: frozenset[str] = frozenset()
+
+# Elements of the widest tensor; the exact results are computed on the CPU.
+MOST_ELEMENTS = 2**18
+MOST_IMAGES = 8
+# Where fewer values share a mean and a variance, gradients cancel, and their errors are a matter of chance.
+FEWEST_NORMED = 16
+# A gradient of a few numbers is rounded well or badly by chance. Where an error is that near its bound, more tell.
+SAMPLES, NEAR, NEAR_SAMPLES = 2, 2.0, 16
+# Below it every error is right; in float32 by `torch.get_float32_matmul_precision`, which kernels obey.
+FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": accuracy.TF32_FLOOR, "medium": 1e-2}
+
+_LOCK = threading.Lock()
+_TRUSTED: dict[tuple[torch.device, Subject], bool] = {}
+
+
+class Subject(NamedTuple):
+    """What is tried at once: an operation, and all for which its kernels are others.
+
+    Args:
+        norm: of an operation that has one.
+        large: whether the convolution is that of large maps.
+        maps, dtype: of the maps, and of the parameters, in which it computes.
+    """
+
+    operation: str
+    norm: str | None
+    large: bool
+    maps: torch.dtype
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        words = [self.operation, self.norm, _name(self.dtype)]
+        if self.maps != self.dtype:
+            words.append(f"maps in {_name(self.maps)}")
+        if self.large:
+            words.append("large maps")
+        return ", ".join(word for word in words if word is not None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Sizes(NamedTuple):
+    """What an operation is called with, but for the values of tensors.
+
+    Args:
+        shapes: of the maps, the other positional arguments, and those that are tensors and have a name.
+        names: of the last.
+        options: the other arguments that have a name.
+    """
+
+    shapes: tuple[tuple[int, ...] | None, ...]
+    names: tuple[str, ...]
+    options: dict[str, Any]
+    channels_last: bool = False
+
+
+def trusts(subject: Subject, device: torch.device, sizes: Sizes) -> bool | None:
+    """Whether `auto` may run the kernels of `subject`; None if that cannot be found out now.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+        BackendUnavailable: FASTCONV_SELFTEST is neither 0 nor 1.
+    """
+    key = device, subject
+    if key not in _TRUSTED:
+        if _is_bad_moment(device):
+            return None
+        with _LOCK:
+            if key not in _TRUSTED:
+                _TRUSTED[key] = _decide(subject, device, sizes)
+    return _TRUSTED[key]
+
+
+def status(device: torch.device) -> str:
+    """Whether the kernels on `device` are "proved", "tested at first use" or, if that is off, "not tested"."""
+    if machine.architecture(device) in PROVED:
+        return "proved"
+    return "tested at first use" if _is_on() else "not tested"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What `fastconv info` tells of the kernels on a GPU, as JSON can hold it; "wrong" with the reason."""
+    found = verdicts.load(device)
+    return {
+        "architecture": machine.architecture(device),
+        "status": status(device),
+        "right": [subject for subject, verdict in found.items() if verdict.right],
+        "wrong": {subject: verdict.reason for subject, verdict in found.items() if not verdict.right},
+    }
+
+
+def _is_on() -> bool:
+    setting = os.environ.get("FASTCONV_SELFTEST") or "1"
+    if setting not in ("0", "1"):
+        raise backends.BackendUnavailable(
+            f"FASTCONV_SELFTEST is {setting!r}; expected 0, for no self-test of the kernels, or 1"
+        )
+    return setting == "1"
+
+
+def _is_bad_moment(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    # A backward would wait for the test's, which waits for the same thread of PyTorch.
+    return torch.cuda.is_current_stream_capturing() or torch._C._current_graph_task_id() != -1
+
+
+def _decide(subject: Subject, device: torch.device, sizes: Sizes) -> bool:
+    if status(device) != "tested at first use":
+        return True
+    verdict = verdicts.load(device).get(str(subject))
+    if verdict is None:
+        try:
+            verdict = _judge(subject, device, sizes)
+        except torch.cuda.OutOfMemoryError:
+            # It says nothing of the kernels.
+            return True
+        verdicts.save(device, str(subject), verdict)
+    if not verdict.right:
+        fallback.warn_wrong(str(subject), verdict.reason, device)
+    return verdict.right
+
+
+def _judge(subject: Subject, device: torch.device, sizes: Sizes) -> Verdict:
+    # Before the thread, which would wait for an import that goes on in this one.
+    kernels = backends.implementation("triton")
+    # PyTorch keeps for each thread whether there is autocast, no_grad, a default device, a hook on what is saved
+    # for a backward, and other modes. A new thread has none of the caller's.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        test = thread.submit(_worst, getattr(kernels, subject.operation), subject, device, sizes)
+        try:
+            name, error = test.result()
+        except (KernelError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as raised:
+            return Verdict(False, f"{type(raised).__name__}: {' '.join(str(raised).split())}")
+    reason = f"{name}: error {error.ours:.1e}, PyTorch's {error.pytorch:.1e}; at most {error.bound:.1e} is right"
+    return Verdict(error.right, "" if error.right else reason)
+
+
+def _worst(
+    operation: Callable[..., Tensor], subject: Subject, device: torch.device, sizes: Sizes
+) -> tuple[str, Error]:
+    """The tensor whose error is closest to its bound, or farthest beyond."""
+    generator = torch.Generator().manual_seed(0)
+    floor = accuracy.FLOOR[subject.dtype]
+    if subject.dtype == torch.float32:
+        floor = FLOAT32_FLOORS[torch.get_float32_matmul_precision()]
+
+    def sample() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        return _compare(operation, subject, device, sizes, generator)
+
+    def worst(samples: int) -> tuple[str, Error]:
+        errors = accuracy.measure(sample, floor, samples)
+        return max(errors.items(), key=lambda item: item[1].excess)
+
+    found = worst(SAMPLES)
+    return worst(NEAR_SAMPLES) if 1 < found[1].excess < NEAR else found
+
+
+def _compare(
+    operation: Callable[..., Tensor],
+    subject: Subject,
+    device: torch.device,
+    sizes: Sizes,
+    generator: torch.Generator,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """{name: (ours, PyTorch's, exact)} of the output, without gradients and with them, and of each gradient."""
+    definition: Callable[..., Tensor] = getattr(reference, subject.operation)
+    positional = len(sizes.shapes) - len(sizes.names)
+    names = [*list(inspect.signature(definition).parameters)[:positional], *sizes.names]
+    dtypes = [subject.maps, *[subject.dtype] * (len(names) - 1)]
+    # Rounded to the dtype, and in float64.
+    exact_inputs = [
+        None if shape is None else _draw(shape, generator, is_maps=name == "x").to(dtype).double()
+        for name, shape, dtype in zip(names, sizes.shapes, dtypes, strict=True)
+    ]
+    inputs = [None if x is None else x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
+
+    def results(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        def call(*values: Tensor | None) -> Tensor:
+            return function(**dict(zip(names, values, strict=True)), **sizes.options)
+
+        with torch.no_grad():
+            alone = call(*tensors)
+        grad = _draw(tuple(alone.shape), torch.Generator().manual_seed(1), is_maps=True).to(subject.dtype)
+        return [alone, *accuracy.outputs_and_grads(call, tensors, grad.to(device=alone.device))]
+
+    exact, pytorch = results(definition, exact_inputs), results(definition, inputs)
+    if sizes.channels_last:
+        inputs = [
+            x if x is None or name != "x" else _channels_last(x) for name, x in zip(names, inputs, strict=True)
+        ]
+    found = results(operation, inputs)
+    present = [name for name, x in zip(names, inputs, strict=True) if x is not None]
+    return {
+        name: (ours.cpu(), other.cpu(), right)
+        for name, ours, other, right in zip(
+            ["output without gradients", "output", *present], found, pytorch, exact, strict=True
+        )
+    }
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator, is_maps: bool) -> Tensor:
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # Weights keep the variance of what they are multiplied with.
+    return x if is_maps else x / math.sqrt(math.prod(shape[1:]))
+
+
+def sizes_of(subject: Subject, x: Tensor, parameters: Sequence[Tensor | None], options: dict[str, Any]) -> Sizes:
+    """Those of a call, whose kernels are compiled anyway, but of few images and pixels."""
+    shapes = [None if p is None else tuple(map(int, p.shape)) for p in parameters]
+    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    channels, height, width = map(int, x.shape[1:])
+    wide = shapes[0][0] if shapes and shapes[0] else channels
+    widest = max(channels, wide)
+    # Enough that large maps stay large.
+    pixels = max(1024, MOST_ELEMENTS // widest)
+    width = min(width, pixels)
+    height = min(height, max(1, pixels // width))
+    images = max(1, min(MOST_IMAGES, MOST_ELEMENTS // (widest * height * width)))
+    normed = {"channel": wide, "sample": wide * height * width, "tensor": images * wide * height * width}
+    if subject.norm is not None and normed[subject.norm] < FEWEST_NORMED:
+        return usual_sizes(subject)
+    return Sizes(
+        ((images, channels, height, width), *shapes, *(tuple(map(int, t.shape)) for t in tensors.values())),
+        tuple(tensors),
+        {name: value for name, value in options.items() if value is not None and name not in tensors},
+        x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous(),
+    )
+
+
+def usual_sizes(subject: Subject) -> Sizes:
+    """Those of the lecture's first block, where there is no call; on large maps, of more pixels."""
+    channels, wide, side = 32, 128, 20 if subject.large else 8
+    depthwise, pointwise = ((wide, 1, 7, 7), (wide,)), ((channels, wide, 1, 1), (channels,))
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "convnext_block": (*depthwise, *pointwise, (channels, channels, 1, 1), (channels,)),
+        "depthwise_conv_layer_norm": depthwise,
+        "layer_norm": (),
+        "patch_conv": ((wide, channels, 2, 2), (wide,)),
+        "pointwise_conv_gelu": ((wide, channels, 1, 1), (wide,)),
+    }
+    maps = MOST_IMAGES, channels, side, side
+    options = {} if subject.norm is None else {"norm": subject.norm}
+    return Sizes((maps, *shapes[subject.operation]), (), options)

@@ -1,0 +1,35 @@
+"""What is decided once for a graph, while torch.compile traces it, by code that it does not trace.
+
+It is imported only then, because it imports the compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastconv.kernels.common.errors import KernelError
+from fastconv.operations import backends, fallback, selftest
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose(forced: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """As `backends.choose`. What is forced is an argument, so that when it changes another graph is made."""
+    name = backends.first_that_can(device, *dtypes)
+    if name is not None:
+        # The graph cannot import it.
+        backends.implementation(name)
+    return name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def trusts(
+    operation: str, norm: str | None, large: bool, maps: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """As `selftest.trusts`, but with sizes of its own: those of the graph may be symbols."""
+    subject = selftest.Subject(operation, norm, large, maps, dtype)
+    try:
+        return selftest.trusts(subject, device, selftest.usual_sizes(subject)) is not False
+    except KernelError as error:
+        # Once the graph runs, nothing could take its place.
+        fallback.warn_refused(operation, error, device)
+        return False

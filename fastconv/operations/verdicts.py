@@ -1,0 +1,93 @@
+"""Verdicts of the self-test, kept in the user's cache folder: a JSON file for each machine and version."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastconv import machine
+
+
+class Verdict(NamedTuple):
+    """Whether kernels computed the right thing, and if not, what they did."""
+
+    right: bool
+    reason: str
+
+
+def load(device: torch.device) -> dict[str, Verdict]:
+    """By subject, on the kernels of this version on a GPU like `device`. A file that is broken has none."""
+    try:
+        kept: Any = json.loads(_path(device).read_text(encoding="utf-8"))
+        return {
+            subject: Verdict(bool(found["right"]), str(found["reason"]))
+            for subject, found in kept["verdicts"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def save(device: torch.device, subject: str, verdict: Verdict) -> None:
+    """Add a verdict. Without a folder to write to, the next process tests again."""
+    verdicts = {**load(device), subject: verdict}
+    content = {
+        "machine": _machine(device),
+        "verdicts": {name: found._asdict() for name, found in verdicts.items()},
+    }
+    path = _path(device)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: other processes may write at the same time. The last one wins, and what it lost is
+        # tested again.
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+        os.replace(temporary, path)
+
+
+def folder() -> Path:
+    """The folder of fastconv in the user's cache."""
+    if given := os.environ.get("FASTCONV_CACHE"):
+        return Path(given)
+    home = Path.home()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return Path(base) / "fastconv"
+
+
+def _path(device: torch.device) -> Path:
+    key = json.dumps(_machine(device), sort_keys=True)
+    return folder() / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """All by which kernels may be right here and wrong there."""
+    versions = machine.versions()
+    return {
+        **{name: versions[name] for name in ("fastconv", "torch", "triton")},
+        "kernels": _digest(),
+        "gpu": machine.gpu_name(device),
+        "architecture": machine.architecture(device),
+    }
+
+
+def _digest() -> str:
+    """Of the kernels' sources, which change without a change of version while they are worked on."""
+    folder = Path(*importlib.import_module("fastconv.kernels").__path__)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

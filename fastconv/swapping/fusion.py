@@ -1,0 +1,292 @@
+"""How the modules that `swap` recognises are computed by the fused operations, from the parameters they have.
+
+Each class names the parts of one kind of module; its `forward` takes the place of the module's own. They hold
+names and not modules, so that a swapped module can be copied, pickled and moved as before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastconv import modules
+from fastconv.operations import backends, functional, portable
+
+DROPOUTS = nn.modules.dropout._DropoutNd
+PLAIN = (nn.Parameter, Tensor, type(None))
+# Of a submodule that is not called any more, its path, its class, and its configuration.
+Seen = tuple[tuple[str, ...], type[nn.Module], Any]
+
+
+def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """As `find`, in a third of its time: it is asked for each part in each forward."""
+    part: Any = module
+    for name in path:
+        part = part._modules[name]
+    return part
+
+
+def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Its hooks of each sort."""
+    return part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+
+
+def configuration(part: Any) -> Any:
+    """What of a part decides what it computes, beside its class and its parameters."""
+    if isinstance(part, nn.Conv2d):
+        return part.stride, part.padding, part.dilation, part.groups, part.padding_mode
+    return part.approximate if isinstance(part, nn.GELU) else None
+
+
+def _is_still(part: Any, kind: type[Any], configured: Any) -> bool:
+    if type(part) is not kind or "forward" in part.__dict__ or configuration(part) != configured:
+        return False
+    if issubclass(kind, DROPOUTS) and part.p > 0:
+        return False
+    return not any(hooks_of(part))
+
+
+def find(module: nn.Module, path: str) -> Any:
+    """The submodule or parameter at a dotted path."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What takes the place of a module's forward.
+
+    Args:
+        recompute: keep only the input for the backward and compute the rest again there (Chen et al.,
+            arXiv:1604.06174).
+        seen: the submodules that are not called any more, as they were at the swap.
+    """
+
+    kind: ClassVar[str]
+    # Whether on a CPU the module's own forward is often the faster.
+    by_size: ClassVar[bool] = False
+    recompute: bool = False
+    seen: tuple[Seen, ...] = ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The paths of submodules that are called as they are, whatever they compute."""
+        return ()
+
+    @property
+    def fused(self) -> tuple[str, ...] | None:
+        """The paths of submodules that are not called any more; None if only those in `called` are."""
+        return None
+
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        """The submodules, at any depth, that nothing else may fuse."""
+        return set(module.modules()) if self.fused is None else {find(module, path) for path in self.fused}
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
+        if nn.modules.module._has_any_global_hook():
+            return False
+        try:
+            parts = [_part(module, path) for path, _, _ in self.seen]
+        except (AttributeError, KeyError):
+            return False
+        for part, (_, kind, configured) in zip(parts, self.seen, strict=True):
+            if not _is_still(part, kind, configured):
+                return False
+        # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
+        return torch.compiler.is_compiling() or all(
+            type(value) in PLAIN for part in parts for value in part._parameters.values()
+        )
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
+        raise NotImplementedError
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, module, x, use_reentrant=False)
+        return self.compute(module, x)
+
+
+@dataclass(frozen=True)
+class LectureBlock(Fusion):
+    """depthwise, norm without parameters, pointwise, GELU, pointwise, residual: one operation."""
+
+    kind: ClassVar[str] = "lecture's block"
+    depthwise: str = "conv1"
+    pointwise: str = "conv2"
+    projection: str = "conv3"
+    norm: str = "tensor"
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
+        parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
+        return functional.convnext_block(x, *parameters, norm=self.norm)
+
+
+@dataclass(frozen=True)
+class LectureClassifier(Fusion):
+    """The lecture's classifier, with the operations between its blocks."""
+
+    kind: ClassVar[str] = "lecture's classifier"
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return "stem", "downsample", "bottleneck"
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        return modules.classify(module, x, "tensor")
+
+
+@dataclass(frozen=True)
+class ConvNeXtBlock(Fusion):
+    """x + drop_path(scale * projection(response(gelu(pointwise(norm(depthwise(x))))))).
+
+    ConvNeXt's (Liu et al., arXiv:2201.03545) with a layer scale, and ConvNeXt V2's (Woo et al., arXiv:2301.00808)
+    with a response norm.
+
+    Args:
+        depthwise, norm, pointwise, projection: paths of the modules that hold the parameters; the pointwise
+            ones are nn.Linear or 1x1 nn.Conv2d.
+        scale: path of the layer scale of C elements, or None.
+        drop_path: path of a module that drops whole images in training, or None.
+        approximate: of GELU.
+        response: path of the module that follows GELU, or None; and whether it takes maps, (N, O, H, W), rather
+            than (N, H, W, O).
+    """
+
+    kind: ClassVar[str] = "ConvNeXt block"
+    by_size: ClassVar[bool] = True
+    depthwise: str = ""
+    norm: str = ""
+    pointwise: str = ""
+    projection: str = ""
+    scale: str | None = None
+    drop_path: str | None = None
+    approximate: str = "none"
+    response: str | None = None
+    response_of_maps: bool = False
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.drop_path, self.response) if path is not None)
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        return portable.swapping_pays(x)
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        # All that follows is fastest where channels lie side by side, and the next block finds them so.
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = depthwise_norm(find(module, self.depthwise), find(module, self.norm), x)
+        pointwise, projection = find(module, self.pointwise), find(module, self.projection)
+        weight, bias = projection.weight.flatten(1), projection.bias
+        dtype = x.dtype
+        scale = None if self.scale is None else find(module, self.scale).flatten()
+        if scale is not None:
+            dtype = torch.promote_types(dtype, scale.dtype)
+            if self._scales_weights(y, weight, scale):
+                weight, bias, scale = weight * scale[:, None], None if bias is None else bias * scale, None
+        y = self._widened(y, pointwise.weight.flatten(1), pointwise.bias)
+        if self.response is not None:
+            response = find(module, self.response)
+            y = response(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.response_of_maps else response(y)
+        branch = F.linear(y, weight, bias).permute(0, 3, 1, 2)
+        branch = branch.to(torch.promote_types(dtype, branch.dtype))
+        if scale is not None:
+            branch = branch * scale[:, None, None]
+        if self.drop_path is not None:
+            branch = find(module, self.drop_path)(branch)
+        # In the memory format of the branch, channels_last; x + branch of strides that tie is not.
+        return branch + x
+
+    def applies(self, module: nn.Module) -> bool:
+        return super().applies(module) and (self.scale is None or find(module, self.scale) is not None)
+
+    def _scales_weights(self, y: Tensor, weight: Tensor, scale: Tensor) -> bool:
+        """Whether to multiply the scale into the weights, where these are smaller than the maps."""
+        # The compiler fuses a multiplication of maps; and sizes would bind what it compiles to some batches.
+        if torch.compiler.is_compiling():
+            return False
+        # From the gradient of weights in half precision that of the scale, a sum of terms that cancel, would be
+        # poor. Those that autocast rounds keep theirs, but in float16 a product with 1e-6 is next to nothing.
+        device = y.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if scale.dtype in (torch.float16, torch.bfloat16) or autocast == torch.float16:
+            return False
+        return y.shape[0] * y.shape[2] * y.shape[3] > weight.shape[1]
+
+    def _widened(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The pointwise convolution (weight [O, C]) with GELU, of maps (N, C, H, W): (N, H, W, O)."""
+        if backends.choose(y.device, y.dtype) == "triton":
+            weight = weight[..., None, None]
+            return functional.pointwise_conv_gelu(y, weight, bias, approximate=self.approximate).permute(
+                0, 2, 3, 1
+            )
+        return F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
+
+
+@dataclass(frozen=True)
+class Chain(Fusion):
+    """Pairs of neighbours in an nn.Sequential: depthwise convolution + norm, pointwise convolution + GELU."""
+
+    kind: ClassVar[str] = "pairs in a Sequential"
+    by_size: ClassVar[bool] = True
+    # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
+    pairs: tuple[tuple[str, str, str | None], ...] = ()
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return tuple(name for first, second, _ in self.pairs for name in (first, second))
+
+    def pays(self, module: nn.Module, x: Tensor) -> bool:
+        # Decided for each pair, on the maps that reach it.
+        return True
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
+        seconds = [second for second, _ in pairs.values()]
+        # A module that occurs twice runs twice, which named_children would not tell.
+        children: dict[str, Any] = module._modules
+        for name, child in children.items():
+            if name in pairs:
+                second, approximate = pairs[name]
+                x = self._pair(child, children[second], approximate, x)
+            elif name not in seconds:
+                x = child(x)
+        return x
+
+    def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
+        if approximate is not None:
+            return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
+        if backends.leaves_to_pytorch(x) and not portable.swapping_pays(x):
+            return second(first(x))
+        return depthwise_norm(first, second, x)
+
+
+def depthwise_norm(depthwise: Any, norm: Any, x: Tensor) -> Tensor:
+    """Depthwise convolution and norm of each pixel, with the parameters of two modules."""
+    return functional.depthwise_conv_layer_norm(
+        x,
+        depthwise.weight,
+        depthwise.bias,
+        norm="channel",
+        eps=norm.eps,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+    )

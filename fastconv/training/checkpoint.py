@@ -1,0 +1,118 @@
+"""What a training run keeps, so that it goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+import textwrap
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv.files import write_atomically
+
+FORMAT = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used. The message is one line: what was got, what was expected, what to do."""
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run between two steps.
+
+    Args:
+        recipe: the arguments of `fastconv.training.Recipe`.
+        classes: names; logit i is `classes[i]`.
+        image_size: channels, height and width of the images trained on.
+        train_images: how many images an epoch has.
+        model: state_dict.
+        optimizer: state_dict.
+        rng: PyTorch's generators, by device type.
+        epoch: epochs whose training and validation are done.
+        step: steps done of the epoch after that.
+        losses: float32 [step], theirs.
+        correct: how many of the images in those steps were classified correctly.
+        history: the metrics of each epoch done.
+        test: the metrics on the test set, once the last epoch is done.
+        seconds: time spent so far.
+    """
+
+    recipe: dict[str, Any]
+    classes: list[str]
+    image_size: list[int]
+    train_images: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: dict[str, Tensor]
+    epoch: int
+    step: int
+    losses: Tensor
+    correct: int
+    history: list[dict[str, float]]
+    test: dict[str, float] | None
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint to `path`, which at any moment holds either the old one or the new."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict,
+    "classes": list,
+    "image_size": list,
+    "train_images": int,
+    "model": dict,
+    "optimizer": dict,
+    "rng": dict,
+    "epoch": int,
+    "step": int,
+    "losses": Tensor,
+    "correct": int,
+    "history": list,
+    "test": (dict, NoneType),
+    "seconds": float,
+}
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or another program or a newer fastconv wrote it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file; give the checkpoint.pt of a training run")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums that torch.save writes.
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # Damaged files make the readers of zip archives and pickles raise nearly anything.
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 100)
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}); train again") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path} was not written by fastconv; give the checkpoint.pt of a training run")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}; this fastconv reads {FORMAT}: use the version that wrote it"
+        )
+    expected = {field.name for field in fields(Checkpoint)}
+    if missing := expected - set(state):
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; train again")
+    found = Checkpoint(**{name: state[name] for name in expected})
+    if wrong := [name for name, kind in TYPES.items() if not isinstance(state[name], kind)]:
+        raise CheckpointError(f"{path} has no proper {', '.join(wrong)}; train again")
+    if found.losses.shape != (found.step,):
+        raise CheckpointError(
+            f"{path} has losses of shape {tuple(found.losses.shape)}, not of its {found.step} steps"
+        )
+    return found

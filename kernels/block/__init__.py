@@ -1,0 +1,1 @@
+"""The lecture's whole block as one operator."""

@@ -1,0 +1,1 @@
+"""Layer norm over a whole tensor, or over each of its images."""

@@ -1,0 +1,1 @@
+"""The pointwise convolution with GELU."""

@@ -1,0 +1,1 @@
+"""The depthwise convolution of maps of any size, tap by tap."""

@@ -1,0 +1,1 @@
+"""The depthwise convolution of small maps, as products with Toeplitz matrices."""

@@ -1,0 +1,112 @@
+"""The kernels' machine code against bench/tools/budget.json: compiled for GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+
+from fastconv.bench.tools import budget, dry_run
+
+ROOT = Path(__file__).parents[2]
+TABLE = json.loads((ROOT / "bench/tools/budget.json").read_text())
+LABELS = ("operation", "shape", "kernel", "dtype", "architecture")
+# Accesses of global memory are narrow if they are of less than 128 bits.
+COSTS = ("registers", "spills", "shared_memory", "instructions", "narrow_accesses")
+REWRITE = "if that is on purpose, rewrite the table with python -m bench.tools.budget --write"
+
+
+def worsened(rows, table):
+    """Lines that say what costs more than the table allows; a launch that is not in it is one."""
+    budget = {}
+    for row in table:
+        # Of a kernel that an operation launches twice, what the costlier launch may.
+        known = budget.setdefault(tuple(row[label] for label in LABELS), dict(row))
+        known.update({cost: max(known[cost], row[cost]) for cost in COSTS})
+    lines = []
+    for row in rows:
+        name = tuple(row[label] for label in LABELS)
+        if name not in budget:
+            lines.append(f"{', '.join(name)} is not in the table")
+            continue
+        for cost in COSTS:
+            if row[cost] > budget[name][cost]:
+                lines.append(f"{', '.join(name)}: {cost} rose from {budget[name][cost]} to {row[cost]}")
+        if budget[name]["tensor"] and not row["tensor"]:
+            lines.append(f"{', '.join(name)}: no tensor core instructions any more")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if triton.__version__ != TABLE["triton"]:
+        pytest.skip(f"the table is for triton {TABLE['triton']}, this is {triton.__version__}")
+    command = [sys.executable, "-m", "bench.tools.budget", "--json", "--architecture", "sm_90"]
+    # Other tests interpret the kernels, and so would this process.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_no_kernel_costs_more_than_its_budget(rows):
+    lines = worsened(rows, TABLE["rows"])
+    assert not lines, "\n".join([*lines, REWRITE])
+
+
+@pytest.mark.slow
+def test_the_block_is_two_launches_forward_and_three_backward(rows):
+    launches = [row["kernel"] for row in rows if row["operation"] == "convnext_block" and row["dtype"] == "bf16"]
+    assert launches == 3 * [
+        "depthwise_forward",
+        "pointwise_forward",
+        "pointwise_backward",
+        "depthwise_backward",
+        "reduce_partials",
+    ]
+
+
+def reason_to_be_large(row):
+    """Why a kernel may have long machine code or spill registers; bench/NOTES.md says more."""
+    if row["architecture"] == "sm_75":
+        return "Triton multiplies without tensor cores on Turing, with all operands in registers as float32"
+    if (row["kernel"], row["dtype"]) == ("pointwise_backward", "fp32 highest"):
+        return "three products, each three of tf32, beside GELU and its derivative"
+    return None
+
+
+def test_kernels_are_small_or_have_a_reason():
+    large = [row for row in TABLE["rows"] if row["instructions"] > 4000 or row["spills"] > 64]
+    assert [row for row in large if reason_to_be_large(row) is None] == []
+    # A reason that no kernel needs any more is to go.
+    assert {reason_to_be_large(row) for row in large} == {reason_to_be_large(row) for row in TABLE["rows"]} - {
+        None
+    }
+
+
+def test_products_are_on_tensor_cores():
+    products = ("depthwise_forward", "depthwise_backward", "pointwise_forward", "pointwise_backward")
+    without = {row["architecture"] for row in TABLE["rows"] if row["kernel"] in products and not row["tensor"]}
+    # Triton uses none on Turing, and AMD's take no float32 in small products.
+    assert without <= {"sm_75", "gfx942"}
+
+
+def test_the_table_has_each_gpu_in_each_of_its_precisions():
+    found = {(row["architecture"], row["dtype"]) for row in TABLE["rows"]}
+    assert found == {(gpu, precision) for gpu, precisions in budget.IN_TABLE.items() for precision in precisions}
+    assert budget.IN_TABLE.keys() == dry_run.TARGETS.keys()
+
+
+def test_a_worse_row_is_found():
+    row = TABLE["rows"][0]
+    for cost in COSTS:
+        (line,) = worsened([{**row, cost: row[cost] + 1}], TABLE["rows"])
+        assert f"{cost} rose from {row[cost]} to {row[cost] + 1}" in line
+    assert "not in the table" in worsened([{**row, "kernel": "new"}], TABLE["rows"])[0]
+    assert worsened([row], TABLE["rows"]) == []

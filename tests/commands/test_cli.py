@@ -1,0 +1,437 @@
+"""The commands, as a user types them, on a small image folder."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastconv
+from fastconv import machine
+from fastconv.commands import train as train_command
+from fastconv.operations import backends
+from fastconv.training import checkpoint, data, loop, prediction
+
+SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """train/ and test/ with 20 + 6 images of 8 x 8 pixels in two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in [("train", 20), ("test", 6)]:
+        for name, level in [("bright", 150), ("dark", 30)]:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count // 2):
+                pixels = rng.integers(level, level + 80, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """The directory of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    command = [sys.executable, "-m", "fastconv", "train", "--data", str(folder), "--out", str(out), *SMALL]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def refused(result, message):
+    code, _out, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    # The frame that usage errors are printed in breaks lines.
+    assert re.search(message, " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())), err
+
+
+def test_train_saves_and_tells(run, folder, tmp_path):
+    code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
+    assert (code, err) == (0, "")
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in metrics] == [1, 2]
+    for m in metrics:
+        lines = [
+            rf"training: +loss {m['train_loss']:.4f}, accuracy {100 * m['train_accuracy']:.2f} %",
+            rf"validation: +loss {m['validation_loss']:.4f}, accuracy {100 * m['validation_accuracy']:.2f} %",
+        ]
+        assert re.search(rf"Epoch {m['epoch']}/2 +" + r"\s+".join(lines), out)
+    test = checkpoint.load(tmp_path / "run/checkpoint.pt").test
+    assert f"loss {test['test_loss']:.4f}, accuracy {100 * test['test_accuracy']:.2f} %" in out
+    assert "image folder" in out
+    assert "ConvNextBlock" in out
+    assert "2 epochs in 0 min" in out
+    assert "\x1b" not in out, "control codes in what is not a terminal"
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["recipe"] == {
+        "epochs": 2,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "width": 4,
+        "depth": 1,
+        "patch": 2,
+        "seed": 0,
+        "split_seed": 55,
+        "precision": "fp32",
+        "limit": None,
+    }
+    assert config["versions"]["torch"] == torch.__version__.partition("+")[0]
+    with Image.open(tmp_path / "run/curves.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_train_json(run, folder, tmp_path):
+    code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", "--json", *SMALL)
+    assert code == 0
+    *epochs, final = [json.loads(line) for line in out.splitlines()]
+    written = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert epochs == [json.loads(line) for line in written]
+    assert final["directory"] == str(tmp_path / "run")
+    assert 0 <= final["test_accuracy"] <= 1
+    assert "Epoch 2/2" in err
+
+
+def test_the_default_directory_is_new_for_each_run(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command.time, "strftime", lambda _: "20260102-030405")
+    assert run("train", "--data", folder, *SMALL)[0] == 0
+    assert (tmp_path / "runs/20260102-030405/checkpoint.pt").exists()
+
+
+def test_a_run_is_not_overwritten(run, folder, trained):
+    before = (trained / "checkpoint.pt").read_bytes()
+    refused(run("train", "--data", folder, "--out", trained, *SMALL), "holds a run; go on with it by --resume")
+    assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_finished_run_is_shown_again(run, folder, trained):
+    before = checkpoint.load(trained / "checkpoint.pt")
+    code, out, _ = run("train", "--data", folder, "--out", trained, "--resume")
+    assert code == 0
+    assert f"accuracy {100 * before.test['test_accuracy']:.2f} %" in out
+    after = checkpoint.load(trained / "checkpoint.pt")
+    assert all(torch.equal(after.model[name], before.model[name]) for name in before.model)
+    assert after.history == before.history
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "8"], "started with --width 4; got 8: leave --width out"),
+        (["--batch-size", "128"], "started with --batch-size 8; got 128"),
+        (["--epochs", "1"], "has done 2 epochs; got --epochs 1"),
+    ],
+)
+def test_options_that_contradict_the_run_are_refused(run, folder, trained, options, message):
+    refused(run("train", "--data", folder, "--out", trained, "--resume", *options), message)
+
+
+def test_more_epochs_on_resume(run, folder, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", "--data", folder, "--out", out, *SMALL)[0] == 0
+    # Options that repeat the run's own are no contradiction.
+    code, _, _ = run("train", "--data", folder, "--out", out, "--resume", "--epochs", 3, "--width", 4)
+    assert code == 0
+    assert [m["epoch"] for m in checkpoint.load(out / "checkpoint.pt").history] == [1, 2, 3]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--resume"], "--resume goes on with the run in a directory; name it with --out"),
+        (["train", "--resume", "--out", "nowhere"], r"nowhere.checkpoint\.pt is not a file"),
+        (["train", "--data", "nowhere"], "nowhere is not a directory; give the one that holds the data set"),
+        (["train", "--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["train", "--lr", "nan"], "lr is nan; expected a positive number"),
+        (["train", "--device", "tpu"], "device is 'tpu'; expected auto, "),
+        (["train", "--device", "cuda:99"], "device is 'cuda:99'; this machine has .*cpu"),
+        (
+            ["train", "--backend", "triton"],
+            "cannot run depthwise_conv_layer_norm: on a CPU it needs TRITON_INTERPRET=1",
+        ),
+        (["train", "--backend", "fast"], "'fast' is not one of"),
+        (
+            ["train", "--patch", "20", "--data", "FOLDER"],
+            "patch is 20, for images of 8 x 8 pixels; expected at most 4",
+        ),
+        (["train", "--no-such-option"], "No such option: --no-such-option"),
+        (["train", "--out", "FILE"], "--out is .*0.png, a file; give a directory"),
+        (["summary", "--patch", "17"], "patch is 17, for images of 32 x 32 pixels"),
+        (["evaluate", "--checkpoint", "nowhere.pt"], r"nowhere\.pt is not a file"),
+        (["predict", "--checkpoint", "nowhere.pt", "image.png"], r"nowhere\.pt is not a file"),
+        (["predict", "image.png"], "Missing option '--checkpoint'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(run, folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    paths = {"FOLDER": folder, "FILE": folder / "train/dark/0.png"}
+    refused(run(*[paths.get(a, a) for a in arguments]), message)
+    assert os.listdir(tmp_path) == [], "something was left behind"
+
+
+def test_a_directory_that_cannot_be_written(run, folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(run("train", "--data", folder, "--out", tmp_path / "file/run", *SMALL), "Not a directory: .*file/run")
+
+
+def test_a_full_disk(run, folder, tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "No space left on device")
+
+
+@pytest.mark.parametrize("package", ["torchinfo", "matplotlib"])
+def test_a_missing_package_is_named_before_training(run, folder, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("train", "--data", folder, "--out", tmp_path / "run")
+    refused(result, rf'{package} cannot be imported .* install it with: pip install "fastconv\[train\]"')
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(run, folder, tmp_path):
+    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, "--lr", "1e30")
+    assert code == 1
+    assert "in epoch 1, step 2; " in out
+    assert "is from before that. For a smaller --lr start a new run in another --out." in out
+    assert checkpoint.load(tmp_path / "run/checkpoint.pt").step == 0
+
+
+def test_deterministic(run, folder, tmp_path):
+    try:
+        code, _, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert code == 0
+
+
+def test_the_backend_is_forced(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends._MODULES["portable"], "convnext_block", None)
+    assert run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, "--backend", "reference")[0] == 0
+
+
+def test_evaluate(run, folder, trained):
+    state = checkpoint.load(trained / "checkpoint.pt")
+    code, out, _ = run("evaluate", "--checkpoint", trained / "checkpoint.pt", "--data", folder, "--json")
+    assert code == 0
+    results = json.loads(out)
+    assert results["validation_loss"] == pytest.approx(state.history[-1]["validation_loss"])
+    assert results["validation_accuracy"] == state.history[-1]["validation_accuracy"]
+    assert results["test_accuracy"] == state.test["test_accuracy"]
+    code, out, _ = run("evaluate", "--checkpoint", trained / "checkpoint.pt", "--data", folder)
+    assert re.search(rf"test: +loss {results['test_loss']:.4f}, accuracy .* %, 6 images", out)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(1)
+    paths = []
+    for i, (mode, shape) in enumerate(
+        [("RGB", (8, 8, 3)), ("L", (20, 31)), ("RGBA", (5, 9, 4)), ("LA", (8, 3, 2))]
+    ):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(paths[-1])
+    return paths
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_predict(run, trained, pictures):
+    code, out, _ = run("predict", "--checkpoint", trained / "checkpoint.pt", *pictures, "--json")
+    assert code == 0
+    together = [json.loads(line) for line in out.splitlines()]
+    assert [answer["image"] for answer in together] == [str(path) for path in pictures]
+    for path, answer in zip(pictures, together, strict=True):
+        probabilities = [c["probability"] for c in answer["classes"]]
+        assert sum(probabilities) == pytest.approx(1)
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {c["class"] for c in answer["classes"]} == {"bright", "dark"}
+        # What else is in the call makes no difference, to the last bit.
+        _, alone, _ = run("predict", "--checkpoint", trained / "checkpoint.pt", path, "--json")
+        assert json.loads(alone) == answer
+    _, out, _ = run("predict", "--checkpoint", trained / "checkpoint.pt", pictures[0])
+    best, other = together[0]["classes"]
+    assert out == (
+        f"{pictures[0]}: {best['class']} {100 * best['probability']:.1f} %, "
+        f"{other['class']} {100 * other['probability']:.1f} %\n"
+    )
+
+
+def test_an_image_of_the_trained_size_is_seen_as_in_training(folder, trained):
+    """By hand: pixels over 255, through the model by itself, softmax."""
+    state = checkpoint.load(trained / "checkpoint.pt")
+    path = folder / "test/dark/0.png"
+    with Image.open(path) as image:
+        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+    model = fastconv.Classifier(4, 1, 2, num_classes=2)
+    model.load_state_dict(state.model)
+    expected = model(pixels).softmax(1)[0]
+    found = dict(prediction.predict(prediction.load_model(state, torch.device("cpu")), pixels, top=2))
+    assert torch.equal(prediction.read_input(path, [3, 8, 8]), pixels)
+    for label in (0, 1):
+        assert found[label] == pytest.approx(expected[label].item(), rel=1e-6)
+
+
+def test_predict_takes_one_image_at_a_time(trained):
+    model = prediction.load_model(checkpoint.load(trained / "checkpoint.pt"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="got 2 images; expected one"):
+        prediction.predict(model, torch.rand(2, 3, 8, 8))
+
+
+def test_predict_names_a_bad_image_before_it_answers(run, trained, folder, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    result = run(
+        "predict", "--checkpoint", trained / "checkpoint.pt", folder / "test/dark/0.png", tmp_path / "broken.png"
+    )
+    refused(result, "broken.png")
+    assert result[1] == ""
+
+
+def test_summary(run):
+    code, out, _ = run("summary")
+    assert code == 0
+    assert "Total params: 235,434" in out
+    assert re.search(r"Conv2d \(conv1\) +\[128, 256, 4, 4\] +12,800", out)
+    assert "Total params: 235,434" not in run("summary", "--width", "16")[1]
+    # More than any machine could hold.
+    code, out, _ = run("summary", "--width", "9000", "--batch-size", "1000000")
+    assert code == 0
+    assert "[1000000, 9000, 8, 8]" in out
+
+
+def test_info(run):
+    code, out, _ = run("info", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert set(facts["operations"]["cpu"]) == set(backends.OPERATIONS)
+    choice = facts["operations"]["cpu"]["convnext_block"]
+    assert choice["runs"] == "portable"
+    assert "on a CPU" in choice["refused"]["triton"]
+    table = run("info")[1]
+    assert all(operation in table for operation in backends.OPERATIONS)
+
+
+def test_the_environment_forces_a_backend_and_sets_the_encoding():
+    def info(*options, **environment):
+        command = [sys.executable, "-m", "fastconv", "info", *options]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, check=False, capture_output=True, text=True
+        )
+
+    forced = json.loads(info("--json", FASTCONV_BACKEND="reference").stdout)
+    assert {choice["runs"] for choice in forced["operations"]["cpu"].values()} == {"reference"}
+    assert "nothing" in info(FASTCONV_BACKEND="triton", TRITON_INTERPRET="0").stdout
+    wrong = info(FASTCONV_BACKEND="fast")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("fastconv: FASTCONV_BACKEND is 'fast'; expected one of triton")
+    assert info(PYTHONIOENCODING="ascii").returncode == 0
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"fastconv {machine.package_version('fastconv')}\n")
+    for command in ("train", "evaluate", "predict", "summary", "info"):
+        assert command in run("--help")[1]
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"fastconv {command}" in out
+    assert "[default: runs/<date>-<time>]" in run("train", "--help")[1]
+
+
+def start(folder, out, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastconv", "train", "--data", str(folder), "--out", str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+LONG = ["--epochs", "300", *SMALL[2:]]
+
+
+def test_stopped_before_the_first_save(run, folder, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastconv.training.loop.make_sets", stop)
+    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
+    assert code == 130
+    assert "stopped at once" in out
+    assert "go on with" not in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+    out = tmp_path / "a run"
+    process = start(folder, out, *LONG)
+    wait_for(out / "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate()
+    assert process.returncode == 130, printed
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state.epoch < 300
+    assert "Traceback" not in printed
+    command = shlex.split(printed.splitlines()[-1])
+    assert command == ["fastconv", "train", "--out", str(out), "--resume", "--data", str(folder)]
+    resumed = subprocess.run(
+        [sys.executable, "-m", *command, "--epochs", str(state.epoch + 1)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert f"Epoch {state.epoch + 1}/{state.epoch + 1}" in resumed.stdout
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
+    recipe = loop.Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
+
+    class Silent:
+        def step(self, *_):
+            pass
+
+        def epoch(self, *_):
+            pass
+
+    unbroken = loop.train(recipe, data.load(folder), torch.device("cpu"), tmp_path / "unbroken.pt", Silent(), None)
+    out, rng = tmp_path / "run", random.Random(0)
+    options = ["--epochs", "40", *SMALL[2:]]
+    for _ in range(3):
+        process = start(folder, out, *options)
+        wait_for(out / "config.json", process)
+        time.sleep(rng.uniform(0.02, 0.4))
+        process.kill()
+        process.wait()
+        if (out / "checkpoint.pt").exists():
+            options = ["--resume"]
+    process = start(folder, out, *options)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    final = checkpoint.load(out / "checkpoint.pt")
+    assert all(torch.equal(final.model[name], weight) for name, weight in unbroken.model.items())
+    assert final.test == unbroken.test
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 40

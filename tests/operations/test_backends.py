@@ -1,0 +1,197 @@
+"""Forcing a backend, and what importing fastconv costs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastconv
+from fastconv.operations import backends, dispatch, functional, portable, reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_auto_takes_the_portable_path_without_a_gpu():
+    with fastconv.backend("auto"):
+        for operation in backends.OPERATIONS:
+            assert backends.select(operation, CPU, torch.float32) == "portable"
+
+
+def test_forced_backends_run(monkeypatch):
+    called = []
+    for module in (portable, reference):
+        monkeypatch.setattr(module, "layer_norm", lambda x, _m=module, **_: called.append(_m) or x)
+    with fastconv.backend("reference"):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+    with fastconv.backend("portable"):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+    assert called == [reference, portable]
+
+
+def test_the_context_manager_restores_and_the_function_stays():
+    before = backends.current()
+    with fastconv.backend("reference"):
+        assert backends.current() == "reference"
+        with fastconv.backend("portable"):
+            assert backends.current() == "portable"
+        assert backends.current() == "reference"
+        fastconv.backend("auto")
+        assert backends.current() == "auto"
+    assert backends.current() == before
+
+
+def test_an_error_inside_restores_too():
+    before = backends.current()
+    with pytest.raises(ZeroDivisionError), fastconv.backend("reference"):
+        _ = 1 / 0
+    assert backends.current() == before
+
+
+def test_unknown_backend_changes_nothing():
+    before = backends.current()
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of triton, portable, reference, auto"):
+        fastconv.backend("cuda")
+    assert backends.current() == before
+
+
+@pytest.mark.parametrize(
+    ("installed", "interpreted", "device", "reason"),
+    [
+        (False, True, "cpu", "Triton is not installed"),
+        (True, False, "cpu", "on a CPU it needs TRITON_INTERPRET=1 in the environment"),
+        (True, True, "meta", "it runs on GPUs of NVIDIA and AMD, not on meta"),
+    ],
+)
+def test_forcing_triton_says_why_it_cannot_run(monkeypatch, installed, interpreted, device, reason):
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", installed)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", interpreted)
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
+    with (
+        fastconv.backend("triton"),
+        pytest.raises(
+            fastconv.BackendUnavailable, match=rf'"triton" cannot run layer_norm: {reason}.*; use "auto"'
+        ),
+    ):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1, device=device))
+
+
+def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", True)
+    with fastconv.backend("auto"):
+        assert "only if it is forced" in backends.can_run("triton", CPU, torch.float32)
+    with fastconv.backend("triton"):
+        assert backends.can_run("triton", CPU, torch.float32) is None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make torch.cuda tell of a GPU with a compute capability."""
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    backends._gpu_refuses.cache_clear()
+
+    def install(name, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    yield install
+    backends._gpu_refuses.cache_clear()
+
+
+def test_a_t4_runs_float16_and_float32(gpu):
+    gpu("Tesla T4", (7, 5))
+    assert backends.choose(CUDA, torch.float16) == backends.choose(CUDA, torch.float32) == "triton"
+    assert backends.choose(CUDA, torch.bfloat16) == backends.choose(CUDA, torch.float64) == "portable"
+    # A block under autocast: its maps stay float32.
+    assert backends.choose(CUDA, torch.float32, torch.bfloat16) == "portable"
+    with fastconv.backend("triton"), pytest.raises(fastconv.BackendUnavailable) as raised:
+        backends.select("convnext_block", CUDA, torch.float32, torch.bfloat16)
+    assert str(raised.value) == (
+        'backend "triton" cannot run convnext_block: Tesla T4 has compute capability 7.5, and bfloat16 needs 8.0 '
+        'or newer: use float16, under autocast dtype=torch.float16; use "auto", "portable" or "reference"'
+    )
+
+
+def test_gpus_older_than_a_t4_run_portable(gpu):
+    gpu("Tesla V100", (7, 0))
+    assert backends.choose(CUDA, torch.float16) == "portable"
+    reason = "Tesla V100 has compute capability 7.0; its kernels need 7.5 or newer"
+    assert backends.can_run("triton", CUDA, torch.float16) == reason
+
+
+def test_newer_gpus_run_all_but_float64(gpu):
+    gpu("NVIDIA A100", (8, 0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.choose(CUDA, dtype) == "triton"
+    assert backends.choose(CUDA, torch.float64) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "computed"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ],
+)
+def test_the_dtype_that_counts_is_that_of_autocast(monkeypatch, dtype, autocast, computed):
+    asked = []
+    monkeypatch.setattr(backends, "can_run", lambda name, device, dtype: asked.append(dtype))
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
+    monkeypatch.setattr(dispatch, "_call", lambda *_: None)
+    x, weight = torch.zeros(1, 2, 3, 3, dtype=dtype), torch.zeros(2, 2, 1, 1, dtype=dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with fastconv.backend("portable"):
+            functional.pointwise_conv_gelu(x, weight)
+        assert set(asked) == {computed}
+        asked.clear()
+        backends.leaves_to_pytorch(x)
+        assert set(asked) == {computed}
+
+
+def test_the_environment_variable_forces_one():
+    code = "from fastconv.operations import backends; print(backends.current())"
+    assert run_python(code, FASTCONV_BACKEND="reference").stdout.strip() == "reference"
+    assert run_python(code, FASTCONV_BACKEND="").stdout.strip() == "auto"
+
+
+def test_a_wrong_environment_variable_is_named_when_it_is_used(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "fast")
+    with pytest.raises(fastconv.BackendUnavailable, match="FASTCONV_BACKEND is 'fast'; expected one of triton"):
+        functional.layer_norm(torch.zeros(1, 1, 1, 1))
+
+
+def test_a_context_can_be_entered_again():
+    before = backends.current()
+    context = fastconv.backend("reference")
+    for _ in range(2):
+        with context:
+            assert backends.current() == "reference"
+        assert backends.current() == before
+
+
+def test_import_brings_in_no_triton_no_torchvision_and_no_cuda_context():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastconv
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print(torch.cuda.is_initialized())
+"""
+    added, initialized = run_python(code).stdout.splitlines()
+    assert added == "['fastconv']"
+    assert initialized == "False"

@@ -1,0 +1,329 @@
+"""The training loop, against one written out by hand; stopping and going on; what goes wrong."""
+
+import math
+import os
+import random
+import signal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastconv.operations import reference
+from fastconv.training import checkpoint, loop
+from fastconv.training.checkpoint import CheckpointError
+from fastconv.training.data import DataError, Dataset, ImageSet
+from fastconv.training.loop import Recipe
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=3, batch_size=16, width=4, depth=1, patch=2, seed=7)
+
+
+def make_set(count, generator):
+    labels = torch.randint(3, (count,), generator=generator)
+    noise = torch.randint(0, 156, (count, 3, 8, 8), generator=generator)
+    # Each class is brighter in one channel, so that there is something to learn.
+    bright = 100 * F.one_hot(labels, 3)[:, :, None, None]
+    return ImageSet((noise + bright).to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    # 100 training images: 80 to train on, five batches; 75 of them make a last batch of 11.
+    return Dataset(make_set(100, generator), make_set(33, generator), ("red", "green", "blue"), "synthetic")
+
+
+class Recorder:
+    """An observer that remembers, and can act at a given step."""
+
+    def __init__(self, at=None, action=None):
+        self.steps, self.histories = [], []
+        self.at, self.action = at, action
+
+    def step(self, epoch, step, steps, loss, images_per_second):
+        self.steps.append((epoch, step, steps, loss))
+        assert images_per_second > 0
+        if (epoch, step) == self.at:
+            self.action()
+
+    def epoch(self, history):
+        self.histories.append([dict(metrics) for metrics in history])
+
+
+@pytest.fixture(autouse=True)
+def _report_every_step(monkeypatch):
+    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
+
+
+def run(dataset, path, recipe=RECIPE, observer=None, resumed=None):
+    return loop.train(recipe, dataset, CPU, path, observer or Recorder(), resumed)
+
+
+def assert_same_weights(a, b):
+    assert a.model.keys() == b.model.keys()
+    assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+
+
+def test_the_loop_is_the_lectures_recipe(dataset, tmp_path):
+    """By hand: the lecture's model, float64, its own split, AdamW, cross-entropy, and counting over images."""
+    recipe = Recipe(epochs=2, batch_size=15, width=4, depth=1, patch=2, lr=3e-3, weight_decay=0.1, seed=3)
+    observer = Recorder()
+    final = run(dataset, tmp_path / "checkpoint.pt", recipe, observer)
+
+    parts = torch.utils.data.random_split(range(100), [0.8, 0.2], generator=torch.Generator().manual_seed(55))
+    train, validation = (torch.tensor(list(part)) for part in parts)
+    torch.manual_seed(3)
+    model = reference.Classifier(width=4, depth=1, patch=2, num_classes=3).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    images, labels = dataset.train.images.double() / 255, dataset.train.labels
+
+    def evaluate(images, labels):
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in images.split(15)])
+        return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+
+    for epoch in range(2):
+        order = train[loop.epoch_order(80, 3, epoch)]
+        total_loss, total_correct = 0.0, 0
+        for chosen in order.split(15):
+            logits = model(images[chosen])
+            loss = F.cross_entropy(logits, labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.item() * len(chosen)
+            total_correct += (logits.argmax(1) == labels[chosen]).sum().item()
+        metrics = final.history[epoch]
+        validation_loss, validation_accuracy = evaluate(images[validation], labels[validation])
+        assert metrics["epoch"] == epoch + 1
+        assert metrics["train_loss"] == pytest.approx(total_loss / 80, rel=1e-4)
+        assert metrics["train_accuracy"] == total_correct / 80
+        assert metrics["validation_loss"] == pytest.approx(validation_loss, rel=1e-4)
+        assert metrics["validation_accuracy"] == validation_accuracy
+    test_loss, test_accuracy = evaluate(dataset.test.images.double() / 255, dataset.test.labels)
+    assert final.test["test_loss"] == pytest.approx(test_loss, rel=1e-4)
+    assert final.test["test_accuracy"] == test_accuracy
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(final.model[name].double(), parameter.detach(), rtol=1e-3, atol=1e-4)
+    assert [step[:3] for step in observer.steps] == [(e, s, 6) for e in (1, 2) for s in range(1, 7)]
+    assert [len(history) for history in observer.histories] == [1, 2]
+
+
+def test_it_learns(dataset, tmp_path):
+    final = run(
+        dataset, tmp_path / "checkpoint.pt", Recipe(epochs=8, batch_size=16, width=4, depth=1, patch=2, lr=1e-2)
+    )
+    assert final.history[-1]["train_loss"] < 0.5 * final.history[0]["train_loss"]
+    assert final.test["test_accuracy"] > 0.8
+
+
+def test_a_run_repeats(dataset, tmp_path):
+    first, second = run(dataset, tmp_path / "a.pt"), run(dataset, tmp_path / "b.pt")
+    assert_same_weights(first, second)
+    other = run(dataset, tmp_path / "c.pt", Recipe(**{**vars(RECIPE), "seed": 8}))
+    assert not torch.equal(first.model["stem.weight"], other.model["stem.weight"])
+
+
+def test_the_order_differs_between_epochs_and_seeds():
+    orders = {tuple(loop.epoch_order(50, seed, epoch).tolist()) for seed in range(9) for epoch in range(9)}
+    assert len(orders) == 81
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_bfloat16_trains_with_float32_weights(dataset, tmp_path):
+    final = run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "precision": "bf16"}))
+    exact = run(dataset, tmp_path / "exact.pt")
+    assert all(weight.dtype == torch.float32 for weight in final.model.values())
+    assert final.history[-1]["train_loss"] == pytest.approx(exact.history[-1]["train_loss"], rel=0.05)
+    assert not torch.equal(final.model["stem.weight"], exact.model["stem.weight"])
+
+
+def test_limit_takes_the_first_images_of_each_set(dataset):
+    whole = loop.make_sets(dataset, RECIPE, CPU)
+    some = loop.make_sets(dataset, Recipe(limit=12), CPU)
+    assert (len(whole.train), len(whole.validation), len(whole.test)) == (80, 20, 33)
+    for name in ("train", "validation", "test"):
+        assert torch.equal(getattr(some, name).images, getattr(whole, name).images[:12])
+        assert torch.equal(getattr(some, name).labels, getattr(whole, name).labels[:12])
+
+
+def test_too_few_images_to_validate_on(dataset, tmp_path):
+    few = Dataset(dataset.train.subset(torch.arange(4)), dataset.test, dataset.classes, "few")
+    with pytest.raises(DataError, match="few: 4 training images leave none to validate on; expected 5 or more"):
+        run(few, tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it and tidy up."""
+
+
+def kill():
+    raise Killed
+
+
+def test_killed_anywhere_and_resumed_it_reaches_the_same_weights(dataset, tmp_path, monkeypatch):
+    """Dies at every point where something is observed or written, and each time goes on from the file."""
+    unbroken = run(dataset, tmp_path / "unbroken.pt")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # A checkpoint after every step.
+    path, deaths, resumed = tmp_path / "checkpoint.pt", 0, None
+    rng = random.Random(0)
+    for _ in range(200):
+        calls, death = 0, rng.randrange(1, 9)
+
+        def maybe_die(original, *arguments, death=death, **options):
+            nonlocal calls
+            calls += 1
+            if calls == death:
+                raise Killed
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for owner, name in [
+                (torch, "save"),
+                (os, "fsync"),
+                (os, "replace"),
+                (loop, "evaluate"),
+                (torch.optim.AdamW, "step"),
+            ]:
+                original = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, _original=original, **o: maybe_die(_original, *a, **o))
+            try:
+                final = run(dataset, path, resumed=resumed)
+                break
+            except Killed:
+                deaths += 1
+        resumed = checkpoint.load(path) if path.exists() else None
+    assert deaths > 10
+    assert_same_weights(final, unbroken)
+    for mine, other in zip(final.history, unbroken.history, strict=True):
+        assert {**mine, "seconds": 0} == {**other, "seconds": 0}
+    assert final.test == unbroken.test
+
+
+def test_more_epochs_after_the_last_go_on_from_there(dataset, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run(dataset, path)
+    longer = Recipe(**{**vars(RECIPE), "epochs": 5})
+    final = run(dataset, path, longer, resumed=checkpoint.load(path))
+    assert_same_weights(final, run(dataset, tmp_path / "at-once.pt", longer))
+    assert final.epoch == len(final.history) == 5
+
+
+@pytest.mark.parametrize("at", [(1, 2), (2, 5)])
+def test_interrupted_it_finishes_the_step_and_saves(dataset, tmp_path, at):
+    path = tmp_path / "checkpoint.pt"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(loop.Interrupted, match=f"interrupted in epoch {at[0]}, after step {at[1]} of 5"):
+        run(dataset, path, observer=Recorder(at, lambda: signal.raise_signal(signal.SIGINT)))
+    assert signal.getsignal(signal.SIGINT) is before
+    state = checkpoint.load(path)
+    assert (state.epoch + 1, state.step) == at
+    assert_same_weights(run(dataset, path, resumed=state), run(dataset, tmp_path / "unbroken.pt"))
+
+
+def test_a_second_interrupt_is_at_once(dataset, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, path, observer=Recorder((2, 3), twice))
+    # The last one saved is that of the first epoch's end.
+    assert (checkpoint.load(path).epoch, checkpoint.load(path).step) == (1, 0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    calls = 0
+    original = F.cross_entropy
+
+    def explode(logits, labels, **options):
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return original(logits, labels, **options) * (math.nan if calls >= 8 else 1.0)
+
+    monkeypatch.setattr(loop.F, "cross_entropy", explode)
+    with pytest.raises(loop.NonFiniteLoss, match="the loss is nan in epoch 2, step 3"):
+        run(dataset, path)
+    state = checkpoint.load(path)
+    assert (state.epoch, state.step) == (1, 0)
+    assert all(weight.isfinite().all() for weight in state.model.values())
+
+
+def test_the_first_bad_step_is_named_though_it_is_looked_for_later(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "REPORT_SECONDS", 1e9)
+    with pytest.raises(loop.NonFiniteLoss, match=r"in epoch 1, step 2$"):
+        run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "lr": 1e30}))
+
+
+def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatch):
+    """The last step's loss is finite, but its update is not."""
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "REPORT_SECONDS", 1e9)
+    original = torch.optim.AdamW.step
+    calls = 0
+
+    def overflow(self):
+        nonlocal calls
+        calls += 1
+        original(self)
+        if calls == 4:
+            self.param_groups[0]["params"][0].data[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(loop.NonFiniteLoss, match="a weight is not finite in epoch 1, after step 4"):
+        run(dataset, path)
+    assert checkpoint.load(path).step == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: Dataset(d.train, d.test, ("a", "b", "c"), ""), "another classes than the checkpoint"),
+        (lambda d: Dataset(d.train.subset(torch.arange(90)), d.test, d.classes, ""), "number of training images"),
+        (
+            lambda d: Dataset(ImageSet(d.train.images[..., :6], d.train.labels), d.test, d.classes, ""),
+            "another image size",
+        ),
+    ],
+    ids=["classes", "count", "size"],
+)
+def test_other_data_is_refused(dataset, tmp_path, change, message):
+    path = tmp_path / "checkpoint.pt"
+    state = run(dataset, path)
+    with pytest.raises(CheckpointError, match=message):
+        run(change(dataset), path, resumed=state)
+
+
+def test_a_state_that_does_not_fit_is_refused(dataset, tmp_path):
+    state = run(dataset, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit its own recipe \(.*stem.weight") as caught:
+        run(dataset, tmp_path / "other.pt", Recipe(**{**vars(RECIPE), "width": 6}), resumed=state)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"batch_size": -1}, "batch_size is -1; expected at least 1"),
+        ({"limit": 0}, "limit is 0; expected at least 1"),
+        ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
+        ({"lr": math.nan}, "lr is nan; expected a positive number"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; expected 0 to 1e[+]06"),
+        ({"seed": -1}, "seed is -1; expected 0 to"),
+        ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, bf16"),
+    ],
+)
+def test_recipes_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
+
+
+def test_images_too_small_for_the_patches():
+    with pytest.raises(ValueError, match="patch is 4, for images of 6 x 8 pixels; expected at most 3"):
+        loop.make_model(Recipe(), [3, 6, 8], 10)
