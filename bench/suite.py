@@ -24,7 +24,7 @@ from .workloads import Workload, cost
 
 Row = dict[str, Any]
 
-# Of precisions.PRECISIONS. With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
+# With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 # Rounds fill so many seconds, within these bounds.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50

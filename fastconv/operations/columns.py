@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv.kernels.common.rules import accumulator
+
 # Measured with `python -m bench.crossover`: see bench/NOTES.md. The Toeplitz matrix has P^2 entries for each
 # output channel, so it loses to the convolution on large maps, and but for the smallest has to be paid for by
 # enough images.
@@ -171,8 +173,3 @@ def mix_channels(weight: Tensor, columns: Tensor, geometry: Geometry, bias: Tens
     else:
         y = F.linear(flat.t(), weight, bias).t()
     return y.unflatten(1, columns.shape[1:])
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32, or float64 if `x` is."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

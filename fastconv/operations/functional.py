@@ -1,4 +1,4 @@
-"""The public operations: check the arguments, apply autocast, and run them where `fastconv.operations.dispatch` says.
+"""The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
 Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
 reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.

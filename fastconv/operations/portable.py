@@ -1,7 +1,7 @@
 """The fused operations as PyTorch matrix products, for any device; on a CPU this is the fast path.
 
 Two ideas carry the speed. On small maps convolutions are matrix products over "columns", in a memory layout that
-travels with its tensor from operation to operation, as channels-last does in PyTorch: see `fastconv.operations.columns`.
+travels with its tensor from operation to operation, as channels-last does in PyTorch: see `columns.py`.
 
 And the norm folds into the pointwise convolution. With h the depthwise convolution's output less its mean, and
 r = 1 / sqrt(mean(h^2) + eps), the normalised tensor is r h, and W (r h) = r (W h): it is never written.
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv.kernels.common.rules import accumulator, check_differentiated_once
 from fastconv.operations import reference
 from fastconv.operations.columns import (
     Geometry,
-    accumulator,
     choose_geometry,
     convolve,
     convolve_backward,
@@ -146,18 +146,10 @@ def normalise_backward(grad: Tensor, h: Tensor, scale: Tensor, dims: tuple[int, 
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse `create_graph=True` in a backward that has no derivative itself.
-
-    PyTorch's `once_differentiable` refuses only if the incoming gradient requires grad. That of `y.sum()` does
-    not, and a gradient penalty would silently be constant.
-    """
+    """A backward of columns, without a derivative of its own, as one of memory order."""
 
     def call(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
-                'use fastconv.backend("reference")'
-            )
+        check_differentiated_once()
         with torch.no_grad():
             return backward(ctx, from_memory_order(grad, ctx.geometry))
 

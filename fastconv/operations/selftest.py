@@ -1,6 +1,6 @@
 """Whether the Triton kernels are right on a GPU on which nobody has proved them: tried once, at their first use.
 
-Each operation is compared with the reference, by the rule of `fastconv.accuracy`; `fastconv.operations.verdicts` keeps the
+Each operation is compared with the reference, by the rule of `fastconv.accuracy`; `verdicts.py` keeps the
 verdict for other processes. FASTCONV_SELFTEST=0 turns it off.
 """
 

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from ..common.launch import (
     Launch,
-    accumulator,
     block_size,
     ceil_div,
-    check_differentiated_once,
     flat_pixels,
     in_dtype,
     precision,
     strides,
 )
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import accumulator, check_differentiated_once
 from ..toeplitz.plan import MAX_PARTIALS, Depthwise
 from .kernels import pointwise_backward, pointwise_forward
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..common.launch import (
     Launch,
-    accumulator,
     ceil_div,
-    check_differentiated_once,
     flat_pixels,
     next_power_of_2,
     stride_unit,
@@ -20,6 +18,7 @@ from ..common.launch import (
 )
 from ..common.partials import SumPartials
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import accumulator, check_differentiated_once
 from .kernels import channel_norm, channel_norm_backward
 
 # Of the backward: as many as a large GPU runs at once, because each keeps partial sums.

@@ -118,15 +118,6 @@ def on_meta(tensors: Sequence[Tensor | None]) -> bool:
     return first is not None and first.is_meta
 
 
-def check_differentiated_once() -> None:
-    """In a backward: refuse `create_graph=True`, whose second derivatives the kernels do not have."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
-            'use fastconv.backend("reference")'
-        )
-
-
 def block_size(length: int, largest: int) -> int:
     """A power of two, at most `largest`, and at least 16, the least that tensor cores take."""
     return min(max(16, next_power_of_2(length)), largest)
@@ -195,8 +186,3 @@ def is_before_ampere() -> bool:
 def capability() -> tuple[int, int]:
     """The compute capability of the current GPU; kernels that are interpreted are as on an H100."""
     return torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32, or float64 if `x` is."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

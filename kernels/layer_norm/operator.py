@@ -11,12 +11,12 @@ from torch import Tensor
 from ..common.launch import (
     Launch,
     ceil_div,
-    check_differentiated_once,
     flat_pixels,
     next_power_of_2,
     strides,
 )
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import check_differentiated_once
 from .kernels import norm_backward, norm_moments, norm_sums, normalise
 from .plan import Normed
 

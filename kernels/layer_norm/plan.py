@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.launch import Launch, accumulator
+from ..common.launch import Launch
+from ..common.rules import accumulator
 from ..common.statistics import collapse_moments, collapse_sums
 
 # More than these are merged once, rather than by every program that needs them.

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ..common.launch import (
     Launch,
-    accumulator,
     block_size,
     ceil_div,
-    check_differentiated_once,
     flat_pixels,
     in_dtype,
     new_maps,
@@ -22,6 +20,7 @@ from ..common.launch import (
 )
 from ..common.partials import SumPartials
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import accumulator, check_differentiated_once
 from ..toeplitz.plan import MAX_PARTIALS
 from .kernels import pointwise_gelu, pointwise_gelu_backward_weight, pointwise_gelu_backward_x
 

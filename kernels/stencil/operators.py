@@ -11,9 +11,7 @@ from torch import Tensor
 from ..channel_norm.operators import ChannelNorm
 from ..common.launch import (
     Launch,
-    accumulator,
     ceil_div,
-    check_differentiated_once,
     flat_pixels,
     memory_format,
     new_maps,
@@ -22,6 +20,7 @@ from ..common.launch import (
 )
 from ..common.partials import SumPartials
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import accumulator, check_differentiated_once
 from .kernels import stencil, stencil_backward_taps, stencil_channel_norm
 
 # Pixels of a program in a row, and channels of a thread, which keeps a sum for each pixel of each of its channels.

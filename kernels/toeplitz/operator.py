@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..common.launch import (
-    check_differentiated_once,
     flat_pixels,
     in_dtype,
     new_maps,
     strides,
 )
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.rules import check_differentiated_once
 from ..layer_norm.operator import norm_of
 from .plan import Depthwise
 

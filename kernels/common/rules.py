@@ -1,0 +1,27 @@
+"""What every implementation abides by. Imports no Triton, so that all can."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype to sum in: float32, or float64 if `x` is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_differentiated_once() -> None:
+    """In a backward: refuse `create_graph=True`, which asks for second derivatives that there are not.
+
+    PyTorch's `once_differentiable` refuses only if the incoming gradient requires grad. That of `y.sum()` does
+    not, and a gradient penalty would silently be constant.
+
+    Raises:
+        RuntimeError: gradients are recorded while the backward runs.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
+            'use fastconv.backend("reference")'
+        )
