@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastconv.training.data import ImageSet
 
 from .timing import Call
-from .workloads import CLASSES, CLASSIFIERS, CONVNEXTS, EPOCH_IMAGES, Workload, input_shape, make_modules
+from .workloads import CLASSES, EPOCH_IMAGES, Workload
 
 # Inputs to rotate through, so that a call does not find its own in the nearest cache. Small ones all stay in a
 # GPU's L2, as in a network, whose layer before has just written them: see `Runner.fits_in_l2`.
@@ -68,40 +67,53 @@ def choose(device: torch.device, quick: bool) -> list[Contender]:
 
 
 class Runner:
-    """A contender ready to run a workload."""
+    """A contender ready to run a workload.
 
-    def __init__(self, contender: Contender, workload: Workload, device: torch.device, dtype: torch.dtype) -> None:
-        self.contender, self.workload, self.device, self.dtype = contender, workload, device, dtype
-        self.classifies = workload.level in CLASSIFIERS
-        module = copy.deepcopy(make_modules(workload)[contender.fused]).to(device)
-        # A classifier keeps its parameters in float32, as training does, and autocast rounds.
-        if not self.classifies:
-            module = module.to(dtype)
+    Args:
+        dtype: of maps and parameters; those of a classifier stay float32, as in training, and autocast rounds.
+        exact: compute in float64 instead, on the same numbers, rounded to the same dtype.
+    """
+
+    def __init__(
+        self,
+        contender: Contender,
+        workload: Workload,
+        device: torch.device,
+        dtype: torch.dtype,
+        exact: bool = False,
+    ) -> None:
+        self.contender, self.workload, self.device = contender, workload, device
+        self.autocast_dtype = dtype if workload.classifies and dtype != torch.float32 and not exact else None
+        stored = torch.float32 if workload.classifies else dtype
+
+        def rounded(x: Tensor) -> Tensor:
+            x = x.to(device, stored)
+            return x.double() if exact else x
+
+        module = copy.deepcopy(workload.modules()[contender.fused]).to(device, stored)
+        if exact:
+            module = module.double()
         generator = torch.Generator().manual_seed(1)
-        shape = input_shape(workload)
-        self.inputs = [
-            torch.rand(shape, generator=generator).to(device, torch.float32 if self.classifies else dtype)
-            for _ in range(BATCHES)
-        ]
+        shape = workload.input_shape
+        self.inputs = [rounded(torch.rand(shape, generator=generator)) for _ in range(BATCHES)]
         self.labels = [torch.randint(CLASSES, shape[:1], generator=generator).to(device) for _ in range(BATCHES)]
         if contender.channels_last:
             module = module.to(memory_format=torch.channels_last)
             self.inputs = [x.contiguous(memory_format=torch.channels_last) for x in self.inputs]
-        self.module: nn.Module = module
         self.parameters = list(module.parameters())
         self.apply: Callable[[Tensor], Tensor] = module
         if contender.compile_mode is not None:
             self.apply = torch.compile(module, mode=contender.compile_mode, dynamic=False)
-        if not self.classifies:
+        if not workload.classifies:
             for x in self.inputs:
                 x.requires_grad_()
         with torch.no_grad():
             y = module(self.inputs[0])
-        self.grad = torch.randn(y.shape, generator=generator).to(y)
+        self.grad = rounded(torch.randn(y.shape, generator=generator))
 
     def run(self, i: int) -> Tensor:
-        enabled = self.classifies and self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled):
+        dtype = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             return self.apply(self.inputs[i % BATCHES])
 
     def forward(self, i: int) -> Tensor:
@@ -109,8 +121,8 @@ class Runner:
             return self.run(i)
 
     def gradients(self, y: Tensor, i: int, keep: bool = False) -> tuple[Tensor, ...]:
-        """Of the parameters, and of the maps unless they are images."""
-        leaves = [*self.parameters, *([] if self.classifies else [self.inputs[i % BATCHES]])]
+        """The gradients of the parameters, and of the maps unless they are images."""
+        leaves = [*self.parameters, *([] if self.workload.classifies else [self.inputs[i % BATCHES]])]
         return torch.autograd.grad(y, leaves, self.grad.to(y.dtype), retain_graph=keep)
 
     def both(self, i: int) -> tuple[Tensor, ...]:
@@ -118,10 +130,10 @@ class Runner:
         return (y.detach(), *self.gradients(y, i))
 
     def call(self, direction: str) -> Call:
-        """What is timed: it is given a number, by which it rotates through the inputs."""
-        if self.workload.level == "epoch":
+        """What is timed: a function of a number, by which it rotates through the inputs."""
+        if self.workload.is_epoch:
             return self.epoch()
-        if self.workload.level in ("training_step", *CONVNEXTS):
+        if self.workload.trains:
             call: Call = self.stepper()
         elif direction == "backward":
             outputs = [self.run(i) for i in range(BATCHES)]
@@ -183,7 +195,7 @@ class Runner:
 
     def epoch_images(self) -> ImageSet:
         generator = torch.Generator().manual_seed(2)
-        size = (EPOCH_IMAGES, *input_shape(self.workload)[1:])
+        size = (EPOCH_IMAGES, *self.workload.input_shape[1:])
         images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
         labels = torch.randint(CLASSES, (EPOCH_IMAGES,), generator=generator)
         return ImageSet(images, labels).to(self.device)
@@ -198,12 +210,7 @@ class Runner:
 
 def exact_results(workload: Workload, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """What `Runner.results` should be, by the reference in float64 on numbers rounded to `dtype`."""
-    runner = Runner(CONTENDERS[0], workload, device, dtype)
-    runner.module.double()
-    runner.dtype = torch.float32
-    runner.inputs = [x.detach().double().requires_grad_(not runner.classifies) for x in runner.inputs[:1]]
-    runner.grad = runner.grad.double()
-    return runner.results()
+    return Runner(CONTENDERS[0], workload, device, dtype, exact=True).results()
 
 
 def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
@@ -231,15 +238,3 @@ def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
         return outputs[i % count]
 
     return replay
-
-
-class Gate(NamedTuple):
-    """Relative errors against float64, of the output and, root mean square, of the gradients."""
-
-    output: float
-    gradients: float
-
-
-def judge(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Gate:
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-    return Gate(errors[0], math.sqrt(sum(error**2 for error in errors[1:]) / (len(errors) - 1)))

@@ -11,13 +11,11 @@ from typing import Any, BinaryIO
 from fastconv.extras import import_extra
 from fastconv.files import write_atomically
 
+from . import tables
 from .contenders import BASELINE, CONTENDERS
 from .suite import Row
-from .tables import named
-from .workloads import LECTURE
+from .workloads import LECTURE, ConvNextBlock
 
-# Where time is drawn against the batch.
-GROWING = "convnext_block"
 # One colour for each contender in every picture: greys for PyTorch's, warm ones for ours.
 COLOURS = dict(
     zip(
@@ -74,7 +72,8 @@ def growing(rows: list[Row]) -> list[Row]:
     found = [
         row
         for row in rows
-        if (row["level"], row["direction"], row["channels"], row["side"]) == (GROWING, "both", *LECTURE[0])
+        if (row["level"], row["direction"], row["channels"], row["side"])
+        == (ConvNextBlock.level, "both", *LECTURE[0])
         and "failed" not in row
         and row["dtype"] == rows[0]["dtype"]
     ]
@@ -107,8 +106,7 @@ def draw_speedups(rows: list[Row], file: BinaryIO) -> None:
 
 
 def label(row: Row) -> str:
-    level = row["level"].replace("_", " ")
-    return level if row["level"] in ("training_step", "epoch") else f"{level},\n{named(row['direction'])}"
+    return tables.task(row).replace("_", " ").replace(", ", ",\n")
 
 
 def draw_batches(rows: list[Row], file: BinaryIO) -> None:

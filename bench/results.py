@@ -19,6 +19,7 @@ import torch
 from fastconv import machine
 from fastconv.files import write_atomically
 
+from .contenders import BASELINE
 from .suite import Row
 
 SCHEMA = 1
@@ -182,6 +183,6 @@ def apart(a: list[float], b: list[float]) -> bool:
 
 
 def speedup_moved(a: Row, b: Row) -> bool:
-    if "speedup" not in a or "speedup" not in b or a["contender"] == "eager":
+    if "speedup" not in a or "speedup" not in b or a["contender"] == BASELINE:
         return True
     return apart(a["speedup"], b["speedup"])

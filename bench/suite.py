@@ -12,15 +12,15 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from fastconv.accuracy import Error
 from fastconv.checking.precisions import PRECISIONS, float32_products
 from fastconv.machine import keep_freed_memory
 from fastconv.operations import fallback
 
-from . import ceilings, contenders, timing
-from .contenders import BASELINE, Contender, Gate, Runner
+from . import ceilings, contenders, correctness, timing
+from .contenders import BASELINE, Contender, Runner
+from .correctness import Errors
 from .timing import Call
-from .workloads import Workload, cost
+from .workloads import Workload
 
 Row = dict[str, Any]
 
@@ -77,13 +77,13 @@ def measure(
 ) -> Iterator[Row]:
     dtype, floor = PRECISIONS[dtype_name].dtype, PRECISIONS[dtype_name].floor
     exact = contenders.exact_results(workload, device, dtype)
-    gates: dict[str, Gate] = {}
+    errors: dict[str, Errors] = {}
     runners: dict[str, Runner] = {}
     failures: dict[str, str] = {}
     for contender in chosen:
         with noted(failures, contender.name):
             runner = Runner(contender, workload, device, dtype)
-            gates[contender.name] = contenders.judge(runner.results(), exact)
+            errors[contender.name] = correctness.measure(runner.results(), exact)
             runners[contender.name] = runner
     for direction in workload.directions:
         calls: dict[str, Call] = {}
@@ -92,15 +92,15 @@ def measure(
                 with noted(failures, name):
                     call = runner.call(direction)
                     # An epoch is long enough to be its own warm-up.
-                    if workload.level != "epoch":
+                    if not workload.is_epoch:
                         call(0)
                     calls[name] = call
         samples = time_all(calls, workload, device, seconds)
-        least = cost(workload, direction)
+        least = workload.cost(direction)
         moved = least.elements * dtype.itemsize
         for contender in chosen:
             name = contender.name
-            row: Row = {**workload._asdict(), "direction": direction, "dtype": dtype_name, "contender": name}
+            row: Row = {**workload.as_row(), "direction": direction, "dtype": dtype_name, "contender": name}
             row["floor_ms"] = limits.floor_milliseconds(moved, least.flops)
             if name in failures:
                 yield row | {"failed": failures[name]}
@@ -108,8 +108,8 @@ def measure(
                 row |= figures(name, samples, moved, least.flops)
                 row |= resources(calls[name], workload, device)
                 row |= {"in_l2": runners[name].fits_in_l2()}
-                row |= {"output_error": gates[name].output, "gradients_error": gates[name].gradients}
-                yield row | {"right": is_right(gates[name], gates.get(BASELINE), floor)}
+                row |= {"output_error": errors[name].output, "gradients_error": errors[name].gradients}
+                yield row | {"right": errors[name].right(errors.get(BASELINE), floor)}
         advanced(f"{workload}, {direction}")
 
 
@@ -130,7 +130,7 @@ def noted(failures: dict[str, str], name: str) -> Iterator[None]:
 def time_all(
     calls: dict[str, Call], workload: Workload, device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    if workload.level == "epoch":
+    if workload.is_epoch:
         return timing.interleave(calls, 1, 0, device)
     return timing.interleave(calls, choose_rounds(calls, device, seconds), 1, device)
 
@@ -155,16 +155,9 @@ def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) 
 
 def resources(call: Call, workload: Workload, device: torch.device) -> Row:
     """The time of the kernels alone, and the memory; an epoch has those of its step."""
-    if workload.level == "epoch":
+    if workload.is_epoch:
         return {"kernel_ms": None, "peak_mib": None}
     return {
         "kernel_ms": timing.kernel_milliseconds(call) if device.type == "cuda" else None,
         "peak_mib": timing.peak_mebibytes(call, device),
     }
-
-
-def is_right(gate: Gate, baseline: Gate | None, floor: float) -> bool:
-    """By the rule of `fastconv.accuracy`, beside eager PyTorch's errors."""
-    if baseline is None:
-        baseline = Gate(0.0, 0.0)
-    return all(Error(own, other, floor).right for own, other in zip(gate, baseline, strict=True))

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
+from . import workloads
+from .contenders import BASELINE
 from .results import Move
 from .suite import Row
-from .workloads import CONVNEXTS
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "contender": lambda row: row["contender"],
@@ -16,7 +17,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "p50": lambda row: milliseconds(row["ms"][1]),
     "p80": lambda row: milliseconds(row["ms"][2]),
     "speed-up": lambda row: speedup(row),
-    "images/s": lambda row: "-" if row["level"] == "epoch" else f"{1e3 * row['images'] / row['ms'][1]:.0f}",
+    "images/s": lambda row: images_per_second(row),
     "kernels, ms": lambda row: optional(row["kernel_ms"], milliseconds),
     "of the floor": lambda row: f"{100 * row['floor_ms'] / row['ms'][1]:.0f} %",
     "GB/s": lambda row: f"{row['gb_per_s']:.3g}",
@@ -44,18 +45,13 @@ def title(row: Row) -> str:
 
 
 def task(row: Row) -> str:
-    """What is done."""
-    direction = "" if row["level"] in ("training_step", "epoch", *CONVNEXTS) else f", {named(row['direction'])}"
-    return f"{row['level']}{direction}"
+    """What was timed."""
+    return workloads.of_row(row).task(row["direction"])
 
 
 def size(row: Row) -> str:
-    """With what."""
+    """On what it was timed."""
     return f"{row['channels']} channels, {row['side']} x {row['side']}, batch {row['images']}, {row['dtype']}"
-
-
-def named(direction: str) -> str:
-    return "forward and backward" if direction == "both" else direction
 
 
 def milliseconds(value: float) -> str:
@@ -64,6 +60,10 @@ def milliseconds(value: float) -> str:
 
 def optional(value: float | None, form: Callable[[float], str]) -> str:
     return "-" if value is None else form(value)
+
+
+def images_per_second(row: Row) -> str:
+    return "-" if workloads.of_row(row).is_epoch else f"{1e3 * row['images'] / row['ms'][1]:.0f}"
 
 
 def speedup(row: Row) -> str:
@@ -96,7 +96,7 @@ def speedups(rows: list[Row]) -> str:
     lines = []
     for _, group in groupby(rows, key=workload_of):
         members = {row["contender"]: row for row in group}
-        baseline = members["eager"]
+        baseline = members[BASELINE]
         cells = [task(baseline), milliseconds(baseline["ms"][1])]
         for name in contenders[1:]:
             row = members.get(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import plots, results, tables
 from ..suite import Row
+from ..workloads import TrainingStep
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGINS = {machine: f"<!-- python -m bench.tools.readme, {machine}: begin -->\n" for machine in ("CPU", "GPU")}
@@ -24,7 +25,7 @@ def committed(machine: str) -> Path:
     found = {}
     for path in results.FOLDER.glob("*.json"):
         about, rows = results.read(path)
-        steps = any(row["level"] == "training_step" for row in shown(rows))
+        steps = any(row["level"] == TrainingStep.level for row in shown(rows))
         if steps and (about["driver"] is None) == (machine == "CPU"):
             found[path] = about["date"]
     if not found:

@@ -18,7 +18,7 @@ import torch
 from ... import contenders, timing
 from ...contenders import Contender, Runner
 from ...timing import Call
-from ...workloads import LECTURE, Workload
+from ...workloads import LECTURE, ConvNextBlock
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
@@ -36,12 +36,12 @@ def main() -> None:
     with Path(sys.argv[1]).open("w") as kept:
         for dtype in DTYPES:
             for shape in LECTURE:
-                workload = Workload("convnext_block", IMAGES, *shape)
+                workload = ConvNextBlock(IMAGES, *shape)
                 runners = {name: Runner(way, workload, DEVICE, dtype) for name, way in WAYS.items()}
                 for direction in ("forward", "both"):
                     found = measure(runners, direction)
                     dtype_name = str(dtype).removeprefix("torch.")
-                    about = {**workload._asdict(), "dtype": dtype_name, "direction": direction}
+                    about = {**workload.as_row(), "dtype": dtype_name, "direction": direction}
                     print(json.dumps(about | {"microseconds": found}), file=kept, flush=True)
                     numbers = ", ".join(f"{name} {us:.4g}" for name, us in found.items())
                     print(f"{workload}, {dtype_name}, {direction}, us: {numbers}", flush=True)
