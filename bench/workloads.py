@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastconv
+from fastconv.checking import definitions
 from fastconv.extras import import_extra
 from fastconv.operations import reference
 
@@ -138,30 +139,12 @@ class Operation(Workload):
         return costs.module(pixels * self.inputs, pixels * self.outputs, self.parameters, direction)
 
 
-class DepthwiseReference(fastconv.DepthwiseConvLayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.depthwise_conv_layer_norm(
-            x,
-            self.weight,
-            self.bias,
-            norm=self.norm,
-            eps=self.eps,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-        )
-
-
-class PointwiseReference(fastconv.PointwiseConvGELU):
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.pointwise_conv_gelu(x, self.weight, self.bias)
-
-
 class DepthwiseConvLayerNorm(Operation):
     level = "depthwise_conv_layer_norm"
 
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
         sizes = self.channels, MULTIPLIER, KERNEL
-        return DepthwiseReference(*sizes), fastconv.DepthwiseConvLayerNorm(*sizes)
+        return definitions.DepthwiseConvLayerNorm(*sizes), fastconv.DepthwiseConvLayerNorm(*sizes)
 
     @property
     def outputs(self) -> int:
@@ -177,7 +160,7 @@ class PointwiseConvGELU(Operation):
 
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
         sizes = self.inputs, self.outputs
-        return PointwiseReference(*sizes), fastconv.PointwiseConvGELU(*sizes)
+        return definitions.PointwiseConvGELU(*sizes), fastconv.PointwiseConvGELU(*sizes)
 
     @property
     def inputs(self) -> int:
@@ -211,7 +194,7 @@ class Stage(Operation):
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
         plain, fused = (
             kind(self.channels, 1, KERNEL, norm="channel", eps=1e-6, affine=True)
-            for kind in (DepthwiseReference, fastconv.DepthwiseConvLayerNorm)
+            for kind in (definitions.DepthwiseConvLayerNorm, fastconv.DepthwiseConvLayerNorm)
         )
         return plain, fused
 

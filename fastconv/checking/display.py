@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastconv import machine
-from fastconv.checking.check import Report, Result
 from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
+from fastconv.checking.report import Report, Result
 
 STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
 # Of a terminal, for all columns.

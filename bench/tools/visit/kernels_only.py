@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import accuracy
-from fastconv.checking import check
+from fastconv.checking import runner
 from fastconv.operations import backends
 from fastconv.training import loop as training
 
@@ -56,8 +56,8 @@ def kernels_only() -> Iterator[None]:
         for owner, name, replacement in (
             (backends, "can_run", _can_run),
             (accuracy, "measure", _once),
-            (check, "choose_backend", lambda case, device: ("triton", "")),
-            (check, "interprets", lambda backend, device: False),
+            (runner, "choose_backend", lambda case, device: ("triton", "")),
+            (runner, "interprets", lambda backend, device: False),
             (training, "check_finite", lambda *_: None),
             *((torch.cuda, name, replacement) for name, replacement in _CUDA.items()),
         ):

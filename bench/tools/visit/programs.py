@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 
-from fastconv.checking import check, divergence, problems
+from fastconv.checking import divergence, runner
+from fastconv.checking.cases import all_cases
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
 from ...contenders import Contender, Runner
@@ -27,10 +28,10 @@ FASTCONV = Contender("fastconv", fused=True)
 
 
 def check_cases() -> None:
-    for case in problems.cases():
-        check.examine(case, CPU)
+    for case in all_cases():
+        runner.examine(case, CPU)
     with mock.patch.object(divergence, "STEPS", 1), Uncomputed():
-        check.examine_training(CPU, lambda: None)
+        runner.examine_training(CPU, lambda: None)
 
 
 def sanitized() -> None:
