@@ -24,7 +24,7 @@ class Errors(NamedTuple):
 
 
 def measure(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Errors:
-    """The errors of an output and its gradients, all float64, as `contenders.Runner.results` returns them."""
+    """The errors of an output and its gradients, all float64, as `Runner.results` returns them."""
     output, *gradients = (
         accuracy.relative((a - b).square().sum().item(), b.square().sum().item())
         for a, b in zip(found, exact, strict=True)

@@ -16,9 +16,10 @@ from fastconv.checking.precisions import PRECISIONS, float32_products
 from fastconv.machine import keep_freed_memory
 from fastconv.operations import fallback
 
-from . import ceilings, contenders, correctness, timing
-from .contenders import BASELINE, Contender, Runner
+from . import ceilings, correctness, timing
+from .contenders import BASELINE, Contender
 from .correctness import Errors
+from .runner import Runner, exact_results
 from .timing import Call
 from .workloads import Workload
 
@@ -76,7 +77,7 @@ def measure(
     advanced: Callable[[str], None],
 ) -> Iterator[Row]:
     dtype, floor = PRECISIONS[dtype_name].dtype, PRECISIONS[dtype_name].floor
-    exact = contenders.exact_results(workload, device, dtype)
+    exact = exact_results(workload, device, dtype)
     errors: dict[str, Errors] = {}
     runners: dict[str, Runner] = {}
     failures: dict[str, str] = {}

@@ -14,6 +14,7 @@ from fastconv import accuracy, machine
 from fastconv.machine import keep_freed_memory
 
 from . import contenders, correctness, workloads
+from .runner import Runner, exact_results
 
 DEVICE = machine.choose_device("auto")
 LEVELS = [workload for workload in workloads.quick() if workload.images == 128]
@@ -22,8 +23,8 @@ TIMED = [(workload, direction) for workload in LEVELS for direction in workload.
 
 @functools.cache
 def errors(workload, contender):
-    exact = contenders.exact_results(workload, DEVICE, torch.float32)
-    runner = contenders.Runner(contender, workload, DEVICE, torch.float32)
+    exact = exact_results(workload, DEVICE, torch.float32)
+    runner = Runner(contender, workload, DEVICE, torch.float32)
     return correctness.measure(runner.results(), exact)
 
 
@@ -35,7 +36,7 @@ def test_workload(benchmark, workload, direction, contender):
     assert errors(workload, contender).right(baseline, accuracy.FLOOR[torch.float32])
     keep_freed_memory()
     torch._functorch.config.donated_buffer = False
-    call = contenders.Runner(contender, workload, DEVICE, torch.float32).call(direction)
+    call = Runner(contender, workload, DEVICE, torch.float32).call(direction)
     numbers = itertools.count()
 
     def timed():

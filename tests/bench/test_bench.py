@@ -10,6 +10,7 @@ import fastconv
 from fastconv.bench import contenders, correctness, plots, results, suite, tables, timing, workloads
 from fastconv.bench.ceilings import Ceilings
 from fastconv.bench.correctness import Errors
+from fastconv.bench.runner import BATCHES, Runner, exact_results
 from fastconv.bench.tools import readme
 from fastconv.kernels.common.errors import KernelError
 from fastconv.operations import fallback, reference
@@ -94,33 +95,33 @@ def test_workloads_cover_the_lecture_and_the_homework():
 @pytest.mark.parametrize("name", ["eager", "eager channels_last", "fastconv"])
 def test_contenders_compute_the_same(workload, name):
     contender = next(c for c in contenders.CONTENDERS if c.name == name)
-    runner = contenders.Runner(contender, workload, CPU, torch.float32)
-    errors = correctness.measure(runner.results(), contenders.exact_results(workload, CPU, torch.float32))
+    runner = Runner(contender, workload, CPU, torch.float32)
+    errors = correctness.measure(runner.results(), exact_results(workload, CPU, torch.float32))
     assert 0 < errors.output < 1e-5
     assert 0 < errors.gradients < 1e-4
 
 
 @pytest.mark.parametrize("direction", workloads.DIRECTIONS)
 def test_calls_rotate_through_their_inputs(direction):
-    runner = contenders.Runner(contenders.CONTENDERS[5], SMALL[2], CPU, torch.float32)
+    runner = Runner(contenders.CONTENDERS[5], SMALL[2], CPU, torch.float32)
     call = runner.call(direction)
-    found = [call(i) for i in range(contenders.BATCHES + 1)]
+    found = [call(i) for i in range(BATCHES + 1)]
     last = [tensors[-1] if isinstance(tensors, tuple) else tensors for tensors in found]
-    assert torch.equal(last[0], last[contenders.BATCHES])
+    assert torch.equal(last[0], last[BATCHES])
     assert not torch.equal(last[0], last[1])
 
 
 def test_cuda_graphs_do_not_part_a_backward_from_its_forward():
     for contender in contenders.CONTENDERS:
-        runner = contenders.Runner(contender, SMALL[1], CPU, torch.float32)
+        runner = Runner(contender, SMALL[1], CPU, torch.float32)
         assert runner.can_run("both")
         graphs = contender.name in ("compile reduce-overhead", "fastconv in a CUDA graph")
         assert runner.can_run("backward") != graphs
 
 
 def test_a_training_step_trains_and_an_epoch_sees_all_images(monkeypatch):
-    monkeypatch.setattr(contenders, "EPOCH_IMAGES", 7)
-    runner = contenders.Runner(contenders.CONTENDERS[5], workloads.Epoch(3, 2, 4), CPU, torch.float32)
+    monkeypatch.setattr("fastconv.bench.runner.EPOCH_IMAGES", 7)
+    runner = Runner(contenders.CONTENDERS[5], workloads.Epoch(3, 2, 4), CPU, torch.float32)
     before = [p.detach().clone() for p in runner.parameters]
     seen = []
     run = runner.run
@@ -177,7 +178,7 @@ def test_right_is_at_most_twice_the_baselines_error(errors, right):
 @pytest.mark.parametrize("tensor", [0, 1], ids=["output", "gradient"])
 def test_an_overflow_in_pytorch_excuses_nothing(monkeypatch, tensor):
     """Both results are as wrong as each other, but for an infinity in PyTorch's."""
-    results = contenders.Runner.results
+    results = Runner.results
 
     def faulty(runner):
         found = results(runner)
@@ -188,7 +189,7 @@ def test_an_overflow_in_pytorch_excuses_nothing(monkeypatch, tensor):
                 found[tensor].flatten()[0] = math.inf
         return found
 
-    monkeypatch.setattr(contenders.Runner, "results", faulty)
+    monkeypatch.setattr(Runner, "results", faulty)
     monkeypatch.setattr(suite, "MOST_ROUNDS", 5)
     chosen = [contenders.CONTENDERS[0], contenders.CONTENDERS[5]]
     (rows,) = suite.run(SMALL[1:2], chosen, CPU, "float32", 0.0, lambda _: None)

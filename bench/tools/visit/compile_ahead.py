@@ -12,7 +12,7 @@ import sys
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
 from ... import suite
-from ...contenders import Runner
+from ...runner import Runner
 from .benchmarks import series
 from .stage import DEVICE, ON_GPU
 

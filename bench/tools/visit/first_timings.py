@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ... import contenders, timing
-from ...contenders import Contender, Runner
+from ... import timing
+from ...contenders import Contender
+from ...runner import Runner, capture
 from ...timing import Call
 from ...workloads import LECTURE, ConvNextBlock
 from . import compilations
@@ -52,7 +53,7 @@ def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
     eager: dict[str, Call] = {name: runner.call(direction) for name, runner in runners.items()}
     calls = dict(eager)
     if ON_GPU:
-        calls |= {f"{name} in a graph": contenders.capture(call) for name, call in eager.items()}
+        calls |= {f"{name} in a graph": capture(call) for name, call in eager.items()}
     samples = timing.interleave(calls, ROUNDS, 2, DEVICE)
     found = {name: 1e3 * timing.percentiles(times).p50 for name, times in samples.items()}
     return found | {f"host of {name}": host_microseconds(call) for name, call in eager.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...contenders import Contender, Runner
+from ...contenders import Contender
+from ...runner import Runner
 from ...workloads import LECTURE, ConvNextBlock
 from .stage import DEVICE
 

@@ -18,7 +18,8 @@ from fastconv.checking import divergence, runner
 from fastconv.checking.cases import all_cases
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
-from ...contenders import Contender, Runner
+from ...contenders import Contender
+from ...runner import Runner
 from ...workloads import LECTURE, ConvNextBlock, Workload
 from . import compilations, parts
 from .kernels_only import Uncomputed, gpu_found, kernels_only
