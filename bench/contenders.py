@@ -13,11 +13,11 @@ class Contender(NamedTuple):
     """A way to run a workload.
 
     Args:
-        fused: with our module, instead of the reference.
-        channels_last: maps and weights in that memory format.
-        compile_mode: of torch.compile, if it is compiled.
+        fused: runs our module instead of the reference.
+        channels_last: has maps and weights in that memory format.
+        compile_mode: torch.compile's mode; None if it is not compiled.
         graph: captured in a CUDA graph by us, and replayed.
-        gpu_only: would be the same as another on a CPU.
+        gpu_only: left out on a CPU, where it would be the same as another.
     """
 
     name: str

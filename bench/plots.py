@@ -24,7 +24,7 @@ COLOURS = dict(
         strict=True,
     )
 )
-# The key of a PNG's text by which a picture tells what it was drawn from.
+# The key of a PNG's text that holds the digest of the rows it was drawn from.
 SOURCE = "Source"
 
 
@@ -51,7 +51,7 @@ def painter(draw: Callable[[list[Row], BinaryIO], None], rows: list[Row]) -> Cal
 
 
 def digest(rows: list[Row]) -> str:
-    """Of what a picture shows."""
+    """A hash of the rows that a picture shows."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from .timing import Call
 from .workloads import CLASSES, EPOCH_IMAGES, Workload
 
 # Inputs to rotate through, so that a call does not find its own in the nearest cache. Small ones all stay in a
-# GPU's L2, as in a network, whose layer before has just written them: see `Runner.fits_in_l2`.
+# GPU's L2, as in a network, where the layer before has just written them: see `Runner.fits_in_l2`.
 BATCHES = 4
 
 
@@ -24,8 +24,8 @@ class Runner:
     """A contender ready to run a workload.
 
     Args:
-        dtype: of maps and parameters; those of a classifier stay float32, as in training, and autocast rounds.
-        exact: compute in float64 instead, on the same numbers, rounded to the same dtype.
+        dtype: of maps and parameters; a classifier's stay float32, as in training, and autocast rounds.
+        exact: compute in float64 instead, with the same numbers, rounded to the same dtype.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Runner:
         return capture(call) if self.contender.graph else call
 
     def can_run(self, direction: str) -> bool:
-        """A CUDA graph holds the forward that its backward belongs to."""
+        """Whether the contender has this direction: a CUDA graph cannot hold a backward without its forward."""
         return direction != "backward" or not self.contender.uses_graphs
 
     def fits_in_l2(self) -> bool | None:
@@ -112,7 +112,7 @@ class Runner:
     def stepper(self) -> Callable[[int], Tensor]:
         """A step of the lecture's training, which returns the loss."""
         on_gpu = self.device.type == "cuda"
-        # Graphs need the second; the same optimizer for all.
+        # Graphs need `capturable`, and all contenders get the same optimizer.
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=on_gpu, capturable=on_gpu)
 
         def step(i: int) -> Tensor:
@@ -125,9 +125,9 @@ class Runner:
         return step
 
     def epoch(self) -> Call:
-        """Steps over shuffled batches that are cut out of images on the device.
+        """Steps over shuffled batches of images on the device.
 
-        Where a step is a CUDA graph, a last batch that is smaller runs by itself.
+        If a step is a CUDA graph, a smaller last batch runs without it.
         """
         x, labels = self.inputs[0], self.labels[0]
         images, step = self.epoch_images(), self.stepper()
@@ -155,7 +155,7 @@ class Runner:
         return ImageSet(images, labels).to(self.device)
 
     def results(self) -> list[Tensor]:
-        """The output and each gradient for the first inputs, float64 on the CPU: to be judged."""
+        """The output and each gradient for the first inputs, as float64 on the CPU, to be judged."""
         call = capture(self.both, 1) if self.contender.graph else self.both
         found = call(0)
         assert isinstance(found, tuple)
@@ -168,14 +168,14 @@ def exact_results(workload: Workload, device: torch.device, dtype: torch.dtype) 
 
 
 def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
-    """Record `call`, for each of so many inputs, as a CUDA graph; the result replays them, and returns theirs.
+    """Record `call` for each of `count` inputs as a CUDA graph; return a function that replays them.
 
-    The graphs share their memory, but for what they return: one runs at a time.
+    The graphs share their memory, except for what they return: one runs at a time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # Compiles, and lets libraries allocate their workspaces.
+        # These calls compile, and libraries allocate their workspaces.
         for i in range(count):
             call(i)
     torch.cuda.current_stream().wait_stream(stream)

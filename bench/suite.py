@@ -1,4 +1,4 @@
-"""Runs workloads: first whether each contender is right, then how long it takes, in turns with the others."""
+"""Runs workloads: first judges each contender's results, then times it in turns with the others."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .workloads import Workload
 
 Row = dict[str, Any]
 
-# With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
+# "tf32" means float32 tensors whose products and convolutions are tf32, for all contenders.
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
-# Rounds fill so many seconds, within these bounds.
+# Bounds on the rounds that fill the seconds of a direction.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
@@ -44,7 +44,7 @@ def run(
     Args:
         dtype_name: one of DTYPES.
         seconds: to spend on timing each direction of a workload; compiling and judging come on top.
-        advanced: is told of each direction of a workload that is done.
+        advanced: called after each direction of a workload, with the names of both.
     """
     keep_freed_memory()
     with float32_products(PRECISIONS[dtype_name].matmul):
@@ -55,15 +55,15 @@ def run(
 
 
 def start_compiling() -> None:
-    """Set what torch.compile depends on, before the contenders of a workload."""
-    # Compiled backward functions would free what a second call of them needs.
+    """Prepare torch.compile for the contenders of a workload."""
+    # Otherwise compiled backward functions free what a second call of them needs.
     torch._functorch.config.donated_buffer = False
-    # Otherwise a size that was compiled before makes the next compiled function one for all sizes.
+    # Otherwise, after another size was compiled, the next function is compiled for all sizes.
     torch.compiler.reset()
 
 
 def steps(workloads: Sequence[Workload]) -> int:
-    """How often `run` tells of an advance."""
+    """How often `run` calls `advanced`."""
     return sum(len(workload.directions) for workload in workloads)
 
 
@@ -116,9 +116,9 @@ def measure(
 
 @contextmanager
 def noted(failures: dict[str, str], name: str) -> Iterator[None]:
-    """A contender that cannot run, such as torch.compile without a compiler, is a row of the table too.
+    """Note why a contender fails, such as torch.compile without a compiler: the failure is a row of the table.
 
-    So is one whose kernels cannot run: the portable backend in their place is not what is timed.
+    A contender fails too if the portable backend runs in the place of its kernels.
     """
     try:
         with warnings.catch_warnings():
@@ -137,14 +137,14 @@ def time_all(
 
 
 def choose_rounds(calls: dict[str, Call], device: torch.device, seconds: float) -> int:
-    """As many as fit into so many seconds, judging by one."""
+    """As many rounds as fit into so many seconds, by the time of one."""
     start = time.perf_counter()
     timing.interleave(calls, 0, 1, device)
     return round(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / (time.perf_counter() - start))))
 
 
 def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) -> Row:
-    """Times and what follows from them; the speed-up is of each round, and so are its percentiles."""
+    """Times and rates; the speed-up's percentiles are those of each round's ratio."""
     times = timing.percentiles(samples[name])
     row: Row = {"ms": times, "rounds": len(samples[name])}
     row |= {"gb_per_s": moved / times.p50 / 1e6, "tflop_per_s": flops / times.p50 / 1e9}
@@ -155,7 +155,7 @@ def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) 
 
 
 def resources(call: Call, workload: Workload, device: torch.device) -> Row:
-    """The time of the kernels alone, and the memory; an epoch has those of its step."""
+    """The time of the kernels alone, and the peak memory; an epoch has neither: see its step."""
     if workload.is_epoch:
         return {"kernel_ms": None, "peak_mib": None}
     return {

@@ -1,4 +1,4 @@
-"""Results as Markdown: for each workload a row per contender, and what moved between two runs."""
+"""Results as Markdown: a table for each workload with a row per contender, and what moved between two runs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def images_per_second(row: Row) -> str:
 
 
 def speedup(row: Row) -> str:
-    """The median, and where the middle three fifths of the rounds lie; none for a result that is wrong."""
+    """The median, and the range of the middle three fifths of the rounds; a wrong result has no speed-up."""
     if not row["right"]:
         return "wrong result"
     if "speedup" not in row:
@@ -77,7 +77,7 @@ def speedup(row: Row) -> str:
 
 
 def every_row(about: dict[str, Any], rows: list[Row]) -> str:
-    """Everything, a table for each workload and direction."""
+    """All rows, in a table for each workload and direction."""
     parts = [machine(about)]
     for _, group in groupby(rows, key=workload_of):
         members = list(group)
@@ -106,7 +106,7 @@ def speedups(rows: list[Row]) -> str:
 
 
 def moved(moves: list[Move], count: int) -> str:
-    """What `results.compare` found."""
+    """A table of what `results.compare` found."""
     found = f"{len(moves)} of {count} rows moved beyond the noise of both runs"
     if not moves:
         return found + "\n"

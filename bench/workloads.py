@@ -58,10 +58,10 @@ class Workload(ABC):
     channels: int
     side: int
 
-    # The name of this kind in titles and in files of results.
+    # The kind's name in titles and in files of results.
     level: ClassVar[str]
     directions: ClassVar[tuple[str, ...]]
-    # Whether images become scores of classes. Then parameters are float32, and autocast rounds, as in training.
+    # Whether it maps images to class scores. Its parameters are float32, and autocast rounds, as in training.
     classifies: ClassVar[bool] = False
     # Whether a call takes optimizer steps, instead of going forward or backward only.
     trains: ClassVar[bool] = False
@@ -258,7 +258,7 @@ class TrainingStep(Classifier):
 
 
 class Epoch(TrainingStep):
-    """As many steps as an epoch of the lecture's training has."""
+    """All optimizer steps of an epoch of the lecture's training."""
 
     level = "epoch"
     is_epoch = True
@@ -301,7 +301,7 @@ class ConvNextTiny(Network):
             pixels = images * side**2
             depthwise = costs.convolution(KERNEL**2, channels, pixels, vectors=3)
             expansion = costs.convolution(channels, 4 * channels, pixels)
-            # With the layer scale.
+            # The second vector is the layer scale.
             projection = costs.convolution(4 * channels, channels, pixels, vectors=2)
             block = depthwise + expansion + projection
             total += costs.module(pixels * channels, pixels * channels, block, direction).times(depth)
@@ -351,7 +351,7 @@ def full() -> list[Workload]:
     workloads += [kind(128, *shape) for kind in OPERATIONS for shape in HOMEWORK]
     for network in (Classifier, TrainingStep):
         workloads += [network(images, *LECTURE[0]) for images in BATCH_SIZES]
-        # Patch 2, and width 64.
+        # With patch 2, and with width 64.
         workloads += [network(128, 32, 16), network(128, 64, 8)]
     return [*workloads, Epoch(128, *LECTURE[0]), *convnext(8)]
 

@@ -56,12 +56,12 @@ Row = dict[str, Any]
 
 
 class Gpu(NamedTuple):
-    """Approximate, from the vendor's data sheets."""
+    """Approximate figures from the vendor's data sheets."""
 
     multiprocessors: int
     gigahertz: float
     terabytes_per_second: float
-    # Of dense products in bf16 or fp16; tf32 has half of it.
+    # For dense products in bf16 or fp16; half of it for tf32.
     teraflops: float
 
 
@@ -75,9 +75,9 @@ GPUS = {
 
 class Precision(NamedTuple):
     dtype: torch.dtype
-    # Of `torch.set_float32_matmul_precision`.
+    # The argument of `torch.set_float32_matmul_precision`.
     float32: str
-    # Products of bf16 in the time of one.
+    # How many products of bf16 take the time of one product.
     cost: int
 
 
@@ -179,7 +179,7 @@ def sample_norm(tensors: dict[str, Any]) -> Tensor:
     return operations.layer_norm(tensors["x"], norm="sample")
 
 
-# What one process compiles. The kernels of a stage take as long as all others.
+# What one process compiles. The kernels of a stage take as long as all others together.
 PARTS: dict[str, list[tuple[Call, Inputs]]] = {
     "lecture": [
         *((convnext_block, shape) for shape in LECTURE),
@@ -192,7 +192,7 @@ PARTS: dict[str, list[tuple[Call, Inputs]]] = {
 }
 # One stage in each precision: they differ in how channels and rows are divided, and both would take twice as long.
 STAGE_OF = {"bf16": "first stage", "fp32 highest": "last stage"}
-# Of the table. Turing's tensor cores take neither bfloat16 nor tf32.
+# The table's GPUs and precisions. Turing's tensor cores take neither bfloat16 nor tf32.
 IN_TABLE = {
     "sm_75": ("fp16", "fp32 highest"),
     **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"), ("bf16", "fp32 highest")),
@@ -201,7 +201,7 @@ WITH_STAGES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
-    """A row for each launch of some operations, forward and backward."""
+    """A row for each launch of a part's operations, forward and backward."""
     precision = PRECISIONS[precision_name]
     torch.set_float32_matmul_precision(precision.float32)
     rows = []
@@ -256,12 +256,12 @@ def describe(launch: Launch, architecture: str, flops: int) -> Row:
 
 
 def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
-    """In processes of their own, because Triton compiles in one thread."""
+    """The rows of all parts, each measured in a process of its own, because Triton compiles in one thread."""
     jobs = []
     for architecture in architectures:
         for precision in precisions or IN_TABLE[architecture]:
             jobs.append((architecture, precision, "lecture"))
-            # In float32 it takes 72 KiB of shared memory, and a program on Turing has 64.
+            # The widest block takes 72 KiB of shared memory in float32, and a program on Turing has 64.
             if architecture != "sm_75":
                 jobs.append((architecture, precision, "widest block"))
             if architecture in WITH_STAGES and precision in STAGE_OF:
@@ -271,7 +271,7 @@ def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
 
 
 def write_table(rows: list[Row]) -> None:
-    """One row a line, so that differences read well; what another Triton made is dropped."""
+    """Write one row a line, so that diffs are readable; rows of another Triton version are dropped."""
     table = json.loads(TABLE.read_text())
     new = {(row["architecture"], row["dtype"]) for row in rows}
     kept = table["rows"] if table["triton"] == triton.__version__ else []
@@ -295,7 +295,7 @@ def print_table(rows: list[Row]) -> None:
             f"{wide} of {wide + narrow}",
             *(f"{row[key]:.2f}" if key in row else "" for key in ("estimate_us", "floor_us")),
         )
-    # In a file or a pipe there is no width to fit into.
+    # A file or a pipe has no width to fit into.
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
 

@@ -1,8 +1,8 @@
-"""The README's figures of speed, from committed results.
+"""The README's tables and pictures of speed, from committed results.
 
     python -m bench.tools.readme
 
-rewrites the tables between the marks, one pair for a CPU and one for a GPU, and the pictures.
+rewrites the tables between two pairs of marks, for a CPU and for a GPU, and the pictures.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def section(machine: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """The README with its sections anew."""
+    """The README with its sections rewritten."""
     for machine, mark in BEGINS.items():
         before, begin, rest = text.partition(mark)
         _, end, after = rest.partition(END)

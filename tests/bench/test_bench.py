@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, files and tables: what they say of times that are given, and no time itself."""
+"""The benchmarks' arithmetic, files and tables, for given times: no time is asserted."""
 
 import json
 import math

@@ -23,7 +23,7 @@ def main() -> None:
     compilations.count()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with (folder / f"check-{shard}.jsonl").open("w") as kept:
-        # Without a GPU a rehearsal, on the first of them.
+        # A rehearsal without a GPU tries the first of them only.
         cases = all_cases()[: None if device.type == "cuda" else 30]
         runner.run(device, cases[shard::shards], lambda _: None, kept)
 

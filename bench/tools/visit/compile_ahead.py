@@ -1,4 +1,4 @@
-"""What torch.compile makes of the benchmarks of `measure`, made beforehand: by several processes, into one cache.
+"""Compiles the benchmarks of `measure` with torch.compile beforehand, in several processes, into one cache.
 
     python3 -m fastconv.bench.tools.visit.compile_ahead I N
 

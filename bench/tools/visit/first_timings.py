@@ -1,4 +1,4 @@
-"""First numbers: what a block of the lecture takes, replayed as a CUDA graph, called eagerly, and of the host.
+"""First numbers: the time of a lecture's block as a replayed CUDA graph, as an eager call, and on the host alone.
 
     python3 -m fastconv.bench.tools.visit.first_timings FILE
 
@@ -25,10 +25,10 @@ from .stage import DEVICE, ON_GPU
 
 IMAGES = 128 if ON_GPU else 2
 WAYS = {"fastconv": Contender("fastconv", fused=True), "PyTorch": Contender("PyTorch")}
-# Of these a CPU takes seconds for the first.
+# A CPU takes seconds for bfloat16.
 DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
 ROUNDS = 20
-# So many calls, whose kernels the GPU queues: the host does not wait.
+# Calls whose kernels the GPU queues, so that the host does not wait.
 HOST_CALLS = 50
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
-    """Medians, in microseconds."""
+    """Median times of a direction, in microseconds."""
     eager: dict[str, Call] = {name: runner.call(direction) for name, runner in runners.items()}
     calls = dict(eager)
     if ON_GPU:
@@ -60,7 +60,7 @@ def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
 
 
 def host_microseconds(call: Callable[[int], object]) -> float:
-    """What a call takes of the host alone."""
+    """The time that the host spends on a call, in microseconds."""
     samples = []
     for _ in range(5):
         if ON_GPU:

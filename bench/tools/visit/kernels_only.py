@@ -1,7 +1,7 @@
-"""Code that is meant for a GPU, run without one for the kernels that it launches, which Triton compiles.
+"""Runs code for a GPU without one, so that Triton compiles the kernels that it launches.
 
-Kernels compute nothing then, so nothing else need be computed either: tensors have shapes, strides and dtypes, and
-lie on the CPU. What code that runs here returns, or asserts, means nothing.
+Kernels compute nothing here, so nothing else need be computed either: tensors have shapes, strides and dtypes, and
+lie on the CPU. What the code returns, or asserts, means nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..null_gpu import null_gpu
 
 
 class Uncomputed(TorchDispatchMode):
-    """PyTorch's operations return new memory as it is found, of the shape and strides that results would have."""
+    """PyTorch's operations compute nothing: they return new memory with the shape and strides of their results."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,13 +75,13 @@ def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _once(sample: Callable[[], object], *_: Any, **__: Any) -> dict[str, accuracy.Error]:
-    """In the place of `accuracy.measure`: no errors of any tensor, of one sample whose kernels were launched."""
+    """A stand-in for `accuracy.measure`: launches the kernels of one sample, and measures no error."""
     with Uncomputed():
         sample()
     return {}
 
 
-# What tests and benchmarks call of it, for a GPU that is not there.
+# What tests and benchmarks call of torch.cuda, for a GPU that is not there.
 _CUDA: dict[str, Any] = {
     "get_device_capability": lambda device=None: (9, 0),
     "mem_get_info": lambda device=None: (0, 0),

@@ -1,4 +1,4 @@
-"""The kernels of a block of the lecture, forward and backward in bf16, once: for a profiler that is told when."""
+"""Runs the lecture's blocks once, forward and backward in bf16, and starts the profiler for that."""
 
 from __future__ import annotations
 

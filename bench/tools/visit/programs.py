@@ -1,8 +1,8 @@
-"""What a visit runs besides tests, run without a GPU for its kernels.
+"""Runs what a visit runs besides tests, without a GPU, to compile its kernels.
 
     python3 -m fastconv.bench.tools.visit.programs NAME
 
-They call the very code that the stages call, once instead of often.
+Each program calls the very code that the stages call, once instead of often.
 """
 
 from __future__ import annotations
