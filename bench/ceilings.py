@@ -1,4 +1,4 @@
-"""What this device can do at most, as far as PyTorch reaches it: bytes moved and operations, per second."""
+"""The most that PyTorch reaches on this device: bytes moved and operations, per second."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROUNDS = 5
 
 
 class Ceilings(NamedTuple):
-    """Of a large copy, reading and writing, and of a large matrix product in the dtype that is timed."""
+    """The rates of a large copy, reading and writing, and of a large matrix product in the dtype that is timed."""
 
     gb_per_s: float
     tflop_per_s: float
 
     def floor_milliseconds(self, moved: float, flops: float) -> float:
-        """The longer of moving `moved` bytes and `flops` operations: the roofline's."""
+        """The roofline's time: the longer of moving `moved` bytes and computing `flops` operations."""
         return max(moved / (self.gb_per_s * 1e6), flops / (self.tflop_per_s * 1e9))
 
 

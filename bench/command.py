@@ -1,4 +1,4 @@
-"""`fastconv bench`: run workloads, keep and show what was found, and compare two such files."""
+"""`fastconv bench`: runs workloads, keeps and shows the results, and compares two files of results."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from fastconv.progress import progress
 from . import contenders, plots, results, suite, tables, workloads
 from .suite import Row
 
-# For the timing of one direction of a workload.
+# How long each direction of a workload is timed.
 SECONDS, QUICK_SECONDS = 6.0, 1.5
 
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="The most important, in two minutes on two cores.")
+        bool, typer.Option("--quick", help="Only the most important, in two minutes on two cores.")
     ] = False,
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Only workloads whose name holds this, as block or batch 128.")
+        str,
+        typer.Option(metavar="TEXT", help="Only workloads whose name contains this, such as block or batch 128."),
     ] = "",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to run.")] = "auto",
     dtype: Annotated[
         Literal["float32", "tf32", "float16", "bfloat16"],
-        typer.Option(help="Of the tensors; tf32 is float32 whose products and convolutions are tf32, for all."),
+        typer.Option(help="The tensors' dtype; tf32 is float32 with products and convolutions in tf32."),
     ] = "float32",
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="For timing each direction of a workload.", show_default=False)
+        float | None,
+        typer.Option(min=0, help="How long to time each direction of a workload.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -47,7 +49,7 @@ def bench(
 ) -> None:
     """Time operations, block, classifier and training step against what PyTorch offers.
 
-    All contenders take turns, and only right results have a speed-up. Results are kept after each workload, so
+    All contenders take turns, and only right results have a speed-up. Results are written after each workload, so
     that Ctrl-C loses one at most.
     """
     try:
@@ -83,7 +85,7 @@ def show(path: Path) -> None:
         print(written)
     wrong = [row for row in rows if not row.get("right", True)]
     if wrong:
-        print(f"WRONG: {len(wrong)} results; `fastconv check` tells more")
+        print(f"WRONG: {len(wrong)} results; `fastconv check` reports more")
         raise typer.Exit(1)
 
 

@@ -43,16 +43,16 @@ mkdir "$scratch/fastconv"
 ln -s "$root"/fastconv/* "$scratch/fastconv/"
 ln -s "$root/kernels" "$root/bench" "$scratch/fastconv/"
 export PYTHONPATH="$scratch" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-# What was compiled, and what was found: nothing is left on the machine.
+# Caches and notes are in the scratch folder: nothing is left on the machine.
 export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 export FASTCONV_COMPILATIONS="$scratch/compilations"
-# The stages are the test. And kernels are stored as they were in the cache that was carried.
+# The stages themselves test the kernels, which are stored as in the cache that was carried.
 export FASTCONV_SELFTEST=0 TRITON_STORE_BINARY_ONLY=1
-# For a machine whose name stands for no address.
+# Some machines' names have no address.
 export GLOO_SOCKET_IFNAME=lo
 cd "$scratch"
 
-# After a stage is told to stop it packs what it compiled.
+# A stage that is interrupted packs what it compiled.
 grace=15
 timeout --signal=INT --kill-after="$grace" $((limit - grace)) \
     python3 -m "fastconv.bench.tools.visit.$stage" "$out" ${data:+"$data"}

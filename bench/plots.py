@@ -11,13 +11,11 @@ from typing import Any, BinaryIO
 from fastconv.extras import import_extra
 from fastconv.files import write_atomically
 
+from . import tables
 from .contenders import BASELINE, CONTENDERS
 from .suite import Row
-from .tables import named
-from .workloads import LECTURE
+from .workloads import LECTURE, ConvNextBlock
 
-# Where time is drawn against the batch.
-GROWING = "convnext_block"
 # One colour for each contender in every picture: greys for PyTorch's, warm ones for ours.
 COLOURS = dict(
     zip(
@@ -26,7 +24,7 @@ COLOURS = dict(
         strict=True,
     )
 )
-# The key of a PNG's text by which a picture tells what it was drawn from.
+# The key of a PNG's text that holds the digest of the rows it was drawn from.
 SOURCE = "Source"
 
 
@@ -53,7 +51,7 @@ def painter(draw: Callable[[list[Row], BinaryIO], None], rows: list[Row]) -> Cal
 
 
 def digest(rows: list[Row]) -> str:
-    """Of what a picture shows."""
+    """A hash of the rows that a picture shows."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -74,7 +72,8 @@ def growing(rows: list[Row]) -> list[Row]:
     found = [
         row
         for row in rows
-        if (row["level"], row["direction"], row["channels"], row["side"]) == (GROWING, "both", *LECTURE[0])
+        if (row["level"], row["direction"], row["channels"], row["side"])
+        == (ConvNextBlock.level, "both", *LECTURE[0])
         and "failed" not in row
         and row["dtype"] == rows[0]["dtype"]
     ]
@@ -107,8 +106,7 @@ def draw_speedups(rows: list[Row], file: BinaryIO) -> None:
 
 
 def label(row: Row) -> str:
-    level = row["level"].replace("_", " ")
-    return level if row["level"] in ("training_step", "epoch") else f"{level},\n{named(row['direction'])}"
+    return tables.task(row).replace("_", " ").replace(", ", ",\n")
 
 
 def draw_batches(rows: list[Row], file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""What a run found, as a file: its rows, and on what, of what and by which command they were measured."""
+"""A run's results as a file: its rows, and the machine, the commit and the command they come from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import torch
 from fastconv import machine
 from fastconv.files import write_atomically
 
+from .contenders import BASELINE
 from .suite import Row
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().with_name("results")
-# An environment variable with what `git describe --always --exclude='*' --abbrev=40 --dirty` prints.
+# The environment variable that may hold what `git describe --always --exclude='*' --abbrev=40 --dirty` prints.
 COMMIT, CHANGED = "FASTCONV_COMMIT", "-dirty"
-# What identifies a row; the rest of it is measured.
+# The fields that identify a row; the others are measured.
 KEY = ("level", "images", "channels", "side", "direction", "dtype", "contender")
 
 
@@ -37,13 +38,13 @@ def provenance(device: torch.device, command: str | None = None) -> dict[str, An
     """Where the numbers come from; what cannot be known is None.
 
     Args:
-        command: what was called; by default fastconv, with the arguments of this process.
+        command: the command line; by default fastconv, with the arguments of this process.
     """
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "driver": nvidia_smi("driver_version", device) if on_gpu else None,
-        # Of multiprocessors and memory, as the benchmark starts.
+        # The clocks of multiprocessors and memory when the benchmark starts.
         "clocks": nvidia_smi("clocks.sm,clocks.mem", device) if on_gpu else None,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -65,9 +66,9 @@ def processor() -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Of the code that runs, and whether it was changed since.
+    """The commit of the code that runs, and whether files were changed since.
 
-    FASTCONV_COMMIT says so of a copy, whose .git may be missing, or that of another commit.
+    For a copy, whose .git may be missing or belong to another commit, FASTCONV_COMMIT states both.
     """
     described = os.environ.get(COMMIT) or git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
     if not described:
@@ -85,7 +86,7 @@ def nvidia_smi(query: str, device: torch.device) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, or None if there is no such command or it fails."""
+    """What a command prints; None if it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -96,7 +97,7 @@ def output_of(*command: str) -> str | None:
 def default_path(about: dict[str, Any]) -> Path:
     """<device>-<torch>-<date>.json, in the repository's folder of results, or here if this is not a clone.
 
-    If there is such a file, the first free of the names with -2, -3 and so on.
+    If that file exists, its name ends in -2, -3 and so on.
     """
     name = f"{about['device']}-{about['torch']}-{about['date']}"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
@@ -106,7 +107,7 @@ def default_path(about: dict[str, Any]) -> Path:
 
 
 def write(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """One row a line, so that differences read well."""
+    """Write one row a line, so that diffs are readable."""
     lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in rows)
     header = f'"schema": {SCHEMA}, "provenance": {json.dumps(about, indent=1)}'
     text = f'{{{header}, "rows": [\n{lines}\n]}}\n'
@@ -115,7 +116,7 @@ def write(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits of each number; JSON has no NaN and no infinity."""
+    """A value with four digits of each number; None for NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if value - value == 0 else None
     if isinstance(value, dict):
@@ -127,7 +128,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """The provenance and the rows of a file.
 
     Raises:
-        ResultsError: it is not one of ours.
+        ResultsError: the file cannot be read, or `write` did not write it.
     """
     try:
         found = json.loads(path.read_text())
@@ -161,12 +162,12 @@ class Move(NamedTuple):
 def compare(before: list[Row], after: list[Row]) -> tuple[list[Move], int]:
     """What moved from one run to another, and how many rows they have in common.
 
-    A row moved if the times between its 20th and 80th percentiles do not overlap. A machine that was slower as a
-    whole moves nothing: where a row has a speed-up over eager PyTorch, measured in turns with it, that must have
-    moved too. A row that was measured once has no noise to judge by.
+    A row moved if the times between its 20th and 80th percentiles do not overlap. If it has a speed-up over eager
+    PyTorch, measured in turns with it, the speed-up must have moved too: a machine that is slower as a whole moves
+    nothing. Rows that were measured once are left out, because their noise is unknown.
 
     Raises:
-        ResultsError: they have no row in common.
+        ResultsError: the runs have no row in common.
     """
     old = {key(row): row for row in before}
     pairs = [(old[key(row)], row) for row in after if key(row) in old]
@@ -182,6 +183,6 @@ def apart(a: list[float], b: list[float]) -> bool:
 
 
 def speedup_moved(a: Row, b: Row) -> bool:
-    if "speedup" not in a or "speedup" not in b or a["contender"] == "eager":
+    if "speedup" not in a or "speedup" not in b or a["contender"] == BASELINE:
         return True
     return apart(a["speedup"], b["speedup"])

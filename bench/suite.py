@@ -1,4 +1,4 @@
-"""Runs workloads: first whether each contender is right, then how long it takes, in turns with the others."""
+"""Runs workloads: first judges each contender's results, then times it in turns with the others."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from fastconv.accuracy import Error
 from fastconv.checking.precisions import PRECISIONS, float32_products
 from fastconv.machine import keep_freed_memory
 from fastconv.operations import fallback
 
-from . import ceilings, contenders, timing
-from .contenders import BASELINE, Contender, Gate, Runner
+from . import ceilings, correctness, timing
+from .contenders import BASELINE, Contender
+from .correctness import Errors
+from .runner import Runner, exact_results
 from .timing import Call
-from .workloads import Workload, cost
+from .workloads import Workload
 
 Row = dict[str, Any]
 
-# With "tf32" tensors are float32, and products and convolutions tf32, for all contenders.
+# "tf32" means float32 tensors whose products and convolutions are tf32, for all contenders.
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
-# Rounds fill so many seconds, within these bounds.
+# Bounds on the rounds that fill the seconds of a direction.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
@@ -43,7 +44,7 @@ def run(
     Args:
         dtype_name: one of DTYPES.
         seconds: to spend on timing each direction of a workload; compiling and judging come on top.
-        advanced: is told of each direction of a workload that is done.
+        advanced: called after each direction of a workload, with the names of both.
     """
     keep_freed_memory()
     with float32_products(PRECISIONS[dtype_name].matmul):
@@ -54,15 +55,15 @@ def run(
 
 
 def start_compiling() -> None:
-    """Set what torch.compile depends on, before the contenders of a workload."""
-    # Compiled backward functions would free what a second call of them needs.
+    """Prepare torch.compile for the contenders of a workload."""
+    # Otherwise compiled backward functions free what a second call of them needs.
     torch._functorch.config.donated_buffer = False
-    # Otherwise a size that was compiled before makes the next compiled function one for all sizes.
+    # Otherwise, after another size was compiled, the next function is compiled for all sizes.
     torch.compiler.reset()
 
 
 def steps(workloads: Sequence[Workload]) -> int:
-    """How often `run` tells of an advance."""
+    """How often `run` calls `advanced`."""
     return sum(len(workload.directions) for workload in workloads)
 
 
@@ -76,14 +77,14 @@ def measure(
     advanced: Callable[[str], None],
 ) -> Iterator[Row]:
     dtype, floor = PRECISIONS[dtype_name].dtype, PRECISIONS[dtype_name].floor
-    exact = contenders.exact_results(workload, device, dtype)
-    gates: dict[str, Gate] = {}
+    exact = exact_results(workload, device, dtype)
+    errors: dict[str, Errors] = {}
     runners: dict[str, Runner] = {}
     failures: dict[str, str] = {}
     for contender in chosen:
         with noted(failures, contender.name):
             runner = Runner(contender, workload, device, dtype)
-            gates[contender.name] = contenders.judge(runner.results(), exact)
+            errors[contender.name] = correctness.measure(runner.results(), exact)
             runners[contender.name] = runner
     for direction in workload.directions:
         calls: dict[str, Call] = {}
@@ -92,15 +93,15 @@ def measure(
                 with noted(failures, name):
                     call = runner.call(direction)
                     # An epoch is long enough to be its own warm-up.
-                    if workload.level != "epoch":
+                    if not workload.is_epoch:
                         call(0)
                     calls[name] = call
         samples = time_all(calls, workload, device, seconds)
-        least = cost(workload, direction)
+        least = workload.cost(direction)
         moved = least.elements * dtype.itemsize
         for contender in chosen:
             name = contender.name
-            row: Row = {**workload._asdict(), "direction": direction, "dtype": dtype_name, "contender": name}
+            row: Row = {**workload.as_row(), "direction": direction, "dtype": dtype_name, "contender": name}
             row["floor_ms"] = limits.floor_milliseconds(moved, least.flops)
             if name in failures:
                 yield row | {"failed": failures[name]}
@@ -108,16 +109,16 @@ def measure(
                 row |= figures(name, samples, moved, least.flops)
                 row |= resources(calls[name], workload, device)
                 row |= {"in_l2": runners[name].fits_in_l2()}
-                row |= {"output_error": gates[name].output, "gradients_error": gates[name].gradients}
-                yield row | {"right": is_right(gates[name], gates.get(BASELINE), floor)}
+                row |= {"output_error": errors[name].output, "gradients_error": errors[name].gradients}
+                yield row | {"right": errors[name].right(errors.get(BASELINE), floor)}
         advanced(f"{workload}, {direction}")
 
 
 @contextmanager
 def noted(failures: dict[str, str], name: str) -> Iterator[None]:
-    """A contender that cannot run, such as torch.compile without a compiler, is a row of the table too.
+    """Note why a contender fails, such as torch.compile without a compiler: the failure is a row of the table.
 
-    So is one whose kernels cannot run: the portable backend in their place is not what is timed.
+    A contender fails too if the portable backend runs in the place of its kernels.
     """
     try:
         with warnings.catch_warnings():
@@ -130,20 +131,20 @@ def noted(failures: dict[str, str], name: str) -> Iterator[None]:
 def time_all(
     calls: dict[str, Call], workload: Workload, device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    if workload.level == "epoch":
+    if workload.is_epoch:
         return timing.interleave(calls, 1, 0, device)
     return timing.interleave(calls, choose_rounds(calls, device, seconds), 1, device)
 
 
 def choose_rounds(calls: dict[str, Call], device: torch.device, seconds: float) -> int:
-    """As many as fit into so many seconds, judging by one."""
+    """As many rounds as fit into so many seconds, by the time of one."""
     start = time.perf_counter()
     timing.interleave(calls, 0, 1, device)
     return round(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / (time.perf_counter() - start))))
 
 
 def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) -> Row:
-    """Times and what follows from them; the speed-up is of each round, and so are its percentiles."""
+    """Times and rates; the speed-up's percentiles are those of each round's ratio."""
     times = timing.percentiles(samples[name])
     row: Row = {"ms": times, "rounds": len(samples[name])}
     row |= {"gb_per_s": moved / times.p50 / 1e6, "tflop_per_s": flops / times.p50 / 1e9}
@@ -154,17 +155,10 @@ def figures(name: str, samples: dict[str, list[float]], moved: int, flops: int) 
 
 
 def resources(call: Call, workload: Workload, device: torch.device) -> Row:
-    """The time of the kernels alone, and the memory; an epoch has those of its step."""
-    if workload.level == "epoch":
+    """The time of the kernels alone, and the peak memory; an epoch has neither: see its step."""
+    if workload.is_epoch:
         return {"kernel_ms": None, "peak_mib": None}
     return {
         "kernel_ms": timing.kernel_milliseconds(call) if device.type == "cuda" else None,
         "peak_mib": timing.peak_mebibytes(call, device),
     }
-
-
-def is_right(gate: Gate, baseline: Gate | None, floor: float) -> bool:
-    """By the rule of `fastconv.accuracy`, beside eager PyTorch's errors."""
-    if baseline is None:
-        baseline = Gate(0.0, 0.0)
-    return all(Error(own, other, floor).right for own, other in zip(gate, baseline, strict=True))

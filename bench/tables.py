@@ -1,4 +1,4 @@
-"""Results as Markdown: for each workload a row per contender, and what moved between two runs."""
+"""Results as Markdown: a table for each workload with a row per contender, and what moved between two runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
+from . import workloads
+from .contenders import BASELINE
 from .results import Move
 from .suite import Row
-from .workloads import CONVNEXTS
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "contender": lambda row: row["contender"],
@@ -16,7 +17,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "p50": lambda row: milliseconds(row["ms"][1]),
     "p80": lambda row: milliseconds(row["ms"][2]),
     "speed-up": lambda row: speedup(row),
-    "images/s": lambda row: "-" if row["level"] == "epoch" else f"{1e3 * row['images'] / row['ms'][1]:.0f}",
+    "images/s": lambda row: images_per_second(row),
     "kernels, ms": lambda row: optional(row["kernel_ms"], milliseconds),
     "of the floor": lambda row: f"{100 * row['floor_ms'] / row['ms'][1]:.0f} %",
     "GB/s": lambda row: f"{row['gb_per_s']:.3g}",
@@ -44,18 +45,13 @@ def title(row: Row) -> str:
 
 
 def task(row: Row) -> str:
-    """What is done."""
-    direction = "" if row["level"] in ("training_step", "epoch", *CONVNEXTS) else f", {named(row['direction'])}"
-    return f"{row['level']}{direction}"
+    """What was timed."""
+    return workloads.of_row(row).task(row["direction"])
 
 
 def size(row: Row) -> str:
-    """With what."""
+    """On what it was timed."""
     return f"{row['channels']} channels, {row['side']} x {row['side']}, batch {row['images']}, {row['dtype']}"
-
-
-def named(direction: str) -> str:
-    return "forward and backward" if direction == "both" else direction
 
 
 def milliseconds(value: float) -> str:
@@ -66,8 +62,12 @@ def optional(value: float | None, form: Callable[[float], str]) -> str:
     return "-" if value is None else form(value)
 
 
+def images_per_second(row: Row) -> str:
+    return "-" if workloads.of_row(row).is_epoch else f"{1e3 * row['images'] / row['ms'][1]:.0f}"
+
+
 def speedup(row: Row) -> str:
-    """The median, and where the middle three fifths of the rounds lie; none for a result that is wrong."""
+    """The median, and the range of the middle three fifths of the rounds; a wrong result has no speed-up."""
     if not row["right"]:
         return "wrong result"
     if "speedup" not in row:
@@ -77,7 +77,7 @@ def speedup(row: Row) -> str:
 
 
 def every_row(about: dict[str, Any], rows: list[Row]) -> str:
-    """Everything, a table for each workload and direction."""
+    """All rows, in a table for each workload and direction."""
     parts = [machine(about)]
     for _, group in groupby(rows, key=workload_of):
         members = list(group)
@@ -96,7 +96,7 @@ def speedups(rows: list[Row]) -> str:
     lines = []
     for _, group in groupby(rows, key=workload_of):
         members = {row["contender"]: row for row in group}
-        baseline = members["eager"]
+        baseline = members[BASELINE]
         cells = [task(baseline), milliseconds(baseline["ms"][1])]
         for name in contenders[1:]:
             row = members.get(name)
@@ -106,7 +106,7 @@ def speedups(rows: list[Row]) -> str:
 
 
 def moved(moves: list[Move], count: int) -> str:
-    """What `results.compare` found."""
+    """A table of what `results.compare` found."""
     found = f"{len(moves)} of {count} rows moved beyond the noise of both runs"
     if not moves:
         return found + "\n"

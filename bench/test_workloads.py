@@ -13,7 +13,8 @@ import torch
 from fastconv import accuracy, machine
 from fastconv.machine import keep_freed_memory
 
-from . import contenders, suite, workloads
+from . import contenders, correctness, workloads
+from .runner import Runner, exact_results
 
 DEVICE = machine.choose_device("auto")
 LEVELS = [workload for workload in workloads.quick() if workload.images == 128]
@@ -21,21 +22,21 @@ TIMED = [(workload, direction) for workload in LEVELS for direction in workload.
 
 
 @functools.cache
-def gate(workload, contender):
-    exact = contenders.exact_results(workload, DEVICE, torch.float32)
-    runner = contenders.Runner(contender, workload, DEVICE, torch.float32)
-    return contenders.judge(runner.results(), exact)
+def errors(workload, contender):
+    exact = exact_results(workload, DEVICE, torch.float32)
+    runner = Runner(contender, workload, DEVICE, torch.float32)
+    return correctness.measure(runner.results(), exact)
 
 
 @pytest.mark.benchmark(max_time=0.5, min_rounds=5)
 @pytest.mark.parametrize("contender", contenders.choose(DEVICE, quick=True), ids=lambda contender: contender.name)
 @pytest.mark.parametrize(("workload", "direction"), TIMED, ids=str)
 def test_workload(benchmark, workload, direction, contender):
-    baseline = gate(workload, contenders.CONTENDERS[0])
-    assert suite.is_right(gate(workload, contender), baseline, accuracy.FLOOR[torch.float32])
+    baseline = errors(workload, contenders.CONTENDERS[0])
+    assert errors(workload, contender).right(baseline, accuracy.FLOOR[torch.float32])
     keep_freed_memory()
     torch._functorch.config.donated_buffer = False
-    call = contenders.Runner(contender, workload, DEVICE, torch.float32).call(direction)
+    call = Runner(contender, workload, DEVICE, torch.float32).call(direction)
     numbers = itertools.count()
 
     def timed():

@@ -1,4 +1,4 @@
-"""Side-by-side timing: on a shared machine only ratios measured in turns, within one run, mean anything."""
+"""Timing in turns: on a shared machine only ratios that are measured in turns, within one run, mean anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 Call = Callable[[int], object]
 
-# A turn on a GPU takes at least so many milliseconds, and as many calls as that needs: events resolve half a
+# The least milliseconds of a turn on a GPU, which has as many calls as that needs: events resolve half a
 # microsecond.
 LEAST_TURN = 1.0
 PROFILED_CALLS = 5
@@ -35,17 +35,17 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time calls in turns, one turn of each per round.
 
-    A turn is a call that is not timed, then one that is, or several on a GPU: in a training step follows step, and
-    what the first would measure is how the contender before it left the caches. Only without warm-up, where calls
-    are so long that one is all there is time for, each is timed at once.
+    A turn is a call that is not timed, then one that is; on a GPU several that are. The first call finds the
+    caches as the contender before it left them, but in training a step follows its like. Without warm-up, for
+    calls so long that there is time for one only, each call is timed.
 
     Args:
-        calls: each is given a number, by which to rotate its inputs.
-        rounds: how many turns of each are timed.
-        warmup: rounds before that, not timed.
+        calls: functions of a number, by which they rotate through their inputs.
+        rounds: timed turns of each call.
+        warmup: rounds before those, not timed.
 
     Returns:
-        Milliseconds of a call, for each name and round.
+        The milliseconds of a call, for each name and round.
     """
     on_gpu = torch.device(device).type == "cuda"
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -69,7 +69,7 @@ def time_on_cpu(call: Call, i: int) -> float:
 
 
 def time_on_gpu(call: Call, i: int, repeats: int) -> float:
-    """The longer of what host and GPU take for a call: the host runs ahead, as in a training step."""
+    """The milliseconds of a call: the longer of host's and GPU's, as the host runs ahead, as in training."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for k in range(repeats):
@@ -80,7 +80,7 @@ def time_on_gpu(call: Call, i: int, repeats: int) -> float:
 
 
 def kernel_milliseconds(call: Call) -> float:
-    """What the kernels of a call take on the GPU, without the gaps between them."""
+    """The milliseconds of a call's kernels on the GPU, without the gaps between them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for i in range(PROFILED_CALLS):
             call(i)
@@ -89,9 +89,9 @@ def kernel_milliseconds(call: Call) -> float:
 
 
 def peak_mebibytes(call: Call, device: torch.device) -> float | None:
-    """The most memory that a call takes above what is held before it; None where that cannot be known.
+    """The most memory that a call takes above what is held before it, in MiB; None if that cannot be measured.
 
-    A CUDA graph holds its memory already, and takes none.
+    A replayed CUDA graph takes none: it holds its memory already.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -100,17 +100,17 @@ def peak_mebibytes(call: Call, device: torch.device) -> float | None:
         call(0)
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    before = reset_peak_memory()
-    if before is None:
+    held = reset_peak_memory()
+    if held is None:
         return None
     call(0)
-    return max(0, process_memory("VmHWM") - before) / 2**20
+    return max(0, process_memory("VmHWM") - held) / 2**20
 
 
 def reset_peak_memory() -> int | None:
-    """Start measuring peak memory; return what this process holds now, in bytes, or None if not on Linux."""
+    """Start measuring peak memory; return what this process holds now, in bytes; None if this is not Linux."""
     try:
-        # What earlier work freed, but the allocator still holds, must not hide what comes.
+        # Freed memory that the allocator still holds would hide the peak to come.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError):

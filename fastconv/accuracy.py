@@ -1,4 +1,4 @@
-"""The rule by which results are judged: their error against float64, beside PyTorch's own in one dtype."""
+"""The rule for right results: their error against float64 is at most twice PyTorch's own in the same dtype."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Long sums of weight gradients differ by the order of their terms.
+# An error below the floor is right: long sums of weight gradients differ by the order of their terms.
 FLOOR = {torch.float32: 5e-6, torch.float16: 1.25e-4, torch.bfloat16: 1e-3}
-# Of tf32, whose operands are cut to 10 bits, 2^-11 too small on average: for three products of two operands each,
-# the longest chain of a block's gradients.
+# tf32 cuts operands to 10 bits, 2^-11 too small on average. The longest chain of a block's gradients has three
+# products of two operands each.
 TF32_FLOOR = 6 * 2**-11
 # A gradient of a few numbers is rounded well or badly by chance: errors are averaged over this many samples.
 SAMPLES = 8
@@ -28,7 +28,7 @@ class Error(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """The largest error that is right: twice PyTorch's, or the floor; an overflow in PyTorch excuses none."""
+        """The largest error that is right: twice PyTorch's, or the floor; only the floor if PyTorch overflows."""
         return max(self.floor, 2 * self.pytorch) if math.isfinite(self.pytorch) else self.floor
 
     @property
@@ -38,7 +38,7 @@ class Error(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """The error in units of the bound, infinite if it is NaN: what to sort by."""
+        """The error in units of the bound, for sorting; infinite if it is NaN."""
         return math.inf if math.isnan(self.ours) else self.ours / self.bound
 
 
@@ -81,14 +81,18 @@ def compare(
     autocast: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """{name: (ours, PyTorch's in `dtype`, both on `device`, exact)} of the output and of each gradient.
+    """Compute the output and each gradient three times: by ours, by PyTorch in the same dtype, and exactly.
 
     Args:
-        ours, definition: what is judged, and what it should compute; both are called with the inputs.
+        ours, definition: the function to judge, and its definition; both are called with the inputs.
         inputs: the maps (N, C, H, W), then parameters, some of them None. All are rounded to `dtype` first.
-        names: of the inputs.
-        layout: one of FORMATS, for our maps, and the gradient of our output if it is maps.
+        names: the names of the inputs.
+        layout: one of FORMATS, for our maps, and for the gradient of our output if it is maps.
         autocast: run ours and PyTorch's under torch.autocast in bfloat16.
+        device: where ours and PyTorch's run; the exact ones are float64 on the CPU.
+
+    Returns:
+        {name: (ours, PyTorch's, exact)}, all on the CPU.
     """
     inputs = as_dtype(as_dtype(inputs, dtype), torch.float64)
     grad = torch.randn(definition(*inputs).shape).to(dtype).double()

@@ -2,6 +2,9 @@
 
 import torch
 
+from fastconv.checking import inputs
+from fastconv.checking.inputs import Sizes
+
 # images, channels, height, width, multiplier, kernel
 SHAPES = {
     "lecture 8x8": (16, 4, 8, 8, 4, (7, 7)),
@@ -17,35 +20,13 @@ SHAPES = {
 
 
 def random_block(shape, affine=True, bias=True, dtype=torch.float64):
-    """x and the parameters of a convnext_block."""
-    images, channels, height, width, multiplier, kernel = shape
-    wide = channels * multiplier
-    sizes = [
-        (images, channels, height, width),
-        (wide, 1, *kernel),
-        (wide,) if bias else None,
-        (channels, wide, 1, 1),
-        (channels,) if bias else None,
-        (channels, channels, 1, 1),
-        (channels,) if bias else None,
-        (wide,) if affine else None,
-        (wide,) if affine else None,
-    ]
+    """x and the parameters of a convnext_block, as NAMES names them."""
+    shapes = inputs.shapes("convnext_block", Sizes(*shape), affine, bias).values()
     # Float32 values, so that all precisions compute with the same numbers.
-    return [None if size is None else torch.randn(size).to(dtype) for size in sizes]
+    return [None if size is None else torch.randn(size).to(dtype) for size in shapes]
 
 
-NAMES = (
-    "x",
-    "depthwise_weight",
-    "depthwise_bias",
-    "pointwise_weight",
-    "pointwise_bias",
-    "projection_weight",
-    "projection_bias",
-    "norm_weight",
-    "norm_bias",
-)
+NAMES = tuple(inputs.shapes("convnext_block", Sizes(1, 1, 1, 1, 1, (1, 1))))
 
 
 def block(module, norm="tensor", approximate="none", eps=1e-5):

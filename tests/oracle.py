@@ -1,4 +1,4 @@
-"""The assertion that most tests of numbers end in."""
+"""The assertion in which most tests of numbers end."""
 
 import torch
 

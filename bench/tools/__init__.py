@@ -1,1 +1,1 @@
-"""Tools of those who work on fastconv: they make budgets, tables of the README, and visits to a GPU."""
+"""Tools for those who work on fastconv: kernel budgets, the README's tables, and visits to a GPU."""

@@ -3,8 +3,8 @@
     python -m bench.tools.budget
 
 compiles the kernels of all operations at the lecture's shapes, and those of two stages of ConvNeXt-T, and
-prints a table; `--json` prints its rows. `--write` puts them into bench/budget.json, to which the tests compare,
-and leaves there what it says of other GPUs and precisions.
+prints a table; `--json` prints its rows. `--write` puts them into bench/tools/budget.json, with which the tests
+compare, and leaves the rows of other GPUs and precisions there as they are.
 
 Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
 access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
@@ -32,12 +32,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastconv.checking import inputs
+from fastconv.checking.inputs import Sizes
 from fastconv.kernels import operations
 
 from . import machine_code
 from .dry_run import TARGETS, Launch, dry_run
 
 TABLE = Path(__file__).with_name("budget.json")
+
+KERNEL = (7, 7)
 
 # How often a kernel's loop runs, by its arguments.
 ROUNDS: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -52,12 +56,12 @@ Row = dict[str, Any]
 
 
 class Gpu(NamedTuple):
-    """Approximate, from the vendor's data sheets."""
+    """Approximate figures from the vendor's data sheets."""
 
     multiprocessors: int
     gigahertz: float
     terabytes_per_second: float
-    # Of dense products in bf16 or fp16; tf32 has half of it.
+    # For dense products in bf16 or fp16; half of it for tf32.
     teraflops: float
 
 
@@ -71,9 +75,9 @@ GPUS = {
 
 class Precision(NamedTuple):
     dtype: torch.dtype
-    # Of `torch.set_float32_matmul_precision`.
+    # The argument of `torch.set_float32_matmul_precision`.
     float32: str
-    # Products of bf16 in the time of one.
+    # How many products of bf16 take the time of one product.
     cost: int
 
 
@@ -86,35 +90,39 @@ PRECISIONS = {
 }
 
 
-class Shape(NamedTuple):
-    images: int
-    channels: int
-    multiplier: int
-    side: int
+class Inputs(NamedTuple):
+    """What operations are called with: the tensors of `operation`, and a block's `h`, its normalised maps."""
+
+    operation: str
+    sizes: Sizes
+    affine: bool = False
+    channels_last: bool = False
 
     def __str__(self) -> str:
-        return f"{self.channels}x{self.multiplier}, {self.side}x{self.side}"
+        _, channels, height, width, multiplier, _ = self.sizes
+        factor = f"x{multiplier}" if multiplier > 1 else ""
+        return f"{channels}{factor}, {height}x{width}"
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
-        outputs = self.channels * self.multiplier
-        sizes = {
-            "x": (self.images, self.channels, self.side, self.side),
-            "h": (self.images, outputs, self.side, self.side),
-            "depthwise_weight": (outputs, 1, 7, 7),
-            "depthwise_bias": (outputs,),
-            "pointwise_weight": (self.channels, outputs, 1, 1),
-            "pointwise_bias": (self.channels,),
-            "projection_weight": (self.channels, self.channels, 1, 1),
-            "projection_bias": (self.channels,),
-        }
-        return {name: torch.empty(size, dtype=dtype, requires_grad=True) for name, size in sizes.items()}
+        images, channels, height, width, multiplier, _ = self.sizes
+        shapes = inputs.shapes(self.operation, self.sizes, self.affine)
+        if self.operation == "convnext_block":
+            shapes["h"] = (images, channels * multiplier, height, width)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items() if shape is not None}
+        if self.channels_last:
+            tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
     def flops(self, kernel: str) -> int:
-        """Of the products of one kernel. Toeplitz matrices count in full, though on 8x8 maps half of them is 0."""
-        pixels, outputs = self.side**2, self.channels * self.multiplier
-        toeplitz = 2 * self.images * outputs * pixels**2
-        pointwise = 2 * self.images * pixels * self.channels * (outputs + self.channels)
-        alone = 2 * self.images * pixels * self.channels * outputs
+        """Operations of the products of one kernel; a stencil has none.
+
+        Toeplitz matrices count in full, though on 8x8 maps half of them is 0.
+        """
+        images, channels, height, width, multiplier, _ = self.sizes
+        pixels, outputs = height * width, channels * multiplier
+        toeplitz = 2 * images * outputs * pixels**2
+        pointwise = 2 * images * pixels * channels * (outputs + channels)
+        alone = 2 * images * pixels * channels * outputs
         return {
             "depthwise_forward": toeplitz,
             "depthwise_backward": 2 * toeplitz,
@@ -126,51 +134,21 @@ class Shape(NamedTuple):
         }.get(kernel, 0)
 
 
-class OddMaps(NamedTuple):
-    """Maps of an awkward number of pixels, of which a norm takes each image by itself."""
-
-    images: int
-    channels: int
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.channels}, {self.height}x{self.width}"
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
-        return {"x": torch.empty(*self, dtype=dtype, requires_grad=True)}
-
-    def flops(self, kernel: str) -> int:
-        return 0
+def block_of(channels: int, side: int) -> Inputs:
+    """A block of the lecture, with its batch of images."""
+    return Inputs("convnext_block", Sizes(128, channels, side, side, 4, KERNEL))
 
 
-class Stage(NamedTuple):
-    """Of a ConvNeXt for images of 224x224, in channels_last, the layout that its blocks keep."""
-
-    channels: int
-    side: int
-    images: int = 64
-
-    def __str__(self) -> str:
-        return f"{self.channels}, {self.side}x{self.side}"
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
-        x = torch.empty(self.images, self.channels, self.side, self.side, dtype=dtype)
-        vectors = {name: torch.empty(self.channels, dtype=dtype) for name in ("bias", "norm_weight", "norm_bias")}
-        tensors = {
-            "x": x.contiguous(memory_format=torch.channels_last),
-            "weight": torch.empty(self.channels, 1, 7, 7, dtype=dtype),
-            **vectors,
-        }
-        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-    def flops(self, kernel: str) -> int:
-        """Of products: the stencils have none."""
-        return 0
+def stage(channels: int, side: int) -> Inputs:
+    """A stage of a ConvNeXt for images of 224x224, in the layout that its blocks keep."""
+    sizes = Sizes(64, channels, side, side, 1, KERNEL)
+    return Inputs("depthwise_conv_layer_norm", sizes, affine=True, channels_last=True)
 
 
-LECTURE = [Shape(128, 32, 4, 8), Shape(128, 64, 4, 4)]
-WIDEST_BLOCK = Shape(128, 128, 4, 4)
+LECTURE = [block_of(32, 8), block_of(64, 4)]
+WIDEST_BLOCK = block_of(128, 4)
+# An awkward number of pixels, and a norm of each image by itself.
+ODD_MAPS = Inputs("layer_norm", Sizes(3, 5, 7, 11, 1, KERNEL))
 
 Call = Callable[[dict[str, Any]], Tensor]
 
@@ -201,20 +179,20 @@ def sample_norm(tensors: dict[str, Any]) -> Tensor:
     return operations.layer_norm(tensors["x"], norm="sample")
 
 
-# What one process compiles. The kernels of a stage take as long as all others.
-PARTS: dict[str, list[tuple[Call, Shape | Stage | OddMaps]]] = {
+# What one process compiles. The kernels of a stage take as long as all others together.
+PARTS: dict[str, list[tuple[Call, Inputs]]] = {
     "lecture": [
         *((convnext_block, shape) for shape in LECTURE),
         *((call, LECTURE[0]) for call in (depthwise_conv_layer_norm, pointwise_conv_gelu, layer_norm)),
-        (sample_norm, OddMaps(3, 5, 7, 11)),
+        (sample_norm, ODD_MAPS),
     ],
     "widest block": [(convnext_block, WIDEST_BLOCK)],
-    "first stage": [(depthwise_conv_channel_norm, Stage(96, 56))],
-    "last stage": [(depthwise_conv_channel_norm, Stage(768, 7))],
+    "first stage": [(depthwise_conv_channel_norm, stage(96, 56))],
+    "last stage": [(depthwise_conv_channel_norm, stage(768, 7))],
 }
 # One stage in each precision: they differ in how channels and rows are divided, and both would take twice as long.
 STAGE_OF = {"bf16": "first stage", "fp32 highest": "last stage"}
-# Of the table. Turing's tensor cores take neither bfloat16 nor tf32.
+# The table's GPUs and precisions. Turing's tensor cores take neither bfloat16 nor tf32.
 IN_TABLE = {
     "sm_75": ("fp16", "fp32 highest"),
     **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"), ("bf16", "fp32 highest")),
@@ -223,7 +201,7 @@ WITH_STAGES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
-    """A row for each launch of some operations, forward and backward."""
+    """A row for each launch of a part's operations, forward and backward."""
     precision = PRECISIONS[precision_name]
     torch.set_float32_matmul_precision(precision.float32)
     rows = []
@@ -278,12 +256,12 @@ def describe(launch: Launch, architecture: str, flops: int) -> Row:
 
 
 def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
-    """In processes of their own, because Triton compiles in one thread."""
+    """The rows of all parts, each measured in a process of its own, because Triton compiles in one thread."""
     jobs = []
     for architecture in architectures:
         for precision in precisions or IN_TABLE[architecture]:
             jobs.append((architecture, precision, "lecture"))
-            # In float32 it takes 72 KiB of shared memory, and a program on Turing has 64.
+            # The widest block takes 72 KiB of shared memory in float32, and a program on Turing has 64.
             if architecture != "sm_75":
                 jobs.append((architecture, precision, "widest block"))
             if architecture in WITH_STAGES and precision in STAGE_OF:
@@ -293,7 +271,7 @@ def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
 
 
 def write_table(rows: list[Row]) -> None:
-    """One row a line, so that differences read well; what another Triton made is dropped."""
+    """Write one row a line, so that diffs are readable; rows of another Triton version are dropped."""
     table = json.loads(TABLE.read_text())
     new = {(row["architecture"], row["dtype"]) for row in rows}
     kept = table["rows"] if table["triton"] == triton.__version__ else []
@@ -317,7 +295,7 @@ def print_table(rows: list[Row]) -> None:
             f"{wide} of {wide + narrow}",
             *(f"{row[key]:.2f}" if key in row else "" for key in ("estimate_us", "floor_us")),
         )
-    # In a file or a pipe there is no width to fit into.
+    # A file or a pipe has no width to fit into.
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
 
@@ -326,7 +304,7 @@ def main(
     architecture: Annotated[list[str], typer.Option(help="Only for these GPUs.")] = list(TARGETS),  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="In these precisions instead of the table's.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Put the rows into bench/budget.json.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the rows into bench/tools/budget.json.")] = False,
 ) -> None:
     """Compile every kernel, and print what it costs."""
     rows = measure_all(architecture, dtype)

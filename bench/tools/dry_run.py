@@ -1,7 +1,7 @@
 """Kernels compiled and launched without a GPU: a driver of Triton whose launches do nothing.
 
-Triton asks its driver what to compile for. Told of a GPU by this one, it specialises and compiles exactly what a
-call with tensors on that GPU would compile, here from tensors on the CPU, whose contents do not matter.
+Triton asks its driver which GPU to compile for. This driver names one, so Triton specialises and compiles exactly
+what a call with tensors on that GPU would compile, here from tensors on the CPU, whose contents do not matter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastconv.kernels.common import launch, registration
 
-# By the names of NVIDIA's and AMD's compilers, with the shared memory that a program can have, in bytes.
+# Each GPU, by the name of NVIDIA's or AMD's compiler, and the shared memory that a program can have, in bytes.
 TARGETS = {
     "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024),
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -36,18 +36,18 @@ class Launch(NamedTuple):
     # Triton's CompiledKernel.
     compiled: Any
     programs: int
-    # All that it is given, by name.
+    # All of the kernel's arguments, by name.
     arguments: dict[str, Any]
 
     @property
     def bytes(self) -> int:
-        """Of all tensors that the kernel is given."""
+        """The size of all tensors that the kernel is given."""
         tensors = {id(argument): argument for argument in self.arguments.values() if isinstance(argument, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 class DryDriver:
-    """Implements what Triton's JIT asks of a driver, and nothing more."""
+    """A driver with only what Triton's JIT asks for."""
 
     def __init__(self, architecture: str) -> None:
         self._target, self._shared_memory = TARGETS[architecture]
@@ -109,7 +109,7 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
 
     with active(lambda: DryDriver(architecture)):
         try:
-            # By the vendor for whose GPUs PyTorch is built, and by the GPU, kernels choose how to multiply.
+            # How kernels multiply depends on the GPU, and on the vendor for whose GPUs PyTorch is built.
             torch.version.hip = "of the target" if target.backend == "hip" else None
             if target.backend == "cuda":
                 launch.capability = lambda: divmod(target.arch, 10)

@@ -26,9 +26,9 @@ class MachineCode(NamedTuple):
     # Bytes that each thread stores to local memory or loads from it.
     spills: int
     instructions: int
-    # How many of each kind: HMMA by a warp, HGMMA by four, UTCHMMA by one thread, MFMA by a wave of AMD's.
+    # Instructions of each kind: HMMA by a warp, HGMMA by four, UTCHMMA by one thread, MFMA by a wave of AMD's.
     tensor: dict[str, int]
-    # Accesses of global memory: of 128 bits, and of less.
+    # Accesses of global memory by 128 bits, and by less.
     wide_accesses: int
     narrow_accesses: int
     # Cycles for which the instructions of one warp occupy the path to memory, 128 bytes wide.
@@ -41,12 +41,12 @@ class MachineCode(NamedTuple):
 # The same kernel serves several operations.
 @cache
 def read(compiled: Any) -> MachineCode:
-    """Of a CompiledKernel of Triton."""
+    """The machine code of a CompiledKernel of Triton."""
     return read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amd(compiled.asm["amdgcn"])
 
 
 def read_cubin(binary: bytes) -> MachineCode:
-    """Of NVIDIA's machine code."""
+    """NVIDIA's machine code, as a cubin holds it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()

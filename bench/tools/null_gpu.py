@@ -25,7 +25,7 @@ _SOURCE = Path(__file__).with_name("null_libcuda.c")
 
 
 class NullDriver(nvidia.CudaDriver):
-    """Triton's driver for NVIDIA's GPUs, told which GPU there is instead of asking PyTorch."""
+    """Triton's driver for NVIDIA's GPUs, with a fixed GPU instead of PyTorch's current one."""
 
     def __init__(self) -> None:
         self.utils = nvidia.CudaUtils()
@@ -48,7 +48,7 @@ def null_gpu() -> Iterator[ctypes.CDLL]:
     Raises:
         RuntimeError: kernels are interpreted, or CUDA's own driver is loaded already.
     """
-    # PyTorch finds that there is no GPU, and does not look again once there is a libcuda.
+    # Now PyTorch finds no GPU, and does not look again once there is a libcuda.
     torch.cuda.is_available()
     previous = os.environ.get("TRITON_LIBCUDA_PATH")
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ ROUNDS = 10
 
 
 class Nothing(torch.autograd.Function):
-    """As many inputs as a block has, and no work: what is left is autograd's."""
+    """An operation with as many inputs as a block and no work: its time is autograd's."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Nothing(torch.autograd.Function):
 
 
 def calls_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """By direction."""
+    """The calls to time, by direction."""
     y = call()
     backward = partial(torch.autograd.grad, y, tensors, torch.empty_like(y), retain_graph=True, allow_unused=True)
 
@@ -60,14 +60,14 @@ def calls_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> dict[str, Cal
 
 
 def one_launch(x: Tensor, weight: Tensor) -> Callable[[], object]:
-    """A block's first kernel, by itself."""
+    """A launch of a block's first kernel alone."""
     depthwise = Depthwise(x, weight, "tensor")
     h, moments = depthwise.new_h(weight), depthwise.new_moments(weight)
     return partial(depthwise.forward(x, weight, has_bias=False), x, weight, None, h, moments)
 
 
 def median_time(call: Callable[[], object], count: int) -> float:
-    """In microseconds."""
+    """The median time of a call, in microseconds."""
     samples = []
     for _ in range(count):
         start = time.perf_counter()

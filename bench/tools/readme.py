@@ -1,8 +1,8 @@
-"""The README's figures of speed, from committed results.
+"""The README's tables and pictures of speed, from committed results.
 
     python -m bench.tools.readme
 
-rewrites the tables between the marks, one pair for a CPU and one for a GPU, and the pictures.
+rewrites the tables between two pairs of marks, for a CPU and for a GPU, and the pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import plots, results, tables
 from ..suite import Row
+from ..workloads import TrainingStep
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGINS = {machine: f"<!-- python -m bench.tools.readme, {machine}: begin -->\n" for machine in ("CPU", "GPU")}
@@ -24,7 +25,7 @@ def committed(machine: str) -> Path:
     found = {}
     for path in results.FOLDER.glob("*.json"):
         about, rows = results.read(path)
-        steps = any(row["level"] == "training_step" for row in shown(rows))
+        steps = any(row["level"] == TrainingStep.level for row in shown(rows))
         if steps and (about["driver"] is None) == (machine == "CPU"):
             found[path] = about["date"]
     if not found:
@@ -52,7 +53,7 @@ def section(machine: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """The README with its sections anew."""
+    """The README with its sections rewritten."""
     for machine, mark in BEGINS.items():
         before, begin, rest = text.partition(mark)
         _, end, after = rest.partition(END)

@@ -12,27 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from fastconv import machine
-from fastconv.checking.check import Report, Result
 from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
+from fastconv.checking.report import Report, Result
 
 STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
-# Of a terminal, for all columns.
+# The least width of a terminal, in characters, for all columns.
 WIDE = 130
 SHOWN_STEPS = (1, *range(10, STEPS + 1, 10))
 
 
 def show(report: Report, console: Console) -> None:
     if not console.is_terminal:
-        # In a file or a pipe nothing is to be wrapped or cut.
+        # A file or a pipe has no width: nothing is wrapped or cut.
         console = Console(file=console.file, width=200)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
     console.print(f"{report.device}; {versions}", highlight=False)
     groups = [list(group) for _, group in groupby(report.results, key=kind)]
     console.print(errors_table(groups, narrow=console.width < WIDE))
-    tell(report, groups, console)
+    show_reasons(report, groups, console)
     if report.training.divergence is not None:
         console.print(losses_table(report.training.divergence))
-        tell_divergence(report.training.divergence, console)
+        show_divergence(report.training.divergence, console)
     console.print(summary(report))
 
 
@@ -42,12 +42,12 @@ def kind(result: Result) -> tuple[str, str, str]:
 
 
 def worst_of(group: Sequence[Result]) -> Result:
-    """The case whose error is farthest beyond its bound or closest to it; before all, one that raised an error."""
+    """A case that raised an error; if none did, the one whose error is farthest beyond or closest to its bound."""
     return max(group, key=lambda r: (r.verdict == "wrong", r.worst()[1].excess if r.errors else float("inf")))
 
 
 def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
-    """The worst of each group; if `narrow`, in 80 columns, without naming its input and its tensor."""
+    """The worst of each group; if `narrow`, in 80 characters, without the names of input and tensor."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0 if narrow else (0, 1))
     for name in ("tried", "with", "in"):
         table.add_column(name)
@@ -80,8 +80,8 @@ def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
     return table
 
 
-def tell(report: Report, groups: Sequence[Sequence[Result]], console: Console) -> None:
-    """Why cases were skipped, and what is wrong: of each row of the table the worst."""
+def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Console) -> None:
+    """Print why cases were skipped, and the worst of what is wrong in each row of the table."""
     skipped = Counter(result.reason for result in report.results if result.verdict == "skipped")
     for reason, count in skipped.items():
         console.print(f"skipped {count}: {reason}", highlight=False, style=STYLES["skipped"])
@@ -108,7 +108,7 @@ def losses_table(found: Divergence) -> Table:
     return table
 
 
-def tell_divergence(found: Divergence, console: Console) -> None:
+def show_divergence(found: Divergence, console: Console) -> None:
     console.print(
         f"Fused and reference losses differ by at most {found.difference:.1e} of the loss; right is up to "
         f"{found.bound:.1e}:\n{MARGIN:.0f} times what the reference's change if each initial weight moves to a "

@@ -1,6 +1,6 @@
-"""The fused and the reference classifier trained from one initialisation: rounding alone may part their losses.
+"""Trains the fused and the reference classifier from the same weights: only rounding may make their losses differ.
 
-How far rounding parts them is measured, by training the reference again from weights moved to neighbouring floats.
+How far it does is measured: the reference is trained again from weights that are moved to neighbouring floats.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ STEPS = 50
 CLASSES = 10
 # The share of its class's own picture in an image; the rest is noise.
 SIGNAL = 0.3
-# How much faster than neighbouring weights may another order of summation part the losses? In sixteen runs the
-# difference was at most 1.9 times as large. Of the bugs tried the smallest, GELU by tanh, makes it 600 times as
-# large.
+# How much further apart another order of summation may take the losses than neighbouring weights do. In sixteen
+# runs it was at most 1.9 times as far. The smallest of the bugs tried, GELU by tanh, makes it 600 times.
 MARGIN = 10.0
-# Some roundings of the loss itself, where the paths have hardly parted.
+# A few roundings of the loss itself, for losses that hardly differ yet.
 FLOOR = 2e-6
 
 
 class Size(NamedTuple):
-    """Of the classifier, and of what it learns from."""
+    """The sizes of a classifier, and of the images that it learns from."""
 
     width: int
     depth: int
@@ -41,13 +40,13 @@ class Size(NamedTuple):
 
 
 LECTURE = Size(width=32, depth=5, patch=4, image=32, batch=32)
-# For Triton's interpreter, which takes a second and a half for a step even of this.
+# Triton's interpreter takes a second and a half for a step even of this one.
 SMALL = Size(width=4, depth=1, patch=4, image=16, batch=8)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The losses of each step: of both classifiers, and of the reference from neighbouring weights."""
+    """The losses of each step, for both classifiers, and for the reference from neighbouring weights."""
 
     fused: Tensor
     reference: Tensor
@@ -69,7 +68,7 @@ class Divergence:
 
 
 def largest_difference(losses: Tensor, expected: Tensor) -> float:
-    """Of all steps, relative to the expected loss; NaN if a loss is."""
+    """The largest difference of all steps, relative to the expected loss; NaN if a loss is."""
     return ((losses - expected).abs() / expected).max().item()
 
 

@@ -22,7 +22,7 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "float32": Precision(torch.float32, FLOOR[torch.float32]),
-    # PyTorch spares it some of its convolutions: its error is not ours.
+    # PyTorch computes some convolutions in float32 nevertheless: its error is no measure of ours.
     "tf32": Precision(torch.float32, TF32_FLOOR, matmul="high"),
     "float16": Precision(torch.float16, FLOOR[torch.float16]),
     "bfloat16": Precision(torch.bfloat16, FLOOR[torch.bfloat16]),
@@ -32,7 +32,7 @@ PRECISIONS = {
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Compute float32 products in a precision of `torch.set_float32_matmul_precision`; convolutions likewise."""
+    """Compute float32 products and convolutions in a precision of `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from fastconv import machine
-from fastconv.checking import check as checking
-from fastconv.checking import display, problems
+from fastconv.checking import display, runner
+from fastconv.checking.cases import all_cases
 from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, usage_errors
 from fastconv.operations import backends
 from fastconv.progress import progress
@@ -36,12 +36,12 @@ def check(
         place = machine.choose_device(device)
         backends.force(backend, place)
     console = Console(stderr=json_output)
-    cases = problems.cases()
+    cases = all_cases()
     with (
         nullcontext() if out is None else out.open("w") as kept,
-        progress(console, checking.steps(cases)) as advanced,
+        progress(console, runner.steps(cases)) as advanced,
     ):
-        report = checking.run(place, cases, advanced, kept)
+        report = runner.run(place, cases, advanced, kept)
     display.show(report, console)
     if json_output:
         print(json.dumps(report.as_json()))

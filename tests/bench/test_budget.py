@@ -25,7 +25,7 @@ def worsened(rows, table):
     """Lines that say what costs more than the table allows; a launch that is not in it is one."""
     budget = {}
     for row in table:
-        # Of a kernel that an operation launches twice, what the costlier launch may.
+        # If an operation launches a kernel twice, the costlier launch sets the budget.
         known = budget.setdefault(tuple(row[label] for label in LABELS), dict(row))
         known.update({cost: max(known[cost], row[cost]) for cost in COSTS})
     lines = []

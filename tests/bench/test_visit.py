@@ -25,7 +25,7 @@ from fastconv.bench.tools.visit import (
 )
 
 SCRIPT = parts.ROOT / "bench/gpu.sh"
-# Of all three calls together, and of each start of the machine, in seconds.
+# Seconds that all three calls may take together, and that each start of the machine takes.
 VISIT, START = 900, 80
 
 
@@ -58,7 +58,7 @@ def test_the_stages_fit_into_their_limits_and_these_into_the_visit():
 
 
 def test_it_needs_no_package_but_torch_and_triton():
-    """And pytest, which runs the tests: a bare machine has no others."""
+    """Only pytest besides, which runs the tests: a bare machine has no others."""
     code = """
 import sys
 class Missing:

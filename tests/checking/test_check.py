@@ -10,12 +10,15 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv import accuracy
-from fastconv.checking import check, divergence, problems
+from fastconv.checking import cases, divergence, problems, runner
+from fastconv.checking.cases import MODULES, OPERATIONS, Case, all_cases
+from fastconv.checking.inputs import INPUTS
+from fastconv.checking.report import Report, Result, Training
 from fastconv.operations import backends, columns, functional, portable
 
 CPU = torch.device("cpu")
 NORMED = {"layer_norm", "depthwise_conv_layer_norm", "convnext_block", "DepthwiseConvLayerNorm", "ConvNextBlock"}
-FLOAT32 = [case for case in problems.cases() if case.precision == "float32"]
+FLOAT32 = [case for case in all_cases() if case.precision == "float32"]
 CONVOLVING = NORMED - {"layer_norm"} | {"Classifier"}
 
 
@@ -33,7 +36,7 @@ def wrong_cases(monkeypatch, nothing_small):
 
     def call():
         with fastconv.backend("portable"):
-            results = [check.examine(case, CPU) for case in FLOAT32]
+            results = [runner.examine(case, CPU) for case in FLOAT32]
         assert {result.verdict for result in results} <= {"right", "wrong"}
         assert all((result.verdict == "wrong") == bool(result.reason) for result in results)
         return {(result.case.subject, result.case.given) for result in results if result.verdict == "wrong"}
@@ -44,13 +47,13 @@ def wrong_cases(monkeypatch, nothing_small):
 def test_right_here(run, quick):
     code, out, err = run("check", "--backend", "portable")
     assert (code, err) == (0, ""), out
-    skipped = sum(case.precision == "tf32" for case in problems.cases())
-    right = len(problems.cases()) - skipped + 1
+    skipped = sum(case.precision == "tf32" for case in all_cases())
+    right = len(all_cases()) - skipped + 1
     assert re.fullmatch(
         rf"fastconv check: {right} right, 0 wrong, {skipped} skipped in \d+ s", out.splitlines()[-1]
     )
     assert f"skipped {skipped}: tf32 is a format of GPUs" in out
-    for subject in (*problems.OPERATIONS, *problems.MODULES):
+    for subject in (*OPERATIONS, *MODULES):
         assert re.search(rf"^{subject} .* float32 +portable +\d+ .* \d\.\de-\d\d .* right *$", out, re.MULTILINE)
     assert re.search(r"^loss at step +1 +10 +20 +30 +40 +50 *$", out, re.MULTILINE)
     assert "\x1b" not in out, "control codes in what is not a terminal"
@@ -65,9 +68,9 @@ def test_every_number_as_json(run, quick):
     assert told["verdict"] == "right"
     assert (told["device"], told["backend"]) == ("cpu", "portable")
     assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
-    cases = problems.cases()
-    assert [case["subject"] for case in told["cases"]] == [case.subject for case in cases]
-    for case, found in zip(cases, told["cases"], strict=True):
+    tried = all_cases()
+    assert [case["subject"] for case in told["cases"]] == [case.subject for case in tried]
+    for case, found in zip(tried, told["cases"], strict=True):
         assert (found["options"], found["precision"], found["given"]) == (case.options, case.precision, case.given)
         if case.precision == "tf32":
             assert (found["verdict"], found["backend"], found["errors"]) == ("skipped", None, {})
@@ -84,23 +87,21 @@ def test_every_number_as_json(run, quick):
 
 
 def test_cases_cover_every_axis():
-    cases = problems.cases()
-    assert set(backends.OPERATIONS) == set(problems.OPERATIONS)
-    assert {name for name in fastconv.__all__ if isinstance(getattr(fastconv, name), type)} >= set(
-        problems.MODULES
-    )
+    found = all_cases()
+    assert set(backends.OPERATIONS) == set(OPERATIONS)
+    assert {name for name in fastconv.__all__ if isinstance(getattr(fastconv, name), type)} >= set(MODULES)
     for subject in NORMED:
-        assert {case.norm for case in cases if case.subject == subject} == set(functional.NORMS)
+        assert {case.options["norm"] for case in found if case.subject == subject} == set(functional.NORMS)
         for affine in (False, True):
-            assert any(problems.INPUTS[case.given].affine == affine for case in cases if case.subject == subject)
-    for subject in problems.OPERATIONS:
-        precisions = {case.precision for case in cases if case.subject == subject}
+            assert any(case.input.affine == affine for case in found if case.subject == subject)
+    for subject in OPERATIONS:
+        precisions = {case.precision for case in found if case.subject == subject}
         assert precisions >= {"float32", "float16", "bfloat16"}
-        layouts = {problems.INPUTS[case.given].layout for case in FLOAT32 if case.subject == subject}
+        layouts = {case.input.layout for case in FLOAT32 if case.subject == subject}
         assert layouts == set(accuracy.FORMATS)
-    for subject in problems.MODULES:
-        assert "autocast" in {case.precision for case in cases if case.subject == subject}
-    shapes = [given[:4] for given in problems.INPUTS.values()]
+    for subject in MODULES:
+        assert "autocast" in {case.precision for case in found if case.subject == subject}
+    shapes = [given.sizes[:4] for given in INPUTS.values()]
     assert {columns.choose_geometry(shape).batch_last for shape in shapes} == {False, True}
 
 
@@ -143,7 +144,7 @@ def test_variance_as_a_difference_of_squares_is_wrong(monkeypatch, wrong_cases):
 
     monkeypatch.setattr(portable, "centre", centre)
     wrong = wrong_cases()
-    assert {subject for subject, given in wrong if given == "mean 1000 x std"} == NORMED & set(problems.OPERATIONS)
+    assert {subject for subject, given in wrong if given == "mean 1000 x std"} == NORMED & set(OPERATIONS)
     # Four channels may by chance be as nearly equal as that.
     assert {subject for subject, given in wrong if given != "mean 1000 x std"} <= {"layer_norm"}
 
@@ -156,7 +157,7 @@ def test_an_ignored_stride_is_wrong(monkeypatch, wrong_cases):
 
     monkeypatch.setattr(portable, "to_columns", ignore)
     wrong = wrong_cases()
-    for subject in NORMED & set(problems.OPERATIONS):
+    for subject in NORMED & set(OPERATIONS):
         given = {given for name, given in wrong if name == subject}
         assert given >= {"8x8 channels_last", "4x4 sliced", "11x7 sliced, no bias", "2x3 under a 9x5 kernel"}
     assert ("layer_norm", "8x8") not in wrong
@@ -167,11 +168,11 @@ def test_an_ignored_eps_is_wrong(monkeypatch, wrong_cases):
     monkeypatch.setattr(
         portable, "centre", lambda h, bias, dims, eps, geometry: centre(h, bias, dims, 0, geometry)
     )
-    assert wrong_cases() >= {(subject, "std 0.01") for subject in NORMED & set(problems.OPERATIONS)}
+    assert wrong_cases() >= {(subject, "std 0.01") for subject in NORMED & set(OPERATIONS)}
 
 
 def examine(subject, given, precision="float32", **options):
-    return check.examine(problems.Case(subject, options, precision, given), CPU)
+    return runner.examine(Case(subject, options, precision, given), CPU)
 
 
 @pytest.mark.interpreted
@@ -204,7 +205,7 @@ def test_what_the_interpreter_cannot_show_is_skipped():
     pytest.importorskip("triton")
     from fastconv.kernels import operations
 
-    assert problems.LARGEST_TOEPLITZ_MAP == operations.LARGEST_TOEPLITZ_MAP
+    assert cases.LARGEST_TOEPLITZ_MAP == operations.LARGEST_TOEPLITZ_MAP
     with fastconv.backend("triton"):
         assert "would take minutes" in examine("convnext_block", "8x8", norm="channel").reason
         for case in (("layer_norm", "8x8", "bfloat16"), ("ConvNextBlock", "4x4 sliced", "autocast")):
@@ -217,7 +218,7 @@ def test_an_interpreter_that_fails_is_said_once(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError from TypeError("only 0-dimensional\narrays")
 
-    monkeypatch.setattr(check, "interprets", lambda *_: True)
+    monkeypatch.setattr(runner, "interprets", lambda *_: True)
     monkeypatch.setattr(functional, "layer_norm", fail)
     code, out, err = run("check")
     assert (code, out) == (2, "")
@@ -286,10 +287,10 @@ def test_a_near_miss_is_tried_on_more_samples(monkeypatch, again, verdict):
 
 
 def test_training_is_wrong_if_gelu_is_only_approximated(monkeypatch, quick):
-    assert check.examine_training(CPU, lambda: None).verdict == "right"
+    assert runner.examine_training(CPU, lambda: None).verdict == "right"
     block = functional.convnext_block
     monkeypatch.setattr(functional, "convnext_block", lambda *p, **o: block(*p, **{**o, "approximate": "tanh"}))
-    training = check.examine_training(CPU, lambda: None)
+    training = runner.examine_training(CPU, lambda: None)
     assert training.verdict == "wrong"
     assert "losses differ by" in training.reason
 
@@ -303,27 +304,27 @@ def test_training_is_wrong_if_a_gradient_is(monkeypatch, quick):
         return grad
 
     monkeypatch.setattr(columns, "fold_onto_taps", drop)
-    assert check.examine_training(CPU, lambda: None).verdict == "wrong"
+    assert runner.examine_training(CPU, lambda: None).verdict == "wrong"
 
 
 def test_training_that_ends_in_nan_is_wrong(monkeypatch, quick):
     monkeypatch.setattr(portable, "layer_norm", lambda x, **_: x * torch.nan)
     with fastconv.backend("portable"):
-        training = check.examine_training(CPU, lambda: None)
+        training = runner.examine_training(CPU, lambda: None)
     assert training.verdict == "wrong"
     assert training.as_json()["fused"] == [None] * 50
 
 
 def test_checking_nothing_is_not_right():
-    skipped = check.Result(problems.cases()[0], None, "skipped", "no reason")
-    assert not check.Report(CPU, [skipped], check.Training("skipped"), 0.0).right
+    skipped = Result(all_cases()[0], None, "skipped", "no reason")
+    assert not Report(CPU, [skipped], Training("skipped"), 0.0).right
 
 
 def test_results_are_kept_as_soon_as_they_are_there(monkeypatch):
-    monkeypatch.setattr(check, "examine_training", lambda *_: check.Training("wrong", "no reason"))
+    monkeypatch.setattr(runner, "examine_training", lambda *_: Training("wrong", "no reason"))
     kept, seen = io.StringIO(), []
-    cases = [case for case in problems.cases() if case.subject == "layer_norm"][:2]
-    report = check.run(CPU, cases, lambda _: seen.append(kept.getvalue().count("\n")), kept)
+    first = [case for case in all_cases() if case.subject == "layer_norm"][:2]
+    report = runner.run(CPU, first, lambda _: seen.append(kept.getvalue().count("\n")), kept)
     assert seen == [1, 2]
     lines = [json.loads(line) for line in kept.getvalue().splitlines()]
     assert lines == [result.as_json() for result in (*report.results, report.training)]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ... import contenders, results, suite, workloads
 from ...contenders import Contender
 from ...suite import Row
-from ...workloads import LECTURE, Workload
+from ...workloads import LECTURE, Epoch, Workload
 from . import compilations, report
 from .stage import DEVICE, ON_GPU
 
@@ -45,8 +45,7 @@ def series(stage: str) -> list[Series]:
             Series("tf32", quick[:5], ways),
             Series("float32", quick[:5], ways),
         ]
-    epoch = [Workload("epoch", 128, *LECTURE[0])]
-    return [Series("bfloat16", [*workloads.convnext(64), *epoch], ways)]
+    return [Series("bfloat16", [*workloads.convnext(64), Epoch(128, *LECTURE[0])], ways)]
 
 
 def main() -> None:

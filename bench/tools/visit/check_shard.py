@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fastconv.checking import check, problems
+from fastconv.checking import runner
+from fastconv.checking.cases import all_cases
 
 from . import compilations
 
@@ -22,9 +23,9 @@ def main() -> None:
     compilations.count()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with (folder / f"check-{shard}.jsonl").open("w") as kept:
-        # Without a GPU a rehearsal, on the first of them.
-        cases = problems.cases()[: None if device.type == "cuda" else 30]
-        check.run(device, cases[shard::shards], lambda _: None, kept)
+        # A rehearsal without a GPU tries the first of them only.
+        cases = all_cases()[: None if device.type == "cuda" else 30]
+        runner.run(device, cases[shard::shards], lambda _: None, kept)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the benchmarks of `measure`, made beforehand: by several processes, into one cache.
+"""Compiles the benchmarks of `measure` with torch.compile beforehand, in several processes, into one cache.
 
     python3 -m fastconv.bench.tools.visit.compile_ahead I N
 
@@ -12,7 +12,7 @@ import sys
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
 from ... import suite
-from ...contenders import Runner
+from ...runner import Runner
 from .benchmarks import series
 from .stage import DEVICE, ON_GPU
 

@@ -1,4 +1,4 @@
-"""First numbers: what a block of the lecture takes, replayed as a CUDA graph, called eagerly, and of the host.
+"""First numbers: the time of a lecture's block as a replayed CUDA graph, as an eager call, and on the host alone.
 
     python3 -m fastconv.bench.tools.visit.first_timings FILE
 
@@ -15,19 +15,20 @@ from pathlib import Path
 
 import torch
 
-from ... import contenders, timing
-from ...contenders import Contender, Runner
+from ... import timing
+from ...contenders import Contender
+from ...runner import Runner, capture
 from ...timing import Call
-from ...workloads import LECTURE, Workload
+from ...workloads import LECTURE, ConvNextBlock
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
 IMAGES = 128 if ON_GPU else 2
 WAYS = {"fastconv": Contender("fastconv", fused=True), "PyTorch": Contender("PyTorch")}
-# Of these a CPU takes seconds for the first.
+# A CPU takes seconds for bfloat16.
 DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
 ROUNDS = 20
-# So many calls, whose kernels the GPU queues: the host does not wait.
+# Calls whose kernels the GPU queues, so that the host does not wait.
 HOST_CALLS = 50
 
 
@@ -36,30 +37,30 @@ def main() -> None:
     with Path(sys.argv[1]).open("w") as kept:
         for dtype in DTYPES:
             for shape in LECTURE:
-                workload = Workload("convnext_block", IMAGES, *shape)
+                workload = ConvNextBlock(IMAGES, *shape)
                 runners = {name: Runner(way, workload, DEVICE, dtype) for name, way in WAYS.items()}
                 for direction in ("forward", "both"):
                     found = measure(runners, direction)
                     dtype_name = str(dtype).removeprefix("torch.")
-                    about = {**workload._asdict(), "dtype": dtype_name, "direction": direction}
+                    about = {**workload.as_row(), "dtype": dtype_name, "direction": direction}
                     print(json.dumps(about | {"microseconds": found}), file=kept, flush=True)
                     numbers = ", ".join(f"{name} {us:.4g}" for name, us in found.items())
                     print(f"{workload}, {dtype_name}, {direction}, us: {numbers}", flush=True)
 
 
 def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
-    """Medians, in microseconds."""
+    """Median times of a direction, in microseconds."""
     eager: dict[str, Call] = {name: runner.call(direction) for name, runner in runners.items()}
     calls = dict(eager)
     if ON_GPU:
-        calls |= {f"{name} in a graph": contenders.capture(call) for name, call in eager.items()}
+        calls |= {f"{name} in a graph": capture(call) for name, call in eager.items()}
     samples = timing.interleave(calls, ROUNDS, 2, DEVICE)
     found = {name: 1e3 * timing.percentiles(times).p50 for name, times in samples.items()}
     return found | {f"host of {name}": host_microseconds(call) for name, call in eager.items()}
 
 
 def host_microseconds(call: Callable[[int], object]) -> float:
-    """What a call takes of the host alone."""
+    """The time that the host spends on a call, in microseconds."""
     samples = []
     for _ in range(5):
         if ON_GPU:

@@ -1,7 +1,7 @@
-"""Code that is meant for a GPU, run without one for the kernels that it launches, which Triton compiles.
+"""Runs code for a GPU without one, so that Triton compiles the kernels that it launches.
 
-Kernels compute nothing then, so nothing else need be computed either: tensors have shapes, strides and dtypes, and
-lie on the CPU. What code that runs here returns, or asserts, means nothing.
+Kernels compute nothing here, so nothing else need be computed either: tensors have shapes, strides and dtypes, and
+lie on the CPU. What the code returns, or asserts, means nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastconv import accuracy
-from fastconv.checking import check
+from fastconv.checking import runner
 from fastconv.operations import backends
 from fastconv.training import loop as training
 
@@ -25,7 +25,7 @@ from ..null_gpu import null_gpu
 
 
 class Uncomputed(TorchDispatchMode):
-    """PyTorch's operations return new memory as it is found, of the shape and strides that results would have."""
+    """PyTorch's operations compute nothing: they return new memory with the shape and strides of their results."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -56,8 +56,8 @@ def kernels_only() -> Iterator[None]:
         for owner, name, replacement in (
             (backends, "can_run", _can_run),
             (accuracy, "measure", _once),
-            (check, "choose_backend", lambda case, device: ("triton", "")),
-            (check, "interprets", lambda backend, device: False),
+            (runner, "choose_backend", lambda case, device: ("triton", "")),
+            (runner, "interprets", lambda backend, device: False),
             (training, "check_finite", lambda *_: None),
             *((torch.cuda, name, replacement) for name, replacement in _CUDA.items()),
         ):
@@ -75,13 +75,13 @@ def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _once(sample: Callable[[], object], *_: Any, **__: Any) -> dict[str, accuracy.Error]:
-    """In the place of `accuracy.measure`: no errors of any tensor, of one sample whose kernels were launched."""
+    """A stand-in for `accuracy.measure`: launches the kernels of one sample, and measures no error."""
     with Uncomputed():
         sample()
     return {}
 
 
-# What tests and benchmarks call of it, for a GPU that is not there.
+# What tests and benchmarks call of torch.cuda, for a GPU that is not there.
 _CUDA: dict[str, Any] = {
     "get_device_capability": lambda device=None: (9, 0),
     "mem_get_info": lambda device=None: (0, 0),

@@ -17,10 +17,10 @@ from typing import NamedTuple
 from . import pytest_outcomes
 
 ROOT = Path(__file__).resolve().parents[3]
-# Seconds after the polite signal, until the one that no program survives.
+# Seconds from the polite signal to the one that no program survives.
 GRACE = 5.0
-# For what runs beside others: the CPU computes in float64 what results are compared with, and more threads than it
-# has would mostly wait for each other.
+# The environment of parts that run beside others. The CPU computes in float64 what results are compared with, and
+# more threads than it has would mostly wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # What pytest selects.
 GPU_TESTS = "gpu and not slow"
@@ -88,7 +88,7 @@ def run(parts: Sequence[Part], seconds: float, folder: Path | None = None) -> No
 
 
 def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
-    """Politely; those that go on, for good. Not as Ctrl-C would, at which a training would finish its step."""
+    """Terminate programs, and kill those that go on. Ctrl-C would not do: a training would finish its step."""
     for signal_number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1.0)):
         for process in processes:
             if process.poll() is None:

@@ -1,18 +1,19 @@
-"""The kernels of a block of the lecture, forward and backward in bf16, once: for a profiler that is told when."""
+"""Runs the lecture's blocks once, forward and backward in bf16, and starts the profiler for that."""
 
 from __future__ import annotations
 
 import torch
 
-from ...contenders import Contender, Runner
-from ...workloads import LECTURE, Workload
+from ...contenders import Contender
+from ...runner import Runner
+from ...workloads import LECTURE, ConvNextBlock
 from .stage import DEVICE
 
 
 def main() -> None:
     for shape in LECTURE:
-        workload = Workload("convnext_block", 128, *shape)
-        runner = Runner(Contender("fastconv", fused=True), workload, DEVICE, torch.bfloat16)
+        block = ConvNextBlock(128, *shape)
+        runner = Runner(Contender("fastconv", fused=True), block, DEVICE, torch.bfloat16)
         runner.both(0)
         torch.cuda.profiler.start()
         runner.both(1)

@@ -1,8 +1,8 @@
-"""What a visit runs besides tests, run without a GPU for its kernels.
+"""Runs what a visit runs besides tests, without a GPU, to compile its kernels.
 
     python3 -m fastconv.bench.tools.visit.programs NAME
 
-They call the very code that the stages call, once instead of often.
+Each program calls the very code that the stages call, once instead of often.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from unittest import mock
 
 import torch
 
-from fastconv.checking import check, divergence, problems
+from fastconv.checking import divergence, runner
+from fastconv.checking.cases import all_cases
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
-from ...contenders import Contender, Runner
-from ...workloads import LECTURE, Workload, make_modules
+from ...contenders import Contender
+from ...runner import Runner
+from ...workloads import LECTURE, ConvNextBlock, Workload
 from . import compilations, parts
 from .kernels_only import Uncomputed, gpu_found, kernels_only
 
@@ -27,10 +29,10 @@ FASTCONV = Contender("fastconv", fused=True)
 
 
 def check_cases() -> None:
-    for case in problems.cases():
-        check.examine(case, CPU)
+    for case in all_cases():
+        runner.examine(case, CPU)
     with mock.patch.object(divergence, "STEPS", 1), Uncomputed():
-        check.examine_training(CPU, lambda: None)
+        runner.examine_training(CPU, lambda: None)
 
 
 def sanitized() -> None:
@@ -43,7 +45,7 @@ def sanitized() -> None:
 def first_timings() -> None:
     for dtype in ("bfloat16", "float32"):
         for shape in LECTURE:
-            launch(Workload("convnext_block", 128, *shape), dtype)
+            launch(ConvNextBlock(128, *shape), dtype)
 
 
 def measure() -> None:
@@ -65,8 +67,8 @@ def benchmarks(stage: str) -> None:
 
 def launch(workload: Workload, dtype: str) -> None:
     """All kernels of a workload."""
-    # Swapping computes, to see that it changes nothing.
-    make_modules(workload)
+    # Before nothing is computed: swapping compares a ConvNeXt's results before and after.
+    workload.modules()
     with Uncomputed(), float32_products(PRECISIONS[dtype].matmul):
         runner = Runner(FASTCONV, workload, CPU, PRECISIONS[dtype].dtype)
         runner.results()

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import parts, report
 from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
-# Of `fastconv check`, which runs beside the tests.
+# Processes that share `fastconv check`, which runs beside the tests.
 SHARDS = 5 if ON_GPU else 1
 # Networks first: they take longest.
 SUITE = ("swapping/test_swapped_networks.py", "kernels")
@@ -55,14 +55,14 @@ def prove(out: Path, scratch: Path) -> None:
 
 
 def show(out: Path, scratch: Path) -> None:
-    """Print what was found, and join what belongs together."""
+    """Print what was found, and join the files of the shards."""
     outcomes = report.read(out / "outcomes.jsonl")
     failed = [outcome["test"] for outcome in outcomes if report.is_failure(outcome)]
     (out / "failed.txt").write_text("".join(f"{test}\n" for test in failed))
     shards = [scratch / f"check-{i}.jsonl" for i in range(SHARDS)]
     (out / "check.jsonl").write_text("".join(shard.read_text() for shard in shards if shard.exists()))
     for i in range(SHARDS):
-        # What it printed matters only if it found nothing.
+        # What a shard printed matters only if it found nothing.
         printed = out / f"shard-{i}.txt"
         if not report.read(shards[i]):
             print(f"check, shard {i}, found nothing: {printed.read_text()[-report.LINE :]}")

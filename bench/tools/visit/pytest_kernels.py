@@ -24,7 +24,7 @@ compilations.count()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # Where modules keep the device that they use.
+        # Some test modules keep the device that they use there.
         if hasattr(item.module, "CUDA"):
             item.module.CUDA = "cpu"
         if (call := getattr(item, "callspec", None)) and call.params.get("device") == "cuda":

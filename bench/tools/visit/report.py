@@ -1,4 +1,4 @@
-"""What a stage prints: for an eye that sees the last 12,000 characters, and a line for each finding."""
+"""What a stage prints: a line for each finding, for a reader who sees the last 12,000 characters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_FAILED, MOST_WRONG = 35, 20
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON; the last of a process that was stopped may be cut, and is left out."""
+    """The rows of a file of JSON lines; a last line that was cut when its process was stopped is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -39,7 +39,7 @@ def name(outcome: dict[str, Any]) -> str:
 
 
 def properties(outcomes: Sequence[dict[str, Any]]) -> list[str]:
-    """What tests say that they found, or why they failed."""
+    """What tests found, or why they failed, a line each."""
     return cut(
         [f"{name(outcome)}: {outcome['outcome']}, {outcome['message']}" for outcome in outcomes], MOST_FAILED
     )
@@ -71,7 +71,7 @@ def cut(lines: Sequence[str], most: int) -> list[str]:
 
 
 def timings(rows: Sequence[Row]) -> list[str]:
-    """For each direction of a workload the microseconds of each contender, and how many times as fast it is."""
+    """A line for each direction of a workload: each contender's microseconds and speed-up."""
     lines: dict[str, list[str]] = {}
     for row in rows:
         what = f"{tables.task(row)}, {tables.size(row)}"
@@ -90,7 +90,7 @@ def figure(row: Row) -> str:
     return f"{microseconds} ({row['speedup'][1]:.2f}x)"
 
 
-# Of Nsight Compute, and what they are called here.
+# Nsight Compute's metrics, and their units here.
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of DRAM's peak",

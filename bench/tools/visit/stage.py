@@ -1,4 +1,4 @@
-"""What the three stages have in common: the machine, kernels that were carried there, and those to carry back."""
+"""What the three stages share: the machine, the kernels that were carried there, and those to carry back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # What travels to the machine beside the code: archives of kernels, and the names of tests that failed.
 LUGGAGE = parts.ROOT / ".visit/luggage"
-# For tests: without a GPU they are interpreted, which is decided before a plug-in imports Triton.
+# The environment of tests. Without a GPU kernels are interpreted: it is set before a plug-in imports Triton.
 HOW_TO_TEST = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
 # Workers of pytest-xdist, each with a context on the GPU and a gigabyte of memory for PyTorch itself.
 PROCESSES = 8 if ON_GPU else 0
@@ -25,7 +25,7 @@ PROCESSES = 8 if ON_GPU else 0
 
 @contextmanager
 def stage(name: str) -> Iterator[Path]:
-    """Yield the folder for what is found, the program's argument; at the end pack what was compiled."""
+    """Yield the folder for results, the program's argument; at the end pack what was compiled."""
     out, cache = Path(sys.argv[1]), Path(os.environ["TRITON_CACHE_DIR"])
     print(f"== {name}{'' if ON_GPU else ': a rehearsal without a GPU'}", flush=True)
     about = results.provenance(DEVICE)

@@ -69,7 +69,7 @@ class Silent:
 
 
 def pictures() -> Dataset:
-    """Random images of the number and size of CIFAR-10's: of a training on them only the time means something."""
+    """Random images, as many and as large as CIFAR-10's: only the time of a training on them means something."""
     generator = torch.Generator().manual_seed(0)
 
     def images(count: int) -> ImageSet:

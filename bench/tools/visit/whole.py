@@ -26,10 +26,10 @@ def main() -> None:
 
 
 def profile(profiler: str) -> parts.Part:
-    """Time, share of the peak of memory and of multiprocessors, and registers, of each kernel."""
+    """Print each kernel's time, registers, and shares of the peaks of memory and multiprocessors."""
     metrics = ",".join(report.METRICS)
     options = [profiler, "--csv", "--page", "raw", "--metrics", metrics, "--clock-control", "none"]
-    # Its warm-up is not looked at.
+    # The warm-up is not profiled.
     options += ["--profile-from-start", "off"]
     return parts.Part("profile", [*options, *parts.program("profiled").command])
 

@@ -1,114 +1,29 @@
-"""Whether fastconv computes the right thing on this machine: every operation and module against float64."""
+"""Runs `fastconv check`: every operation and module against float64, then a training against the reference's."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from dataclasses import replace
+from typing import IO
 
 import torch
 
-from fastconv import accuracy, machine
-from fastconv.accuracy import Error
+from fastconv import accuracy
 from fastconv.checking import divergence, problems
-from fastconv.checking.divergence import Divergence
+from fastconv.checking.cases import Case
 from fastconv.checking.precisions import PRECISIONS, float32_products
-from fastconv.checking.problems import INPUTS, Case
+from fastconv.checking.report import Report, Result, Training
 from fastconv.operations import backends, functional
 
-# The interpreter takes up to a second for one.
+# Triton's interpreter takes up to a second for one.
 INTERPRETED_SAMPLES = 2
-# A stencil's take a second and a half each, forward and backward.
+# Rows of all images of a stencil: the interpreter takes a second and a half for each, forward and backward.
 MOST_INTERPRETED_ROWS = 8
-# An error between one and so many bounds may be chance, as one in some hundreds of cases is: so many times as many
-# samples tell.
+# An error of up to NEAR bounds may be chance, as in one of some hundreds of cases. Then NEAR_SAMPLES times as many
+# samples decide.
 NEAR, NEAR_SAMPLES = 2.0, 8
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a case.
-
-    Args:
-        backend: that ran it, or None if none can.
-        verdict: "right", "wrong" or "skipped".
-        reason: why it was skipped, or is wrong.
-        errors: of the output and of each gradient.
-    """
-
-    case: Case
-    backend: str | None
-    verdict: str
-    reason: str = ""
-    errors: dict[str, Error] = field(default_factory=dict)
-
-    def worst(self) -> tuple[str, Error]:
-        """The tensor whose error is closest to its bound, or farthest beyond."""
-        return max(self.errors.items(), key=lambda item: item[1].excess)
-
-    def as_json(self) -> dict[str, Any]:
-        errors = {
-            name: {"ours": finite(e.ours), "pytorch": finite(e.pytorch), "bound": e.bound}
-            for name, e in self.errors.items()
-        }
-        case = {**self.case._asdict(), "options": dict(self.case.options)}
-        return {**case, "backend": self.backend, "verdict": self.verdict, "reason": self.reason, "errors": errors}
-
-
-@dataclass(frozen=True)
-class Training:
-    """What became of the training: the losses of each step, if it came to an end."""
-
-    verdict: str
-    reason: str = ""
-    divergence: Divergence | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"verdict": self.verdict, "reason": self.reason}
-        if (found := self.divergence) is not None:
-            told |= {"difference": finite(found.difference), "bound": finite(found.bound)}
-            for name in ("fused", "reference", "neighbour"):
-                told[name] = [finite(loss) for loss in getattr(found, name).tolist()]
-        return told
-
-
-@dataclass(frozen=True)
-class Report:
-    device: torch.device
-    results: list[Result]
-    training: Training
-    seconds: float
-
-    def count(self, verdict: str) -> int:
-        return [*(result.verdict for result in self.results), self.training.verdict].count(verdict)
-
-    @property
-    def right(self) -> bool:
-        """Nothing is wrong, and something is right."""
-        return self.count("wrong") == 0 and self.count("right") > 0
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "verdict": "right" if self.right else "wrong",
-            "right": self.count("right"),
-            "wrong": self.count("wrong"),
-            "skipped": self.count("skipped"),
-            "seconds": self.seconds,
-            "versions": machine.versions(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "backend": backends.current(),
-            "cases": [result.as_json() for result in self.results],
-            "training": self.training.as_json(),
-        }
-
-
-def finite(number: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return number if math.isfinite(number) else None
 
 
 def run(
@@ -120,8 +35,8 @@ def run(
     """Try all cases, then train.
 
     Args:
-        advanced: is told what has been done after each case and each step of the training.
-        kept: a file that gets each result as soon as it is there, as a line of JSON.
+        advanced: called after each case and each step of the training, with a name of what was done.
+        kept: a file to which each result is written as soon as it is there, as a line of JSON.
 
     Raises:
         BackendUnavailable: Triton's interpreter fails whatever the kernel.
@@ -145,12 +60,12 @@ def keep(result: Result | Training, file: IO[str] | None) -> None:
 
 
 def steps(cases: Sequence[Case]) -> int:
-    """How often `run` tells of an advance."""
+    """How often `run` calls `advanced`."""
     return len(cases) + 3 * divergence.STEPS
 
 
 def check_interpreter(device: torch.device) -> None:
-    """Raise BackendUnavailable if Triton's interpreter is to run the kernels, and cannot run the least of them."""
+    """Raise BackendUnavailable if Triton's interpreter has to run the kernels, but cannot run the smallest."""
     if not interprets(backends.current(), device):
         return
     try:
@@ -163,7 +78,7 @@ def check_interpreter(device: torch.device) -> None:
 
 
 def examine(case: Case, device: torch.device) -> Result:
-    """Try a case. Whatever is raised makes it wrong: a check that stops there shows nothing of the rest."""
+    """Try a case. An exception makes it wrong, so that the other cases are still tried."""
     backend, reason = choose_backend(case, device)
     if backend is None:
         return Result(case, None, "skipped", reason)
@@ -176,7 +91,7 @@ def examine(case: Case, device: torch.device) -> Result:
             problem.definition,
             list(problem.tensors.values()),
             list(problem.tensors),
-            INPUTS[case.given].layout,
+            case.input.layout,
             precision.dtype,
             precision.autocast,
             device,
@@ -229,8 +144,8 @@ def choose_backend(case: Case, device: torch.device) -> tuple[str | None, str]:
 def why_not_interpreted(case: Case, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16:
         return "Triton's interpreter computes with the bits of bfloat16 as if they were integers"
-    given = INPUTS[case.given]
-    if case.is_stencil and given.images * given.height > MOST_INTERPRETED_ROWS:
+    sizes = case.input.sizes
+    if case.is_stencil and sizes.images * sizes.height > MOST_INTERPRETED_ROWS:
         return "Triton's interpreter would take minutes; the tests try its kernels on less"
     return None
 
@@ -240,7 +155,7 @@ def interprets(backend: str, device: torch.device) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong first, in one line: Triton's interpreter wraps it several times."""
+    """The first cause of an error, in one line: Triton's interpreter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
