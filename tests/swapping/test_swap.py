@@ -279,11 +279,11 @@ def test_filter_fn_chooses_by_module_and_name():
 def test_of_blocks_that_are_alike_one_is_tried(monkeypatch):
     tried = []
 
-    def difference(*args, original=verification._difference):
+    def probe(*args, original=verification._probe):
         tried.append(args)
         return original(*args)
 
-    monkeypatch.setattr(verification, "_difference", difference)
+    monkeypatch.setattr(verification, "_probe", probe)
     alike, other = [Block(drop=DropImages()) for _ in range(4)], Block(drop=DropImages(), residual=False)
     for block, rate in zip([*alike, other], (0.0, 0.2, 0.7, 0.9, 0.9), strict=True):
         block.stochastic.rate = rate
