@@ -87,7 +87,7 @@ def swap(
             continue
         if isinstance(module, Swapped):
             fusion = module.fastconv_fusion
-            settled.update(fusion.claimed(module))
+            settled.update(fusion.parts(module))
             same = fusion.recompute == recompute
             note = "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
             candidates.append(row(fusion.kind, True, note))
@@ -101,14 +101,14 @@ def swap(
             candidates.append(row(found.kind, False, "filter_fn left it out"))
         else:
             fusions.append((module, replace(found.watching(module), recompute=recompute)))
-            settled.update(found.claimed(module))
+            settled.update(found.parts(module))
             on_cpu = next(module.parameters()).device.type == "cpu"
             candidates.append(row(found.kind, True, BY_SIZE if on_cpu and found.by_size else ""))
     install(fusions)
     report = SwapReport(tuple(candidates))
     if not report.swapped:
         warnings.warn(
-            f"fastconv.swap found nothing to swap in {type(model).__name__}; the report tells what was skipped",
+            f"fastconv.swap found nothing to swap in {type(model).__name__}; the report says what was skipped",
             stacklevel=2,
         )
     return report
@@ -132,7 +132,7 @@ def _verified(module: nn.Module, verifier: Verifier) -> Fusion | Refusal | None:
     if verdict is not None or not isinstance(module, nn.Sequential):
         return verdict
     # Its pairs are verified one by one; one that is refused leaves the others.
-    verdicts = [(pair.names, verifier.verify(pair.module, pair.hypotheses)) for pair in pairs(module)]
+    verdicts = [(names, verifier.verify(pair, found)) for names, pair, found in pairs(module)]
     taken = [(*names, found.pairs[0][2]) for names, found in verdicts if isinstance(found, Chain)]
     refused = [found for _, found in verdicts if isinstance(found, Refusal)]
     if taken:

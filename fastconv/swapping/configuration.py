@@ -47,27 +47,17 @@ def signature(module: nn.Module, called: Sequence[str]) -> tuple[Any, ...]:
             it only matters whether they are positive.
     """
     # What occurs twice goes by the name under which it occurs first.
-    names: dict[int, str] = {}
+    first: dict[int, str] = {}
     parts = []
     for path, part in module.named_modules(remove_duplicate=False):
-        settings = configuration(part)
+        kept = configuration(part)
         if is_within(path, called):
-            settings = {key: value > 0 if isinstance(value, float) else value for key, value in settings.items()}
-        parameters = {
-            key: None if value is None else (value.shape, names.setdefault(id(value), f"{path}.{key}"))
-            for key, value in part._parameters.items()
-        }
-        absent = [key for key, child in part._modules.items() if child is None]
-        buffers = {key: id(value) for key, value in part._buffers.items()}
-        parts.append(
-            (
-                path,
-                names.setdefault(id(part), path),
-                type(part),
-                *(tuple(each.items()) for each in (settings, parameters, buffers)),
-                tuple(absent),
-            )
-        )
+            kept = {key: value > 0 if isinstance(value, float) else value for key, value in kept.items()}
+        for key, value in part._parameters.items():
+            kept[key] = value is None or (value.shape, first.setdefault(id(value), f"{path}.{key}"))
+        kept |= {key: id(buffer) for key, buffer in part._buffers.items()}
+        kept |= {key: child is None for key, child in part._modules.items()}
+        parts.append((path, first.setdefault(id(part), path), type(part), *kept.items()))
     return tuple(parts)
 
 

@@ -52,16 +52,16 @@ class Fusion:
 
     @property
     def draws(self) -> bool:
-        """Whether a part takes random numbers in training; a module that takes none is another thing."""
+        """Whether training takes random numbers if this is the right fusion, as with drop path."""
         return False
 
     def replaced(self, module: nn.Module) -> list[str]:
         """The paths of submodules that are not called any more."""
         raise NotImplementedError
 
-    def claimed(self, module: nn.Module) -> set[nn.Module]:
-        """The submodules, at any depth, that nothing else may fuse."""
-        raise NotImplementedError
+    def parts(self, module: nn.Module) -> set[nn.Module]:
+        """The submodules that are not called any more, and that nothing else may fuse."""
+        return {module.get_submodule(path) for path in self.replaced(module)}
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         """The shape (N, C, H, W) of images to try the module on."""
@@ -89,7 +89,7 @@ class Fusion:
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
-        raise NotImplementedError
+        return True
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -117,25 +117,8 @@ class Block(Fusion):
         paths = (path for path, _ in module.named_modules(remove_duplicate=False) if path)
         return [path for path in paths if not is_within(path, self.called)]
 
-    def claimed(self, module: nn.Module) -> set[nn.Module]:
-        return set(module.modules())
-
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         return 2, find(module, self.depthwise).in_channels, 3, 4
-
-
-class Partial(Fusion):
-    """Computes some submodules, those at the paths in `fused`; the others run as they are."""
-
-    @property
-    def fused(self) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def replaced(self, module: nn.Module) -> list[str]:
-        return list(self.fused)
-
-    def claimed(self, module: nn.Module) -> set[nn.Module]:
-        return {module.get_submodule(path) for path in self.fused}
 
 
 @dataclass(frozen=True)
@@ -145,9 +128,6 @@ class LectureBlock(Block):
     kind: ClassVar[str] = "lecture's block"
     norm: str
 
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return True
-
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
         parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
@@ -155,22 +135,18 @@ class LectureBlock(Block):
 
 
 @dataclass(frozen=True)
-class LectureClassifier(Partial):
+class LectureClassifier(Fusion):
     """The lecture's classifier, with the operations between its blocks."""
 
     kind: ClassVar[str] = "lecture's classifier"
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        return "stem", "downsample", "bottleneck"
+    def replaced(self, module: nn.Module) -> list[str]:
+        return ["stem", "downsample", "bottleneck"]
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         stem = find(module, "stem")
         height, width = stem.kernel_size
         return 2, stem.in_channels, 4 * height, 6 * width
-
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return True
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         return modules.classify(module, x, "tensor")
@@ -245,8 +221,8 @@ class ConvNeXtBlock(Block):
         # The compiler fuses a multiplication of maps; and sizes would bind what it compiles to some batches.
         if torch.compiler.is_compiling():
             return False
-        # From the gradient of weights in half precision that of the scale, a sum of terms that cancel, would be
-        # poor. Those that autocast rounds keep theirs, but in float16 a product with 1e-6 is next to nothing.
+        # In half precision the gradient of the scale, a sum of terms that cancel, would be poor if computed from
+        # that of the weights. Autocast keeps weights in float32, but in float16 a product with 1e-6 vanishes.
         device = y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if scale.dtype in (torch.float16, torch.bfloat16) or autocast == torch.float16:
@@ -264,7 +240,7 @@ class ConvNeXtBlock(Block):
 
 
 @dataclass(frozen=True)
-class Chain(Partial):
+class Chain(Fusion):
     """Pairs of neighbours in an nn.Sequential: depthwise convolution + norm, pointwise convolution + GELU."""
 
     kind: ClassVar[str] = "pairs in a Sequential"
@@ -272,21 +248,17 @@ class Chain(Partial):
     # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
     pairs: tuple[tuple[str, str, str | None], ...]
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        return tuple(name for first, second, _ in self.pairs for name in (first, second))
+    def replaced(self, module: nn.Module) -> list[str]:
+        return [name for first, second, _ in self.pairs for name in (first, second)]
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
-        return 2, find(module, self.fused[0]).in_channels, 3, 4
-
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        # Decided for each pair, on the maps that reach it.
-        return True
+        first, *_ = self.replaced(module)
+        return 2, find(module, first).in_channels, 3, 4
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
         seconds = [second for second, _ in pairs.values()]
-        # A module that occurs twice runs twice, which named_children would not tell.
+        # A module that occurs twice runs twice; named_children would name it once.
         children: dict[str, Any] = module._modules
         for name, child in children.items():
             if name in pairs:

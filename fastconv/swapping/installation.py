@@ -93,7 +93,7 @@ def _subclass(original: type[nn.Module], fusion: Fusion) -> type[Any]:
             # Libraries look modules up by the names of their classes.
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
-            # And arguments, as torch.export does, by the signature of forward.
+            # torch.export reads the names of arguments from the signature of forward.
             "forward": functools.wraps(original.forward)(
                 lambda self, *args, **kwargs: _forward(self, args, kwargs)
             ),
