@@ -2,70 +2,42 @@
 
 A swapped module stays the object it was, with its parameters, hooks and place in the model; only its class
 changes, to a subclass with another forward. So optimizers stay valid, state_dict keys the same, isinstance true.
+
+`swap` goes module by module through these steps, a file each:
+
+1. recognition: what the module may be, by its structure (`parts` says what each part is);
+2. verification: which of these hypotheses computes the same, on a probe;
+3. fusion: how the fused operations compute it, as long as its parts stay as they were (`configuration`);
+4. installation: the class that does so.
+
+`report` says what became of each.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastconv.operations import backends, portable
-from fastconv.swapping.fusion import Fusion
-from fastconv.swapping.recognition import ALREADY_FUSED, recognise
-from fastconv.swapping.verification import Unsuitable, Verified
+from fastconv import modules
+from fastconv.swapping.fusion import Chain, Fusion
+from fastconv.swapping.installation import Swapped, install, uninstall
+from fastconv.swapping.recognition import Refusal, hypotheses, pairs
+from fastconv.swapping.report import BY_SIZE, Candidate, SwapReport
+from fastconv.swapping.verification import Verifier
 
-BY_SIZE = "where it is faster"
-BY_SIZE_MEANS = (
-    f"{BY_SIZE}: on a CPU, from {portable.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
-    f"up to {portable.SLOW_PIXELS} pixels; and in training, plain maps of {portable.SLOW_ELEMENTS:,} elements or "
-    "more. The module's own forward is as fast for others, and runs."
+__all__ = ["Candidate", "SwapReport", "swap", "unswap"]
+
+ALREADY_FUSED = (
+    modules.Classifier,
+    modules.ConvNextBlock,
+    modules.DepthwiseConvLayerNorm,
+    modules.PointwiseConvGELU,
 )
-
-
-class Candidate(NamedTuple):
-    """One line of a report: `name` is the module's path in the model; `reason` says why it was skipped."""
-
-    name: str
-    module: str
-    kind: str
-    swapped: bool
-    reason: str
-
-
-class SwapReport(NamedTuple):
-    """What `swap` did with each candidate; `print(report)` shows a table."""
-
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def swapped(self) -> tuple[Candidate, ...]:
-        return tuple(candidate for candidate in self.candidates if candidate.swapped)
-
-    @property
-    def skipped(self) -> tuple[Candidate, ...]:
-        return tuple(candidate for candidate in self.candidates if not candidate.swapped)
-
-    def __str__(self) -> str:
-        if not self.candidates:
-            return "nothing to swap: no ConvNeXt block, nor such a pair in an nn.Sequential"
-        # Here, because whoever swaps a model need not have rich, nor wait for it.
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("module", "class", "kind", "", "note")
-        for name, module, kind, swapped, reason in self.candidates:
-            table.add_row(name or "(the model)", module, kind, "swapped" if swapped else "skipped", reason)
-        text = io.StringIO()
-        Console(file=text, width=120).print(table)
-        if any(candidate.reason == BY_SIZE for candidate in self.candidates):
-            text.write(f"{BY_SIZE_MEANS}\n")
-        return f"{text.getvalue()}{len(self.swapped)} swapped, {len(self.skipped)} skipped"
 
 
 def swap(
@@ -102,45 +74,41 @@ def swap(
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is {filter_fn!r}; expected a function of a module and its name, or None")
     candidates: list[Candidate] = []
-    changes: list[tuple[nn.Module, Fusion]] = []
-    decided: set[nn.Module] = set()
-    verified: Verified = {}
+    fusions: list[tuple[nn.Module, Fusion]] = []
+    verifier = Verifier()
+    settled: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in decided:
+        if module in settled:
             continue
         row = functools.partial(Candidate, name, type(module).__name__)
         if isinstance(module, ALREADY_FUSED):
-            decided.update(module.modules())
+            settled.update(module.modules())
             candidates.append(row("fastconv", False, "it is fused already"))
             continue
         if isinstance(module, Swapped):
-            same = module.fastconv_fusion.recompute == recompute
+            fusion = module.fastconv_fusion
+            settled.update(fusion.parts(module))
+            same = fusion.recompute == recompute
             note = "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
-            candidates.append(row(module.fastconv_fusion.kind, True, note))
-            decided.update(module.fastconv_fusion.parts(module))
+            candidates.append(row(fusion.kind, True, note))
             continue
-        try:
-            fusion = recognise(module, recompute, verified)
-        except Unsuitable as error:
-            candidates.append(row("", False, str(error)))
+        found = _verified(module, verifier)
+        if isinstance(found, Refusal):
+            candidates.append(row("", False, found.reason))
+        elif found is None:
             continue
-        if fusion is None:
-            continue
-        if filter_fn is not None and not filter_fn(module, name):
-            candidates.append(row(fusion.kind, False, "filter_fn left it out"))
-            continue
-        changes.append((module, fusion))
-        decided.update(fusion.parts(module))
-        on_cpu = next(module.parameters()).device.type == "cpu"
-        candidates.append(row(fusion.kind, True, BY_SIZE if on_cpu and fusion.by_size else ""))
-    # All, before any is used: a class may refuse to be derived from.
-    classes = [_subclass(type(module), fusion) for module, fusion in changes]
-    for (module, _), swapped in zip(changes, classes, strict=True):
-        module.__class__ = swapped
+        elif filter_fn is not None and not filter_fn(module, name):
+            candidates.append(row(found.kind, False, "filter_fn left it out"))
+        else:
+            fusions.append((module, replace(found.watching(module), recompute=recompute)))
+            settled.update(found.parts(module))
+            on_cpu = next(module.parameters()).device.type == "cpu"
+            candidates.append(row(found.kind, True, BY_SIZE if on_cpu and found.by_size else ""))
+    install(fusions)
     report = SwapReport(tuple(candidates))
     if not report.swapped:
         warnings.warn(
-            f"fastconv.swap found nothing to swap in {type(model).__name__}; the report tells what was skipped",
+            f"fastconv.swap found nothing to swap in {type(model).__name__}; the report says what was skipped",
             stacklevel=2,
         )
     return report
@@ -155,82 +123,21 @@ def unswap(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
-    swapped: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
-    for module in swapped:
-        if type(module) is not _subclass(module.fastconv_original, module.fastconv_fusion):
-            raise RuntimeError(
-                f"a swapped {module.fastconv_original.__name__} is a {type(module).__name__} by now; undo first "
-                "what changed its class after the swap, as parametrizations and FSDP do"
-            )
-    for module in swapped:
-        module.__class__ = module.fastconv_original
+    uninstall(model)
 
 
-class Swapped(nn.Module):
-    """Mixed into a module's class before it: another forward, and what copies and pickles need to know of it."""
-
-    fastconv_fusion: Fusion
-    fastconv_original: type[nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced = super().__reduce_ex__(protocol)
-        return _rebuild, (self.fastconv_original, self.fastconv_fusion), *reduced[2:]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        # TorchScript compiles source, of which the original's is what it can read.
-        twin = self.fastconv_original.__new__(self.fastconv_original)
-        twin.__dict__ = dict(vars(self))
-        return twin
-
-    def _get_name(self) -> str:
-        return f"{self.fastconv_original.__name__}[fastconv]"
-
-
-def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not kwargs and len(args) == 1 and _can_fuse(module, args[0]):
-        return module.fastconv_fusion.forward(module, args[0])
-    return module.fastconv_original.forward(module, *args, **kwargs)
-
-
-def _can_fuse(module: Swapped, x: Any) -> bool:
-    if torch.jit._trace.is_tracing() or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
-        return False
-    # Under vmap and other transforms of torch.func, which our operations do not know.
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    if backends.leaves_to_pytorch(x):
-        # Of other devices that have no kernels there is no measurement; and an exported program takes any batch.
-        if x.device.type != "cpu" or torch.compiler.is_exporting():
-            return False
-        if not module.fastconv_fusion.pays(module, x):
-            return False
-    return module.fastconv_fusion.applies(module)
-
-
-_SUBCLASSES: dict[tuple[type[nn.Module], Fusion], type[Any]] = {}
-
-
-def _subclass(original: type[nn.Module], fusion: Fusion) -> type[Any]:
-    """One for all modules alike: torch.compile compiles a class once."""
-    key = original, fusion
-    if key not in _SUBCLASSES:
-        attributes = {
-            "fastconv_fusion": fusion,
-            "fastconv_original": original,
-            # Libraries look modules up by the names of their classes.
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            # And arguments, as torch.export does, by the signature of forward.
-            "forward": functools.wraps(original.forward)(
-                lambda self, *args, **kwargs: _forward(self, args, kwargs)
-            ),
-        }
-        _SUBCLASSES[key] = type(original.__name__, (Swapped, original), attributes)
-    return _SUBCLASSES[key]
-
-
-def _rebuild(original: type[nn.Module], fusion: Fusion) -> nn.Module:
-    return nn.Module.__new__(_subclass(original, fusion))
+def _verified(module: nn.Module, verifier: Verifier) -> Fusion | Refusal | None:
+    """The fusion that computes what a module does, or why none does; None if the module is no candidate."""
+    verdict = verifier.verify(module, hypotheses(module))
+    if verdict is not None or not isinstance(module, nn.Sequential):
+        return verdict
+    # Its pairs are verified one by one; one that is refused leaves the others.
+    verdicts = [(names, verifier.verify(pair, found)) for names, pair, found in pairs(module)]
+    taken = [(*names, found.pairs[0][2]) for names, found in verdicts if isinstance(found, Chain)]
+    refused = [found for _, found in verdicts if isinstance(found, Refusal)]
+    if taken:
+        return Chain(tuple(taken))
+    return refused[0] if refused else None
 
 
 def _check(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,39 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
 from fastconv.operations import backends, functional, portable
+from fastconv.swapping.configuration import Snapshot, is_within
 
-DROPOUTS = nn.modules.dropout._DropoutNd
 PLAIN = (nn.Parameter, Tensor, type(None))
-# Of a submodule that is not called any more, its path, its class, and its configuration.
-Seen = tuple[tuple[str, ...], type[nn.Module], Any]
-
-
-def _part(module: nn.Module, path: tuple[str, ...]) -> Any:
-    """As `find`, in a third of its time: it is asked for each part in each forward."""
-    part: Any = module
-    for name in path:
-        part = part._modules[name]
-    return part
-
-
-def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Its hooks of each sort."""
-    return part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
-
-
-def configuration(part: Any) -> Any:
-    """What of a part decides what it computes, beside its class and its parameters."""
-    if isinstance(part, nn.Conv2d):
-        return part.stride, part.padding, part.dilation, part.groups, part.padding_mode
-    return part.approximate if isinstance(part, nn.GELU) else None
-
-
-def _is_still(part: Any, kind: type[Any], configured: Any) -> bool:
-    if type(part) is not kind or "forward" in part.__dict__ or configuration(part) != configured:
-        return False
-    if issubclass(kind, DROPOUTS) and part.p > 0:
-        return False
-    return not any(hooks_of(part))
 
 
 def find(module: nn.Module, path: str) -> Any:
@@ -72,8 +42,8 @@ class Fusion:
     kind: ClassVar[str]
     # Whether on a CPU the module's own forward is often the faster.
     by_size: ClassVar[bool] = False
-    recompute: bool = False
-    seen: tuple[Seen, ...] = ()
+    recompute: bool = field(default=False, kw_only=True)
+    seen: tuple[Snapshot, ...] = field(default=(), kw_only=True)
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -81,24 +51,36 @@ class Fusion:
         return ()
 
     @property
-    def fused(self) -> tuple[str, ...] | None:
-        """The paths of submodules that are not called any more; None if only those in `called` are."""
-        return None
+    def draws(self) -> bool:
+        """Whether training takes random numbers if this is the right fusion, as with drop path."""
+        return False
+
+    def replaced(self, module: nn.Module) -> list[str]:
+        """The paths of submodules that are not called any more."""
+        raise NotImplementedError
 
     def parts(self, module: nn.Module) -> set[nn.Module]:
-        """The submodules, at any depth, that nothing else may fuse."""
-        return set(module.modules()) if self.fused is None else {find(module, path) for path in self.fused}
+        """The submodules that are not called any more, and that nothing else may fuse."""
+        return {module.get_submodule(path) for path in self.replaced(module)}
+
+    def images(self, module: nn.Module) -> tuple[int, int, int, int]:
+        """The shape (N, C, H, W) of images to try the module on."""
+        raise NotImplementedError
+
+    def watching(self, module: nn.Module) -> Fusion:
+        """This fusion, which applies as long as the parts of a module stay as they are now."""
+        return replace(self, seen=tuple(Snapshot.of(module, path) for path in self.replaced(module)))
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
         if nn.modules.module._has_any_global_hook():
             return False
         try:
-            parts = [_part(module, path) for path, _, _ in self.seen]
+            parts = [snapshot.find(module) for snapshot in self.seen]
         except (AttributeError, KeyError):
             return False
-        for part, (_, kind, configured) in zip(parts, self.seen, strict=True):
-            if not _is_still(part, kind, configured):
+        for part, snapshot in zip(parts, self.seen, strict=True):
+            if not snapshot.matches(part):
                 return False
         # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
         return torch.compiler.is_compiling() or all(
@@ -107,7 +89,7 @@ class Fusion:
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
-        raise NotImplementedError
+        return True
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -119,17 +101,32 @@ class Fusion:
 
 
 @dataclass(frozen=True)
-class LectureBlock(Fusion):
+class Block(Fusion):
+    """Computes all of a module; of its submodules only those in `called` still run.
+
+    Args:
+        depthwise, pointwise, projection: paths of the modules that hold the parameters; the pointwise ones are
+            nn.Linear or 1x1 nn.Conv2d.
+    """
+
+    depthwise: str
+    pointwise: str
+    projection: str
+
+    def replaced(self, module: nn.Module) -> list[str]:
+        paths = (path for path, _ in module.named_modules(remove_duplicate=False) if path)
+        return [path for path in paths if not is_within(path, self.called)]
+
+    def images(self, module: nn.Module) -> tuple[int, int, int, int]:
+        return 2, find(module, self.depthwise).in_channels, 3, 4
+
+
+@dataclass(frozen=True)
+class LectureBlock(Block):
     """depthwise, norm without parameters, pointwise, GELU, pointwise, residual: one operation."""
 
     kind: ClassVar[str] = "lecture's block"
-    depthwise: str = "conv1"
-    pointwise: str = "conv2"
-    projection: str = "conv3"
-    norm: str = "tensor"
-
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return True
+    norm: str
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
@@ -143,27 +140,27 @@ class LectureClassifier(Fusion):
 
     kind: ClassVar[str] = "lecture's classifier"
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        return "stem", "downsample", "bottleneck"
+    def replaced(self, module: nn.Module) -> list[str]:
+        return ["stem", "downsample", "bottleneck"]
 
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return True
+    def images(self, module: nn.Module) -> tuple[int, int, int, int]:
+        stem = find(module, "stem")
+        height, width = stem.kernel_size
+        return 2, stem.in_channels, 4 * height, 6 * width
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         return modules.classify(module, x, "tensor")
 
 
 @dataclass(frozen=True)
-class ConvNeXtBlock(Fusion):
+class ConvNeXtBlock(Block):
     """x + drop_path(scale * projection(response(gelu(pointwise(norm(depthwise(x))))))).
 
     ConvNeXt's (Liu et al., arXiv:2201.03545) with a layer scale, and ConvNeXt V2's (Woo et al., arXiv:2301.00808)
     with a response norm.
 
     Args:
-        depthwise, norm, pointwise, projection: paths of the modules that hold the parameters; the pointwise
-            ones are nn.Linear or 1x1 nn.Conv2d.
+        norm: path of the module that holds the norm's parameters.
         scale: path of the layer scale of C elements, or None.
         drop_path: path of a module that drops whole images in training, or None.
         approximate: of GELU.
@@ -173,10 +170,7 @@ class ConvNeXtBlock(Fusion):
 
     kind: ClassVar[str] = "ConvNeXt block"
     by_size: ClassVar[bool] = True
-    depthwise: str = ""
-    norm: str = ""
-    pointwise: str = ""
-    projection: str = ""
+    norm: str
     scale: str | None = None
     drop_path: str | None = None
     approximate: str = "none"
@@ -186,6 +180,10 @@ class ConvNeXtBlock(Fusion):
     @property
     def called(self) -> tuple[str, ...]:
         return tuple(path for path in (self.drop_path, self.response) if path is not None)
+
+    @property
+    def draws(self) -> bool:
+        return self.drop_path is not None
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         return portable.swapping_pays(x)
@@ -223,8 +221,8 @@ class ConvNeXtBlock(Fusion):
         # The compiler fuses a multiplication of maps; and sizes would bind what it compiles to some batches.
         if torch.compiler.is_compiling():
             return False
-        # From the gradient of weights in half precision that of the scale, a sum of terms that cancel, would be
-        # poor. Those that autocast rounds keep theirs, but in float16 a product with 1e-6 is next to nothing.
+        # In half precision the gradient of the scale, a sum of terms that cancel, would be poor if computed from
+        # that of the weights. Autocast keeps weights in float32, but in float16 a product with 1e-6 vanishes.
         device = y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if scale.dtype in (torch.float16, torch.bfloat16) or autocast == torch.float16:
@@ -248,20 +246,19 @@ class Chain(Fusion):
     kind: ClassVar[str] = "pairs in a Sequential"
     by_size: ClassVar[bool] = True
     # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
-    pairs: tuple[tuple[str, str, str | None], ...] = ()
+    pairs: tuple[tuple[str, str, str | None], ...]
 
-    @property
-    def fused(self) -> tuple[str, ...]:
-        return tuple(name for first, second, _ in self.pairs for name in (first, second))
+    def replaced(self, module: nn.Module) -> list[str]:
+        return [name for first, second, _ in self.pairs for name in (first, second)]
 
-    def pays(self, module: nn.Module, x: Tensor) -> bool:
-        # Decided for each pair, on the maps that reach it.
-        return True
+    def images(self, module: nn.Module) -> tuple[int, int, int, int]:
+        first, *_ = self.replaced(module)
+        return 2, find(module, first).in_channels, 3, 4
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         pairs = {first: (second, approximate) for first, second, approximate in self.pairs}
         seconds = [second for second, _ in pairs.values()]
-        # A module that occurs twice runs twice, which named_children would not tell.
+        # A module that occurs twice runs twice; named_children would name it once.
         children: dict[str, Any] = module._modules
         for name, child in children.items():
             if name in pairs:

@@ -92,7 +92,7 @@ NETWORKS = {
         Network("huggingface", "SAM 2's memory fuser", (4, 16, 13, 11), 2),
     )
 }
-# Of each, what is not fused, in the words of the report.
+# Networks whose blocks are not fused, and why not, in the words of the report.
 REFUSED = {
     "test_convnext3": "no GELU is among its parts (SiLU",
     "convnext_zepto_rms": "it has norm, a SimpleNorm2d, which the fused block has not",
@@ -100,7 +100,7 @@ REFUSED = {
 
 
 class Outputs(nn.Module):
-    """A model whose result is an object, as one whose result is a tensor of it."""
+    """A model that returns an object, as one that returns a tensor of that object."""
 
     def __init__(self, model, name):
         super().__init__()
@@ -112,7 +112,7 @@ class Outputs(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """As in torchvision, which need not be installed."""
+    """torchvision's, which need not be installed."""
 
     def forward(self, x):
         return nn.functional.layer_norm(
@@ -134,7 +134,7 @@ def plain_pairs():
 
 
 def randomise(model):
-    """Scales of 1e-6 or 0 and biases of 0, as of a new model, would hide what is wrong with a block."""
+    """Replace scales of 1e-6 or 0 and biases of 0, which in a new model would hide what is wrong with a block."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() == max(parameter.shape):

@@ -144,7 +144,7 @@ def test_blocks_are_recognised_by_structure(name, fused, calls):
     assert candidate == ("", "Block", "ConvNeXt block", True, "where it is faster")
     torch.manual_seed(1)
     torch.testing.assert_close(block(x), before, rtol=1e-4, atol=1e-5)
-    # And once more in the probe.
+    # The probe ran it before.
     assert calls[-1] == "ConvNeXt block"
 
 
@@ -279,17 +279,17 @@ def test_filter_fn_chooses_by_module_and_name():
 def test_of_blocks_that_are_alike_one_is_tried(monkeypatch):
     tried = []
 
-    def difference(*args, original=verification._difference):
+    def probe(*args, original=verification._probe):
         tried.append(args)
         return original(*args)
 
-    monkeypatch.setattr(verification, "_difference", difference)
+    monkeypatch.setattr(verification, "_probe", probe)
     alike, other = [Block(drop=DropImages()) for _ in range(4)], Block(drop=DropImages(), residual=False)
     for block, rate in zip([*alike, other], (0.0, 0.2, 0.7, 0.9, 0.9), strict=True):
         block.stochastic.rate = rate
     report = fastconv.swap(nn.Sequential(*alike, Block(wide=12), other))
     assert [candidate.swapped for candidate in report.candidates] == [True] * 5 + [False]
-    # Of the rates of what drops paths, which is called as it is, only that they are positive matters.
+    # Drop path is called as it is, whatever its rate; but a rate of 0 turns it off.
     assert len(tried) == 4
 
 
@@ -424,7 +424,7 @@ def test_what_cannot_be_fused_is_skipped_and_the_rest_swapped(name):
 
 
 class Adapted(nn.Linear):
-    """As libraries put into the place of an nn.Linear to train less of it."""
+    """An adapter: libraries replace an nn.Linear by it to train fewer parameters."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features)
@@ -469,7 +469,7 @@ def subclass(block):
 
 
 class Weights(torch.Tensor):
-    """As of quantized layers, which have few operations."""
+    """Parameters as in quantized layers: a type of their own, with few operations."""
 
 
 def unscale(block):
@@ -508,7 +508,7 @@ def test_small_layer_scales_do_not_vanish_under_autocast_in_float16(fused, calls
         block.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             y = block(x)
-        # As a GradScaler scales the loss.
+        # Scaled as by a GradScaler.
         (2.0**16 * y.float()).backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
         return block.spatial.weight.grad
 
@@ -587,7 +587,7 @@ def test_of_a_sequential_with_an_unsuitable_pair_the_others_are_swapped():
     )
     (candidate,) = fastconv.swap(model).candidates
     assert candidate.swapped
-    assert model.fastconv_fusion.fused == ("2", "3")
+    assert model.fastconv_fusion.replaced(model) == ["2", "3"]
     with pytest.warns(UserWarning, match="nothing to swap"):
         (candidate,) = fastconv.swap(nn.Sequential(*list(model)[:2])).candidates
     assert "padding (0, 0)" in candidate.reason
@@ -787,7 +787,7 @@ def test_kernels_are_exported_for_any_batch(calls):
     fastconv.swap(model)
     calls.clear()
     with fastconv.backend("triton"):
-        # Of more pixels than 24, the layer scale would go into the weights.
+        # With more than 24 pixels, the layer scale would go into the weights.
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
         assert calls == ["ConvNeXt block"]
@@ -940,3 +940,88 @@ def test_norms_of_their_own_class_are_taken_by_what_they_compute(fused):
     before = block(x)
     assert fastconv.swap(block).swapped
     torch.testing.assert_close(block(x), before, rtol=1e-4, atol=1e-5)
+
+
+class Pixelwise(LayerNorm2d):
+    """Normalises channels, which its name does not say."""
+
+
+class LayerNorm2dOfRows(nn.LayerNorm):
+    """Normalises rows, whatever its name says."""
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (Pixelwise(6), None),
+        (nn.LayerNorm(6), r"its forward does not take maps \(2, 6, 3, 4\)"),
+        (LayerNorm2dOfRows(4), "does not compute what its parts suggest"),
+        (nn.GroupNorm(2, 6), "does not compute what its parts suggest"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_norm_in_a_sequential_is_taken_if_it_is_over_channels(norm, reason, fused):
+    model = nn.Sequential(conv(), norm)
+    x = torch.rand(2, 6, 5, 4)
+    before = model(x) if reason is None else None
+    (candidate,) = swap_quietly(model).candidates
+    assert candidate.swapped == (reason is None)
+    if reason is None:
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    else:
+        assert re.search(reason, candidate.reason), candidate.reason
+
+
+class Renamed(Block):
+    """A block whose children have misleading names: GELU that of drop path, and drop path that of nothing."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.thing = drop
+        self.drop_path = self.activate
+        del self.activate, self.stochastic
+
+    def forward(self, x):
+        y = self.narrow(self.drop_path(self.widen(self.normalise(self.spatial(x).permute(0, 2, 3, 1)))))
+        return x + self.thing((self.scale * y).permute(0, 3, 1, 2))
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_drop_path_is_what_drops_paths_whatever_its_name(fused, calls):
+    block = Renamed(DropImages())
+    x = torch.rand(8, 6, 5, 4)
+    torch.manual_seed(1)
+    before = block(x)
+    fastconv.swap(block)
+    assert block.fastconv_fusion.drop_path == "thing"
+    calls.clear()
+    torch.manual_seed(1)
+    torch.testing.assert_close(block(x), before, rtol=1e-4, atol=1e-5)
+    assert calls == ["ConvNeXt block"]
+    report = swap_quietly(Block(drop=Twice()))
+    assert "does not compute what its parts suggest" in report.skipped[0].reason
+
+
+class DropAtRate(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape[0], 1, 1, 1) >= self.rate) if self.training and self.rate else x
+
+
+def test_a_drop_path_is_called_only_where_it_was_seen_to_drop(fused, calls):
+    dropping, idle = Block(drop=DropAtRate(0.5)), Block(drop=DropAtRate(0.0))
+    fastconv.swap(nn.ModuleList([dropping, idle]))
+    assert [block.fastconv_fusion.drop_path for block in (dropping, idle)] == ["stochastic", None]
+    x = torch.rand(8, 6, 5, 4)
+    for block, expected in ((dropping, ["ConvNeXt block"]), (idle, [])):
+        block.stochastic.rate = 0.9
+        calls.clear()
+        block(x)
+        assert calls == expected

@@ -10,7 +10,7 @@ from oracle import assert_accurate
 
 import fastconv
 
-# Of each kind of block one, at sizes for the interpreter.
+# One of each kind of block, at sizes for the interpreter.
 SMALL = {
     "lecture/classifier": (2, 3, 16, 16),
     "lecture/pairs": (2, 3, 5, 7),
@@ -184,7 +184,7 @@ def test_training_steps_move_the_same_way():
 
 
 def saved_bytes(module, x):
-    """Of the tensors that are saved for the backward, each storage once, and parameters aside."""
+    """The size of the tensors that are saved for the backward: each storage once, without parameters."""
     storages = {}
 
     def pack(tensor):

@@ -1,0 +1,106 @@
+"""A swapped module's class: a subclass of its own, with another forward.
+
+The module stays the object it was, so that its parameters, hooks and place in the model need no care.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastconv.operations import backends
+from fastconv.swapping.fusion import Fusion
+
+
+class Swapped(nn.Module):
+    """Mixed into a module's class before it: another forward, and what copies and pickles need to know of it."""
+
+    fastconv_fusion: Fusion
+    fastconv_original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        return _rebuild, (self.fastconv_original, self.fastconv_fusion), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # TorchScript compiles source code, and can read only the original's.
+        twin = self.fastconv_original.__new__(self.fastconv_original)
+        twin.__dict__ = dict(vars(self))
+        return twin
+
+    def _get_name(self) -> str:
+        return f"{self.fastconv_original.__name__}[fastconv]"
+
+
+def install(fusions: list[tuple[nn.Module, Fusion]]) -> None:
+    """Let each fusion compute its module, in place: all of them, or none if a class refuses to be derived from."""
+    classes = [_subclass(type(module), fusion) for module, fusion in fusions]
+    for (module, _), swapped in zip(fusions, classes, strict=True):
+        module.__class__ = swapped
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give each swapped module its own class back.
+
+    Raises:
+        RuntimeError: the class of a swapped module was changed again.
+    """
+    swapped: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
+    for module in swapped:
+        if type(module) is not _subclass(module.fastconv_original, module.fastconv_fusion):
+            raise RuntimeError(
+                f"a swapped {module.fastconv_original.__name__} is a {type(module).__name__} by now; undo first "
+                "what changed its class after the swap, as parametrizations and FSDP do"
+            )
+    for module in swapped:
+        module.__class__ = module.fastconv_original
+
+
+def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not kwargs and len(args) == 1 and _can_fuse(module, args[0]):
+        return module.fastconv_fusion.forward(module, args[0])
+    return module.fastconv_original.forward(module, *args, **kwargs)
+
+
+def _can_fuse(module: Swapped, x: Any) -> bool:
+    if torch.jit._trace.is_tracing() or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        return False
+    # Our operations do not know vmap and the other transforms of torch.func.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    if backends.leaves_to_pytorch(x):
+        # Only CPUs were measured, of the devices without kernels; and an exported program takes any batch.
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
+            return False
+        if not module.fastconv_fusion.pays(module, x):
+            return False
+    return module.fastconv_fusion.applies(module)
+
+
+_SUBCLASSES: dict[tuple[type[nn.Module], Fusion], type[Any]] = {}
+
+
+def _subclass(original: type[nn.Module], fusion: Fusion) -> type[Any]:
+    """One for all modules alike: torch.compile compiles a class once."""
+    key = original, fusion
+    if key not in _SUBCLASSES:
+        attributes = {
+            "fastconv_fusion": fusion,
+            "fastconv_original": original,
+            # Libraries look modules up by the names of their classes.
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            # torch.export reads the names of arguments from the signature of forward.
+            "forward": functools.wraps(original.forward)(
+                lambda self, *args, **kwargs: _forward(self, args, kwargs)
+            ),
+        }
+        _SUBCLASSES[key] = type(original.__name__, (Swapped, original), attributes)
+    return _SUBCLASSES[key]
+
+
+def _rebuild(original: type[nn.Module], fusion: Fusion) -> nn.Module:
+    return nn.Module.__new__(_subclass(original, fusion))
