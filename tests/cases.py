@@ -4,7 +4,7 @@ import torch
 
 # images, channels, height, width, multiplier, kernel
 SHAPES = {
-    "lecture 8x8": (5, 2, 8, 8, 4, (7, 7)),
+    "lecture 8x8": (12, 2, 8, 8, 4, (7, 7)),
     "lecture 4x4": (7, 3, 4, 4, 4, (7, 7)),
     "map smaller than the kernel": (7, 3, 2, 3, 3, (9, 5)),
     "one pixel": (2, 5, 1, 1, 3, (7, 7)),
