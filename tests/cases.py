@@ -7,15 +7,15 @@ from fastconv.checking.inputs import Sizes
 
 # images, channels, height, width, multiplier, kernel
 SHAPES = {
-    "lecture 8x8": (16, 4, 8, 8, 4, (7, 7)),
-    "lecture 4x4": (16, 5, 4, 4, 4, (7, 7)),
-    "map smaller than the kernel": (7, 5, 2, 3, 3, (9, 5)),
-    "one pixel": (2, 7, 1, 1, 4, (7, 7)),
+    "lecture 8x8": (12, 2, 8, 8, 4, (7, 7)),
+    "lecture 4x4": (7, 3, 4, 4, 4, (7, 7)),
+    "map smaller than the kernel": (7, 3, 2, 3, 3, (9, 5)),
+    "one pixel": (2, 5, 1, 1, 3, (7, 7)),
     "one row": (3, 5, 1, 5, 1, (3, 3)),
-    "one image": (1, 4, 7, 7, 4, (7, 7)),
-    "odd and prime": (3, 7, 13, 11, 2, (5, 5)),
+    "one image": (1, 3, 7, 7, 2, (7, 7)),
+    "odd and prime": (3, 3, 11, 7, 2, (5, 5)),
     "large map": (2, 5, 20, 17, 1, (7, 7)),
-    "one tap": (5, 6, 6, 4, 3, (1, 1)),
+    "one tap": (5, 3, 6, 4, 3, (1, 1)),
 }
 
 

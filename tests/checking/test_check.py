@@ -14,6 +14,7 @@ from fastconv.checking import cases, divergence, problems, runner
 from fastconv.checking.cases import MODULES, OPERATIONS, Case, all_cases
 from fastconv.checking.inputs import INPUTS
 from fastconv.checking.report import Report, Result, Training
+from fastconv.commands import check as command
 from fastconv.operations import backends, columns, functional, portable
 
 CPU = torch.device("cpu")
@@ -44,46 +45,58 @@ def wrong_cases(monkeypatch, nothing_small):
     return call
 
 
-def test_right_here(run, quick):
-    code, out, err = run("check", "--backend", "portable")
-    assert (code, err) == (0, ""), out
-    skipped = sum(case.precision == "tf32" for case in all_cases())
-    right = len(all_cases()) - skipped + 1
-    assert re.fullmatch(
-        rf"fastconv check: {right} right, 0 wrong, {skipped} skipped in \d+ s", out.splitlines()[-1]
-    )
-    assert f"skipped {skipped}: tf32 is a format of GPUs" in out
-    for subject in (*OPERATIONS, *MODULES):
-        assert re.search(rf"^{subject} .* float32 +portable +\d+ .* \d\.\de-\d\d .* right *$", out, re.MULTILINE)
-    assert re.search(r"^loss at step +1 +10 +20 +30 +40 +50 *$", out, re.MULTILINE)
-    assert "\x1b" not in out, "control codes in what is not a terminal"
-    assert "…" not in out, "a cell was cut"
-
-
-def test_every_number_as_json(run, quick):
+def test_right_here(run, quick, monkeypatch):
+    """Every case, on few samples: the report for people, and with --json every number."""
+    monkeypatch.setattr(accuracy, "SAMPLES", 2)
     code, out, err = run("check", "--backend", "portable", "--json")
-    assert code == 0
-    assert "fastconv check: " in err
-    told = json.loads(out)
-    assert told["verdict"] == "right"
-    assert (told["device"], told["backend"]) == ("cpu", "portable")
-    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert code == 0, err
     tried = all_cases()
-    assert [case["subject"] for case in told["cases"]] == [case.subject for case in tried]
-    for case, found in zip(tried, told["cases"], strict=True):
-        assert (found["options"], found["precision"], found["given"]) == (case.options, case.precision, case.given)
+    skipped = sum(case.precision == "tf32" for case in tried)
+    summary = rf"fastconv check: {len(tried) - skipped + 1} right, 0 wrong, {skipped} skipped in \d+ s"
+    assert re.fullmatch(summary, err.splitlines()[-1])
+    assert f"skipped {skipped}: tf32 is a format of GPUs" in err
+    for subject in (*OPERATIONS, *MODULES):
+        assert re.search(rf"^{subject} .* float32 +portable +\d+ .* \d\.\de-\d\d .* right *$", err, re.MULTILINE)
+    assert re.search(r"^loss at step +1 +10 +20 +30 +40 +50 *$", err, re.MULTILINE)
+    assert "\x1b" not in err, "control codes in what is not a terminal"
+    assert "…" not in err, "a cell was cut"
+
+    found = json.loads(out)
+    assert found["verdict"] == "right"
+    assert (found["device"], found["backend"]) == ("cpu", "portable")
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert [case["subject"] for case in found["cases"]] == [case.subject for case in tried]
+    for case, result in zip(tried, found["cases"], strict=True):
+        assert (result["options"], result["precision"], result["given"]) == (
+            case.options,
+            case.precision,
+            case.given,
+        )
         if case.precision == "tf32":
-            assert (found["verdict"], found["backend"], found["errors"]) == ("skipped", None, {})
+            assert (result["verdict"], result["backend"], result["errors"]) == ("skipped", None, {})
             continue
-        assert (found["verdict"], found["backend"]) == ("right", "portable")
+        assert (result["verdict"], result["backend"]) == ("right", "portable")
         tensors = [name for name, tensor in problems.pose(case).tensors.items() if tensor is not None]
-        assert list(found["errors"]) == ["output", *tensors]
-        for error in found["errors"].values():
+        assert list(result["errors"]) == ["output", *tensors]
+        for error in result["errors"].values():
             assert 0 <= error["ours"] <= error["bound"]
-    training = told["training"]
+    training = found["training"]
     assert training["difference"] <= training["bound"]
     for name in ("fused", "reference", "neighbour"):
         assert len(training[name]) == 50
+
+
+@pytest.fixture
+def pointwise_cases(monkeypatch):
+    few = [case for case in all_cases() if case.subject in ("pointwise_conv_gelu", "patch_conv")]
+    monkeypatch.setattr(command, "all_cases", lambda: few)
+
+
+def test_the_report_is_on_standard_output(run, quick, pointwise_cases):
+    code, out, err = run("check", "--backend", "portable")
+    assert (code, err) == (0, ""), out
+    assert re.search(r"^patch_conv .* float32 +portable .* right *$", out, re.MULTILINE)
+    assert out.splitlines()[-1].startswith("fastconv check: ")
 
 
 def test_cases_cover_every_axis():
@@ -228,7 +241,7 @@ def test_an_interpreter_that_fails_is_said_once(run, monkeypatch):
     assert err.count("\n") == 1
 
 
-def test_an_error_is_wrong_and_the_rest_goes_on(run, monkeypatch, quick):
+def test_an_error_is_wrong_and_the_rest_goes_on(run, monkeypatch, quick, pointwise_cases):
     def fail(*_, **__):
         raise RuntimeError("no such luck")
 
@@ -237,12 +250,12 @@ def test_an_error_is_wrong_and_the_rest_goes_on(run, monkeypatch, quick):
     assert code == 1
     text = "WRONG pointwise_conv_gelu, none, float32, 8x8: RuntimeError: no such luck; and 7 other inputs"
     assert text in err.splitlines()
-    told = json.loads(out)
-    assert told["verdict"] == "wrong"
-    for case in told["cases"]:
-        broken = case["subject"] in ("pointwise_conv_gelu", "PointwiseConvGELU") and case["precision"] != "tf32"
+    found = json.loads(out)
+    assert found["verdict"] == "wrong"
+    for case in found["cases"]:
+        broken = case["subject"] == "pointwise_conv_gelu" and case["precision"] != "tf32"
         assert (case["verdict"] == "wrong") == broken
-    counts = f"{told['right']} right, {told['wrong']} wrong, {told['skipped']} skipped"
+    counts = f"{found['right']} right, {found['wrong']} wrong, {found['skipped']} skipped"
     assert err.splitlines()[-1].startswith(f"fastconv check: WRONG: {counts} in ")
 
 

@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("triton")
 
-import interpreter
 import triton
 import triton.language as tl
+from interpreter import products, replacing
 
 SIZE = 1024
 
 
 def precision_or_skip(precision):
-    if precision not in interpreter.PRECISIONS:
+    if precision not in products.PRECISIONS:
         pytest.skip(f"triton {triton.__version__} has no {precision}")
 
 
@@ -548,9 +548,9 @@ def test_an_import_of_triton_that_came_too_early_is_refused():
         text=True,
     )
     assert done.returncode == 1
-    assert "was imported before TRITON_INTERPRET=1 was set; import tests/interpreter.py before" in done.stderr
+    assert "was imported before TRITON_INTERPRET=1 was set; import tests/interpreter before" in done.stderr
 
 
 def test_a_triton_without_what_is_corrected_is_refused():
     with pytest.raises(RuntimeError, match=rf"triton {triton.__version__} has no tuple.matmul to correct"):
-        interpreter._replace(tuple, "matmul", lambda original: original)
+        replacing.replace(tuple, "matmul", lambda original: original)

@@ -20,8 +20,8 @@ from fastconv.kernels.common import launch, registration
 # The third, "channel", has kernels of its own: see test_stencil.py.
 NORMS = ("tensor", "sample")
 SMALL_MAPS = [name for name, shape in SHAPES.items() if shape[2] * shape[3] <= 256]
-# The interpreter takes its time: about a tenth of a second for each of these.
-FEW = functools.partial(assert_accurate, samples=3)
+# The interpreter takes up to a second for a sample. In float32 one will do: the floor is far above its rounding.
+ONE = functools.partial(assert_accurate, samples=1)
 
 
 @pytest.fixture(
@@ -57,7 +57,7 @@ def test_convnext_block(name, norm, device, poisoned):
         inputs = random_block(SHAPES[name], affine=norm == "sample")
         return compare(block(functional, norm), block(reference, norm), inputs, NAMES, device=device)
 
-    FEW(sample)
+    ONE(sample)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -69,7 +69,7 @@ def test_depthwise_conv_layer_norm(name, norm, device, poisoned):
         names = ["x", "weight", "bias", "norm_weight", "norm_bias"]
         return compare(depthwise(functional, norm), depthwise(reference, norm), inputs, names, device=device)
 
-    FEW(sample)
+    ONE(sample)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -82,7 +82,7 @@ def test_layer_norm(name, norm, device, poisoned):
         names = ["x", "norm_weight", "norm_bias"]
         return compare(norm_alone(functional, norm), norm_alone(reference, norm), inputs, names, device=device)
 
-    FEW(sample)
+    ONE(sample)
 
 
 # images, inputs, height, width, outputs: in one tile and in several, of odd and even sizes
@@ -116,7 +116,7 @@ def test_pointwise_conv_gelu(name, approximate, device, poisoned):
         ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
         return compare(ours, definition, inputs, names, device=device)
 
-    FEW(sample)
+    ONE(sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -127,7 +127,7 @@ def test_pointwise_conv_gelu_in_half_precision(layout, dtype, device):
         ours, definition = pointwise(functional), pointwise(reference)
         return compare(ours, definition, inputs, names, layout, dtype=dtype, device=device)
 
-    FEW(sample, dtype=dtype)
+    assert_accurate(sample, dtype, samples=3)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_pointwise_conv_gelu_in_half_precision(layout, dtype, device):
 @pytest.mark.parametrize("name", ["lecture 4x4", "odd and prime"])
 def test_memory_formats(name, layout, approximate, device):
     ours, definition = (block(module, approximate=approximate) for module in (functional, reference))
-    FEW(lambda: compare(ours, definition, random_block(SHAPES[name]), NAMES, layout, device=device))
+    ONE(lambda: compare(ours, definition, random_block(SHAPES[name]), NAMES, layout, device=device))
 
     def sample():
         x, weight, bias, *_ = random_block(SHAPES[name])
@@ -149,8 +149,8 @@ def test_memory_formats(name, layout, approximate, device):
         ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
         return compare(ours, definition, inputs, names, layout, device=device)
 
-    FEW(sample)
-    FEW(sample_pointwise)
+    ONE(sample)
+    ONE(sample_pointwise)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -173,7 +173,7 @@ def test_without_biases(norm, device, poisoned):
         inputs = random_block(SHAPES["lecture 4x4"], affine=False, bias=False)
         return compare(block(functional, norm), block(reference, norm), inputs, NAMES, device=device)
 
-    FEW(sample)
+    ONE(sample)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -190,27 +190,34 @@ def test_mean_a_thousand_times_the_standard_deviation(name, norm, device):
         ours, definition = norm_alone(functional, norm), norm_alone(reference, norm)
         return compare(ours, definition, [x, None, None], names, device=device)
 
-    FEW(sample_block)
-    FEW(sample_norm)
+    ONE(sample_block)
+    ONE(sample_norm)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
+@pytest.mark.parametrize(
+    ("name", "norm", "dtype"),
+    [
+        ("lecture 4x4", "tensor", torch.bfloat16),
+        ("lecture 4x4", "sample", torch.float16),
+        ("odd and prime", "tensor", torch.float16),
+        ("odd and prime", "sample", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_half_precision(name, norm, dtype, device):
     def sample():
         inputs = random_block(SHAPES[name])
         return compare(block(functional, norm), block(reference, norm), inputs, NAMES, dtype=dtype, device=device)
 
-    FEW(sample, dtype=dtype)
+    assert_accurate(sample, dtype)
 
 
 def test_autocast(device):
     def sample():
-        inputs = random_block(SHAPES["lecture 8x8"])
+        inputs = random_block(SHAPES["lecture 4x4"])
         return compare(block(functional), block(reference), inputs, NAMES, autocast=True, device=device)
 
-    FEW(sample, dtype=torch.bfloat16)
+    assert_accurate(sample, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +250,7 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
     monkeypatch.setattr("fastconv.kernels.block.operator.MAX_PARTIALS", 3)
     monkeypatch.setattr("fastconv.kernels.pointwise.operator.MAX_PARTIALS", 3)
     registration.forget_plans()
-    shape = (140, 3, 3, 3, 2, (3, 3))
+    shape = (140, 3, 2, 3, 2, (3, 3))
 
     def sample_block():
         return compare(block(functional, norm), block(reference, norm), random_block(shape), NAMES, device=device)
@@ -255,17 +262,17 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
 
     def sample_pointwise():
         names = ["x", "weight", "bias"]
-        inputs = pointwise_inputs((300, 3, 1, 3, 2))
+        inputs = pointwise_inputs((260, 3, 1, 3, 2))
         return compare(pointwise(functional), pointwise(reference), inputs, names, device=device)
 
-    FEW(sample_block)
-    FEW(sample_norm)
-    FEW(sample_pointwise)
+    ONE(sample_block)
+    ONE(sample_norm)
+    ONE(sample_pointwise)
 
 
 def test_blocks_too_wide_for_one_kernel_are_composed(device, monkeypatch):
-    monkeypatch.setattr(block_operator, "WIDEST", 3)
-    FEW(
+    monkeypatch.setattr(block_operator, "WIDEST", 2)
+    ONE(
         lambda: compare(
             block(functional), block(reference), random_block(SHAPES["lecture 4x4"]), NAMES, device=device
         )
@@ -278,7 +285,7 @@ def test_expanded_gradient(norm, device):
     for operation, arguments in [
         (block(functional, norm), leaves),
         (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]]),
-        (norm_alone(functional, norm), [leaves[0], *torch.randn(2, 5, device=device)]),
+        (norm_alone(functional, norm), [leaves[0], *torch.randn(2, 3, device=device)]),
         (pointwise(functional), [leaves[0], leaves[5], leaves[6]]),
     ]:
         y = operation(*arguments)
@@ -381,7 +388,7 @@ def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(norm, device):
     grad = torch.randn(leaves[0].shape, device=device)
     before = grad.clone()
     first, second = (
-        [y, *torch.autograd.grad(y, leaves, grad)] for y in (block(functional, norm)(*leaves) for _ in "12")
+        [y, *torch.autograd.grad(y, leaves, grad)] for y in (block(functional, norm)(*leaves) for _ in range(2))
     )
     assert torch.equal(grad, before)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -448,7 +455,7 @@ def test_compile_without_graph_breaks(norm, device):
     torch.compiler.reset()
     compiled = torch.compile(block(functional, norm), fullgraph=True, backend="aot_eager")
     for images in (4, 6, 9):
-        inputs = on(device, as_dtype(random_block((images, 4, 4, 4, 2, (3, 3))), torch.float32))
+        inputs = on(device, as_dtype(random_block((images, 2, 2, 3, 2, (3, 3))), torch.float32))
         grad = torch.randn(inputs[0].shape, device=device)
         expected = outputs_and_grads(block(functional, norm), inputs, grad)
         # The second batch size is compiled with the size as a symbol; the third is not compiled any more.
@@ -461,7 +468,7 @@ def test_compile_without_graph_breaks(norm, device):
 def registered(device):
     """Each registered operator with arguments."""
     x, weight, bias, pointwise, pointwise_bias, projection, projection_bias, *_ = on(
-        device, as_dtype(random_block((4, 3, 3, 3, 2, (3, 3))), torch.float32)
+        device, as_dtype(random_block((4, 2, 2, 3, 2, (3, 3))), torch.float32)
     )
     rest = pointwise.flatten(1), pointwise_bias, projection.flatten(1), projection_bias
     return {

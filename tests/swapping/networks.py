@@ -1,5 +1,7 @@
 """The models that tests swap: the lecture's, and ConvNeXts of torchvision, timm and Hugging Face."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
@@ -10,47 +12,46 @@ from fastconv.operations import reference
 
 
 class Network(NamedTuple):
-    """A model by name, the size of its images, and how many of its modules `swap` takes.
-
-    To a name of timm's an option may be added: "convnext_atto, use_grn".
-    """
+    """A model by name, the size of its images, how many modules `swap` takes, and options of its constructor."""
 
     library: str
     name: str
     size: tuple[int, ...]
     swapped: int
-    slow: bool = False
+    options: Mapping[str, object] = MappingProxyType({})
 
     def __str__(self):
         return f"{self.library}/{self.name}"
 
     def create(self, **options):
-        return randomise(CREATE[self.library](self.name, **options)).eval()
+        return randomise(CREATE[self.library](self.name, **self.options, **options)).eval()
 
 
-def _of_lecture(name, **options):
-    return reference.Classifier(width=8, depth=2) if name == "classifier" else plain_pairs()
+def _of_lecture(name, depth=2):
+    return reference.Classifier(width=8, depth=depth) if name == "classifier" else plain_pairs()
 
 
-def _of_torchvision(name, **options):
+def _of_torchvision(name, depths=None, dims=None):
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
-    return models.get_model(name, weights=None, num_classes=5, **options)
+    if depths is None:
+        return models.get_model(name, weights=None, num_classes=5)
+    blocks = map(models.convnext.CNBlockConfig, dims, [*dims[1:], None], depths)
+    return models.ConvNeXt(list(blocks), num_classes=5)
 
 
 def _of_timm(name, **options):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    name, *flags = name.split(", ")
-    return timm.create_model(name, pretrained=False, num_classes=5, **dict.fromkeys(flags, True), **options)
+    return timm.create_model(name.split(",")[0], pretrained=False, num_classes=5, **options)
 
 
-def _of_huggingface(name, **options):
+def _of_huggingface(name, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)):
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
-    sizes = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1]}
+    sizes = {"hidden_sizes": list(dims), "depths": list(depths)}
     if name == "ConvNext":
-        config = transformers.ConvNextConfig(**sizes, num_labels=5)
+        config = transformers.ConvNextConfig(**sizes, num_stages=len(dims), num_labels=5)
         return Outputs(transformers.ConvNextForImageClassification(config), "logits")
     if name == "ConvNextV2":
-        config = transformers.ConvNextV2Config(**sizes, num_labels=5)
+        config = transformers.ConvNextV2Config(**sizes, num_stages=len(dims), num_labels=5)
         return Outputs(transformers.ConvNextV2ForImageClassification(config), "logits")
     if name == "DINOv3ConvNext":
         return Outputs(
@@ -63,35 +64,58 @@ def _of_huggingface(name, **options):
 
 CREATE = {"lecture": _of_lecture, "torchvision": _of_torchvision, "timm": _of_timm, "huggingface": _of_huggingface}
 
-NETWORKS = {
-    str(network): network
-    for network in (
-        # Blocks, and the classifier's own operations between them.
-        Network("lecture", "classifier", (8, 3, 32, 32), 5),
-        # The nn.Sequential, whose pairs count as one.
-        Network("lecture", "pairs", (8, 3, 9, 7), 1),
-        Network("torchvision", "convnext_tiny", (8, 3, 64, 64), 18),
-        Network("torchvision", "convnext_small", (2, 3, 64, 64), 36, slow=True),
-        Network("torchvision", "convnext_base", (2, 3, 64, 64), 36, slow=True),
-        Network("torchvision", "convnext_large", (2, 3, 64, 64), 36, slow=True),
-        Network("timm", "convnext_atto", (8, 3, 64, 96), 12),
-        Network("timm", "convnext_atto_ols", (2, 3, 64, 64), 12),
-        Network("timm", "convnext_tiny", (2, 3, 64, 64), 18, slow=True),
-        Network("timm", "convnext_tiny_hnf", (2, 3, 64, 64), 18, slow=True),
-        Network("timm", "convnext_large_mlp", (2, 3, 64, 64), 36, slow=True),
-        Network("timm", "test_convnext", (8, 3, 64, 64), 9),
-        Network("timm", "test_convnext2", (8, 3, 64, 64), 4),
-        Network("timm", "convnextv2_atto", (8, 3, 64, 64), 12),
-        Network("timm", "convnext_atto, use_grn", (2, 3, 64, 64), 12),
-        Network("timm", "edgenext_xx_small", (2, 3, 64, 64), 9),
-        # Between blocks of other kinds; its layer scale is a module.
-        Network("timm", "coatnext_nano_rw_224", (2, 3, 224, 224), 5, slow=True),
-        Network("huggingface", "ConvNext", (8, 3, 64, 64), 5),
-        Network("huggingface", "ConvNextV2", (8, 3, 64, 64), 5),
-        Network("huggingface", "DINOv3ConvNext", (8, 3, 64, 64), 5),
-        Network("huggingface", "SAM 2's memory fuser", (4, 16, 13, 11), 2),
-    )
-}
+# Of the networks that differ in sizes alone, one is whole: timm's convnext_atto.
+SHORT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
+
+
+def by_name(*networks):
+    return {str(network): network for network in networks}
+
+
+NETWORKS = by_name(
+    # Blocks, and the classifier's own operations between them.
+    Network("lecture", "classifier", (8, 3, 32, 32), 5),
+    # The nn.Sequential, whose pairs count as one.
+    Network("lecture", "pairs", (8, 3, 9, 7), 1),
+    Network("torchvision", "ConvNeXt", (4, 3, 64, 64), 5, SHORT),
+    Network("timm", "convnext_atto", (2, 3, 64, 96), 12),
+    Network("timm", "convnext_atto_ols", (2, 3, 64, 64), 5, SHORT),
+    Network("timm", "convnext_tiny", (2, 3, 64, 64), 5, SHORT),
+    Network("timm", "convnext_tiny_hnf", (2, 3, 64, 64), 5, SHORT),
+    Network("timm", "convnext_large_mlp", (2, 3, 64, 64), 5, SHORT),
+    Network("timm", "test_convnext", (8, 3, 64, 64), 9),
+    Network("timm", "test_convnext2", (8, 3, 64, 64), 4),
+    Network("timm", "convnextv2_atto", (2, 3, 64, 64), 5, SHORT),
+    Network("timm", "convnext_atto, use_grn", (2, 3, 64, 64), 5, {**SHORT, "use_grn": True}),
+    Network("timm", "edgenext_xx_small", (2, 3, 64, 64), 9),
+    # Between blocks of other kinds; its layer scale is a module.
+    Network("timm", "coatnext_nano_rw_224", (2, 3, 64, 64), 5, {"img_size": 64}),
+    Network("huggingface", "ConvNext", (8, 3, 64, 64), 5),
+    Network("huggingface", "ConvNextV2", (8, 3, 64, 64), 5),
+    Network("huggingface", "DINOv3ConvNext", (8, 3, 64, 64), 5),
+    Network("huggingface", "SAM 2's memory fuser", (4, 16, 13, 11), 2),
+)
+TWO_STAGES = {"depths": (1, 1), "dims": (8, 12)}
+# A block of each kind, at sizes for Triton's interpreter.
+TINY = by_name(
+    Network("lecture", "classifier", (2, 3, 16, 16), 3, {"depth": 1}),
+    Network("lecture", "pairs", (2, 3, 5, 7), 1),
+    Network("timm", "test_convnext", (1, 3, 32, 32), 4, {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 40)}),
+    Network("huggingface", "ConvNext", (1, 3, 16, 24), 2, TWO_STAGES),
+    Network("huggingface", "ConvNextV2", (1, 3, 16, 24), 2, TWO_STAGES),
+    Network("huggingface", "SAM 2's memory fuser", (1, 16, 5, 3), 2),
+)
+# Whole networks, for a GPU.
+WHOLE = by_name(
+    Network("lecture", "classifier", (128, 3, 32, 32), 5),
+    Network("torchvision", "convnext_tiny", (8, 3, 224, 224), 18),
+    Network("torchvision", "convnext_base", (4, 3, 224, 224), 36),
+    Network("timm", "convnext_tiny", (8, 3, 224, 224), 18),
+    Network("timm", "convnext_tiny_hnf", (4, 3, 288, 288), 18),
+    Network("timm", "convnextv2_atto", (8, 3, 224, 224), 12),
+    Network("timm", "convnext_large_mlp", (2, 3, 384, 384), 36),
+    Network("huggingface", "ConvNext", (8, 3, 224, 224), 5),
+)
 # Networks whose blocks are not fused, and why not, in the words of the report.
 REFUSED = {
     "test_convnext3": "no GELU is among its parts (SiLU",
