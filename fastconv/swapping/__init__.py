@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastconv.operations import backends, portable
+from fastconv.operations import backends, decisions
 from fastconv.swapping.fusion import Fusion
 from fastconv.swapping.recognition import ALREADY_FUSED, recognise
 from fastconv.swapping.verification import Unsuitable, Verified
 
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
-    f"{BY_SIZE}: on a CPU, from {portable.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
-    f"up to {portable.SLOW_PIXELS} pixels; and in training, plain maps of {portable.SLOW_ELEMENTS:,} elements or "
-    "more. The module's own forward is as fast for others, and runs."
+    f"{BY_SIZE}: on a CPU, from {decisions.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
+    f"up to {decisions.SLOW_PIXELS} pixels; and in training, plain maps of {decisions.SLOW_ELEMENTS:,} elements "
+    "or more. The module's own forward is as fast for others, and runs."
 )
 
 

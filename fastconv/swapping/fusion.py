@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
-from fastconv.operations import backends, functional, portable
+from fastconv.operations import backends, decisions, functional
 
 DROPOUTS = nn.modules.dropout._DropoutNd
 PLAIN = (nn.Parameter, Tensor, type(None))
@@ -188,7 +188,7 @@ class ConvNeXtBlock(Fusion):
         return tuple(path for path in (self.drop_path, self.response) if path is not None)
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return portable.swapping_pays(x)
+        return decisions.swapping_pays(x)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         # All that follows is fastest where channels lie side by side, and the next block finds them so.
@@ -274,7 +274,7 @@ class Chain(Fusion):
     def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
         if approximate is not None:
             return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
-        if backends.leaves_to_pytorch(x) and not portable.swapping_pays(x):
+        if backends.leaves_to_pytorch(x) and not decisions.swapping_pays(x):
             return second(first(x))
         return depthwise_norm(first, second, x)
 
