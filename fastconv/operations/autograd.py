@@ -26,13 +26,7 @@ from fastconv.operations.columns import (
     to_columns,
     toeplitz_matrix,
 )
-from fastconv.operations.normalisation import (
-    centre,
-    mean_over,
-    normalise_backward,
-    normalised,
-    statistics_dims,
-)
+from fastconv.operations.normalisation import centre, mean_over, normalise_backward, normalised, statistics_dims
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,11 +140,11 @@ class ConvNextBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # (N, C, H, W)
-        depthwise_weight: Tensor,  # (K, 1, kh, kw)
+        depthwise: Tensor,  # (K, 1, kh, kw)
         depthwise_bias: Tensor | None,  # (K,)
-        pointwise_weight: Tensor,  # (O, K)
+        pointwise: Tensor,  # (O, K)
         pointwise_bias: Tensor | None,  # (O,)
-        projection_weight: Tensor,  # (C, O)
+        projection: Tensor,  # (C, O)
         projection_bias: Tensor | None,  # (C,)
         norm: str,
         eps: float,
@@ -160,60 +154,32 @@ class ConvNextBlock(torch.autograd.Function):
         geometry = geometry_of(x, batch_last)
         dims = statistics_dims(norm, geometry)
         residual = to_columns(x, geometry)
-        columns = residual.to(pointwise_weight.dtype)
-        h, matrix = convolve(columns, depthwise_weight, geometry)
+        columns = residual.to(pointwise.dtype)
+        h, matrix = convolve(columns, depthwise, geometry)
         scale = centre(h, depthwise_bias, dims, eps, geometry)
-        product = mix_channels(pointwise_weight, h, geometry)
+        product = mix_channels(pointwise, h, geometry)
         activation = F.gelu(scale_and_shift(product, scale, pointwise_bias), approximate=approximate)
-        branch = mix_channels(projection_weight, activation, geometry, projection_bias)
+        branch = mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
         ctx.save_for_backward(
-            columns,
-            depthwise_weight,
-            matrix,
-            h,
-            scale,
-            pointwise_weight,
-            pointwise_bias,
-            product,
-            activation,
-            projection_weight,
+            columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection
         )
         return in_memory_order(residual, geometry) + in_memory_order(branch, geometry)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            columns,
-            depthwise_weight,
-            matrix,
-            h,
-            scale,
-            pointwise_weight,
-            pointwise_bias,
-            product,
-            activation,
-            projection_weight,
-        ) = ctx.saved_tensors
-        (
-            needs_x,
-            needs_depthwise_weight,
-            needs_depthwise_bias,
-            needs_pointwise_weight,
-            needs_pointwise_bias,
-            needs_projection_weight,
-            needs_projection_bias,
-        ) = ctx.needs_input_grad[:7]
+        columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection = (
+            ctx.saved_tensors
+        )
+        needs_x, needs_depthwise, needs_depthwise_bias = ctx.needs_input_grad[:3]
+        needs_pointwise, needs_pointwise_bias, needs_projection, needs_projection_bias = ctx.needs_input_grad[3:7]
         geometry, dims = ctx.geometry, ctx.dims
         grad_branch = grad.to(columns.dtype)
-        grad_projection_weight = grad_projection_bias = None
-        if needs_projection_weight:
-            grad_projection_weight = grad_branch.flatten(1) @ activation.flatten(1).t()
-        if needs_projection_bias:
-            grad_projection_bias = grad_branch.sum((1, 2))
+        grad_projection = grad_branch.flatten(1) @ activation.flatten(1).t() if needs_projection else None
+        grad_projection_bias = grad_branch.sum((1, 2)) if needs_projection_bias else None
         grad_z = torch.ops.aten.gelu_backward(
-            mix_channels(projection_weight.t(), grad_branch, geometry),
+            mix_channels(projection.t(), grad_branch, geometry),
             scale_and_shift(product, scale, pointwise_bias),
             approximate=ctx.approximate,
         )
@@ -221,34 +187,26 @@ class ConvNextBlock(torch.autograd.Function):
         # The norm's backward needs the means over K channels of W^T dz and of x^ * (W^T dz). They are taken
         # on the narrow side of W, its O channels: sum_k (W^T dz)_k = sum_o dz_o sum_k W_ok, and
         # sum_k x^_k (W^T dz)_k = sum_o dz_o (W x^)_o.
-        hidden, outputs = pointwise_weight.shape
-        weight_sum = pointwise_weight.sum(1, keepdim=True).t() / outputs
+        narrowing = pointwise.shape[0] / pointwise.shape[1]
+        weight_sum = pointwise.sum(1, keepdim=True).t() / pointwise.shape[1]
         mean = mean_over(mix_channels(weight_sum, grad_z, geometry), dims)
-        slope = mean_over(grad_z * product, dims) * scale * (hidden / outputs)
+        slope = mean_over(grad_z * product, dims) * scale * narrowing
         grad_z.mul_(scale)
-        grad_pointwise_weight = grad_z.flatten(1) @ h.flatten(1).t() if needs_pointwise_weight else None
-        grad_x = grad_depthwise_weight = grad_depthwise_bias = None
-        if needs_x or needs_depthwise_weight or needs_depthwise_bias:
-            grad_h = mix_channels(pointwise_weight.t(), grad_z, geometry).to(scale.dtype)
+        grad_pointwise = grad_z.flatten(1) @ h.flatten(1).t() if needs_pointwise else None
+        grad_x = grad_depthwise = grad_depthwise_bias = None
+        if needs_x or needs_depthwise or needs_depthwise_bias:
+            grad_h = mix_channels(pointwise.t(), grad_z, geometry).to(scale.dtype)
             grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
             # A sum of terms that almost cancel, taken before they are rounded to half precision.
             grad_depthwise_bias = grad_h.sum((1, 2)).to(h.dtype) if needs_depthwise_bias else None
             grad_h = grad_h.to(h.dtype)
-            grad_x, grad_depthwise_weight = convolve_backward(
-                grad_h, columns, depthwise_weight, matrix, geometry, needs_x, needs_depthwise_weight
+            grad_x, grad_depthwise = convolve_backward(
+                grad_h, columns, depthwise, matrix, geometry, needs_x, needs_depthwise
             )
         if grad_x is not None:
             grad_x = from_columns(grad_x + grad, geometry)
-        return (
-            grad_x,
-            grad_depthwise_weight,
-            grad_depthwise_bias,
-            grad_pointwise_weight,
-            grad_pointwise_bias,
-            grad_projection_weight,
-            grad_projection_bias,
-            *(None,) * 4,
-        )
+        grads = grad_x, grad_depthwise, grad_depthwise_bias, grad_pointwise, grad_pointwise_bias
+        return *grads, grad_projection, grad_projection_bias, None, None, None, None
 
 
 def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,27 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastconv.kernels.common.values import (
-    APPROXIMATIONS,
-    NORMS,
-    Convolution,
-    Norm,
-    Value,
-    check_approximate,
-    check_norm,
-    map_tensors,
-)
+from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
+from fastconv.kernels.common.values import NORMS as NORMS
+from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
 from fastconv.operations import backends, dispatch
-
-__all__ = [
-    "APPROXIMATIONS",
-    "NORMS",
-    "convnext_block",
-    "depthwise_conv_layer_norm",
-    "layer_norm",
-    "patch_conv",
-    "pointwise_conv_gelu",
-]
 
 
 def depthwise_conv_layer_norm(

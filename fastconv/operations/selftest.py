@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -195,31 +195,31 @@ def _compare(
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """{name: (ours, PyTorch's, exact)} of the output, without gradients and with them, and of each gradient."""
+    shapes = [sizes.maps, *(parameter.shape for parameter in tensors_in(*sizes.values))]
+    dtypes = [subject.maps, *[subject.dtype] * (len(shapes) - 1)]
+    # Rounded to the dtype, and in float64.
+    exact_inputs = [
+        _draw(shape, generator, is_maps=i == 0).to(dtype).double()
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    inputs = [x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
 
-    def draw(shape: tuple[int, ...], dtype: torch.dtype, is_maps: bool = False) -> Tensor:
-        # Rounded to the dtype, and in float64.
-        return _draw(shape, generator, is_maps).to(dtype).double()
-
-    exact_x = draw(sizes.maps, subject.maps, is_maps=True)
-    exact_values = map_tensors(lambda parameter: draw(parameter.shape, subject.dtype), *sizes.values)
-    x = exact_x.to(device, subject.maps)
-    values = map_tensors(lambda parameter: parameter.to(device, subject.dtype), *exact_values)
-
-    def results(function: Callable[..., Tensor], x: Tensor, *values: Value) -> list[Tensor]:
+    def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         def call(x: Tensor, *parameters: Tensor) -> Tensor:
             remaining = iter(parameters)
-            return function(x, *map_tensors(lambda _: next(remaining), *values))
+            return function(x, *map_tensors(lambda _: next(remaining), *sizes.values))
 
-        tensors = [x, *tensors_in(*values)]
         with torch.no_grad():
             alone = call(*tensors)
         grad = _draw(tuple(alone.shape), torch.Generator().manual_seed(1), is_maps=True).to(subject.dtype)
         return [alone, *accuracy.outputs_and_grads(call, tensors, grad.to(device=alone.device))]
 
     define = functools.partial(definition.call, subject.operation)
-    exact, pytorch = results(define, exact_x, *exact_values), results(define, x, *values)
-    found = results(operation, _channels_last(x) if sizes.channels_last else x, *values)
-    arguments = definition.arguments(subject.operation, x, *values)
+    exact, pytorch = results(define, exact_inputs), results(define, inputs)
+    if sizes.channels_last:
+        inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
+    found = results(operation, inputs)
+    arguments = definition.arguments(subject.operation, inputs[0], *sizes.values)
     names = [name for name, argument in arguments.items() if isinstance(argument, Tensor)]
     return {
         name: (ours.cpu(), other.cpu(), right)
@@ -227,10 +227,6 @@ def _compare(
             ["output without gradients", "output", *names], found, pytorch, exact, strict=True
         )
     }
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _draw(shape: tuple[int, ...], generator: torch.Generator, is_maps: bool) -> Tensor:
