@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
 
 
@@ -46,10 +47,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         _check_positive(in_channels=in_channels, multiplier=multiplier, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; expected an odd number")
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}; expected at least 0")
-        if norm not in functional.NORMS:
-            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(functional.NORMS)}")
+        check_norm(norm, eps)
         super().__init__(
             in_channels,
             in_channels * multiplier,
@@ -109,10 +107,7 @@ class PointwiseConvGELU(nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
-        if approximate not in functional.APPROXIMATIONS:
-            raise ValueError(
-                f"approximate is {approximate!r}; expected one of {', '.join(functional.APPROXIMATIONS)}"
-            )
+        check_approximate(approximate)
         super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         self.approximate = approximate
 

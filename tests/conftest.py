@@ -1,6 +1,7 @@
 """What all tests share: the marks, the interpreter of Triton, the seed, and the command."""
 
 import importlib.util
+import math
 import os
 import sys
 
@@ -59,9 +60,11 @@ def stop_after_fault(request):
 @pytest.fixture
 def nothing_small(monkeypatch):
     """Keep small inputs, as those of tests are, on the portable path's own code."""
-    from fastconv.operations import portable
+    from fastconv.operations import decisions
 
-    monkeypatch.setattr(portable, "is_small", lambda *_: False)
+    monkeypatch.setattr(decisions, "SMALL_CONVOLUTION", 0)
+    monkeypatch.setattr(decisions, "SMALL_BLOCK", 0)
+    monkeypatch.setattr(decisions, "SMALL_BATCH_PIXELS_PER_IMAGE", math.inf)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from torch import Tensor
 from fastconv.checking import inputs
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels import operations
+from fastconv.kernels.common.values import Convolution, Norm
 
 from . import machine_code
 from .dry_run import TARGETS, Launch, dry_run
@@ -152,31 +153,37 @@ ODD_MAPS = Inputs("layer_norm", Sizes(3, 5, 7, 11, 1, KERNEL))
 
 Call = Callable[[dict[str, Any]], Tensor]
 
+NORM = Norm("tensor", 1e-5, None, None)
+
+
+def convolution(tensors: dict[str, Any], prefix: str = "") -> Convolution:
+    return Convolution(tensors[f"{prefix}weight"], tensors[f"{prefix}bias"])
+
 
 def convnext_block(tensors: dict[str, Any]) -> Tensor:
-    return operations.convnext_block(**{name: tensor for name, tensor in tensors.items() if name != "h"})
+    convolutions = [convolution(tensors, f"{name}_") for name in ("depthwise", "pointwise", "projection")]
+    return operations.convnext_block(tensors["x"], *convolutions, NORM, "none")
 
 
 def depthwise_conv_layer_norm(tensors: dict[str, Any]) -> Tensor:
-    return operations.depthwise_conv_layer_norm(
-        tensors["x"], tensors["depthwise_weight"], tensors["depthwise_bias"]
-    )
+    return operations.depthwise_conv_layer_norm(tensors["x"], convolution(tensors, "depthwise_"), NORM)
 
 
 def depthwise_conv_channel_norm(tensors: dict[str, Any]) -> Tensor:
-    return operations.depthwise_conv_layer_norm(**tensors, norm="channel", eps=1e-6)
+    norm = Norm("channel", 1e-6, tensors["norm_weight"], tensors["norm_bias"])
+    return operations.depthwise_conv_layer_norm(tensors["x"], convolution(tensors), norm)
 
 
 def pointwise_conv_gelu(tensors: dict[str, Any]) -> Tensor:
-    return operations.pointwise_conv_gelu(tensors["h"], tensors["pointwise_weight"], tensors["pointwise_bias"])
+    return operations.pointwise_conv_gelu(tensors["h"], convolution(tensors, "pointwise_"), "none")
 
 
 def layer_norm(tensors: dict[str, Any]) -> Tensor:
-    return operations.layer_norm(tensors["x"])
+    return operations.layer_norm(tensors["x"], NORM)
 
 
 def sample_norm(tensors: dict[str, Any]) -> Tensor:
-    return operations.layer_norm(tensors["x"], norm="sample")
+    return operations.layer_norm(tensors["x"], NORM._replace(over="sample"))
 
 
 # What one process compiles. The kernels of a stage take as long as all others together.

@@ -3,7 +3,7 @@
     python -m bench.tools.crossover
 
 times both, forward and backward, each in the layout it likes best, and compares the winner with what
-`fastconv.operations.columns.choose_geometry` takes.
+`fastconv.operations.decisions.layout` takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastconv.machine import keep_freed_memory
-from fastconv.operations import columns
+from fastconv.operations import columns, decisions
 
 from .. import results, tables, timing
 
@@ -57,8 +57,8 @@ def main() -> None:
         }
         samples = timing.interleave(calls, rounds=9, warmup=2)
         times = {name: timing.percentiles(turns).p50 for name, turns in samples.items()}
-        geometry = columns.choose_geometry((batch, channels, side, side))
-        taken = "Toeplitz" if geometry.batch_last else "convolution"
+        form = decisions.layout(batch, side * side)
+        taken = "Toeplitz" if form is decisions.Form.BATCH_LAST else "convolution"
         print(
             f"| {channels} | {multiplier} | {side} x {side} | {batch} | {times['Toeplitz']:.2f} | "
             f"{times['convolution']:.2f} | {taken} | {times[taken] / min(times.values()):.2f} |",

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from fastconv.checking.inputs import INPUTS, Input
 from fastconv.checking.precisions import PRECISIONS
+from fastconv.kernels.decisions import LARGEST_TOEPLITZ_MAP
 from fastconv.operations import functional
-from fastconv.operations.dispatch import LARGEST_TOEPLITZ_MAP
 
 HALF_INPUTS = ("8x8", "4x4 sliced", "11x7")
 MODULE_INPUTS = ("8x8 channels_last", "4x4 sliced")

@@ -12,19 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv.operations import portable, reference
+from fastconv.operations import definition, portable
 
-OPERATIONS = (
-    "depthwise_conv_layer_norm",
-    "pointwise_conv_gelu",
-    "convnext_block",
-    "layer_norm",
-    "patch_conv",
-)
+OPERATIONS = tuple(definition.PARAMETERS)
 # In the order in which "auto" tries them.
 BACKENDS = ("triton", "portable", "reference")
 
-_MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"portable": portable}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton too reads it once, when it is imported.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -122,7 +116,7 @@ def _gpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def implementation(backend: str) -> ModuleType:
-    """The module that holds the operations of a backend."""
+    """The module of a backend other than the reference, whose operations take values."""
     # Triton is imported where it is used first, and not by `import fastconv`.
     if backend not in _MODULES:
         _MODULES[backend] = importlib.import_module("fastconv.kernels.operations")
@@ -134,12 +128,12 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> str | None:
     if torch.compiler.is_compiling():
         from fastconv.operations import tracing
 
-        return tracing.choose(_forced, device, *dtypes)
+        return tracing.first_that_can(_forced, device, *dtypes)
     return first_that_can(device, *dtypes)
 
 
 def first_that_can(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """As `choose`, but not to be traced."""
+    """As `choose`, for code that torch.compile does not trace."""
     for name in candidates():
         if all(can_run(name, device, dtype) is None for dtype in dtypes):
             return name

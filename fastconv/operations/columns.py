@@ -12,7 +12,6 @@ PyTorch's own convolution is fastest in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,7 @@ from torch.nn import functional as F
 
 from fastconv.kernels.common.rules import accumulator
 
-# Measured with `python -m bench.crossover`: see bench/NOTES.md. The Toeplitz matrix has P^2 entries for each
-# output channel, so it loses to the convolution on large maps, and but for the smallest has to be paid for by
-# enough images.
-TOEPLITZ_MAX_PIXELS = 144
-TOEPLITZ_ALWAYS_PIXELS = 49
-TOEPLITZ_MAX_ENTRIES_PER_IMAGE = 400
-# Elements from which a copy by tiles is the faster one: see bench/NOTES.md.
+# Elements from which a copy by tiles is faster: see bench/NOTES.md.
 LEAST_TILED = 2**19
 
 
@@ -44,12 +37,9 @@ class Geometry(NamedTuple):
     batch_last: bool
 
 
-def choose_geometry(shape: Sequence[int]) -> Geometry:
-    """For maps (N, C, H, W): batch-last if they are small and many enough, else channels-last."""
-    images, channels, height, width = shape
-    pixels = height * width
-    paid_for = pixels <= TOEPLITZ_ALWAYS_PIXELS or pixels**2 <= TOEPLITZ_MAX_ENTRIES_PER_IMAGE * images
-    batch_last = pixels <= TOEPLITZ_MAX_PIXELS and paid_for
+def geometry_of(x: Tensor, batch_last: bool) -> Geometry:
+    """The geometry of columns of maps (N, C, H, W)."""
+    _, channels, height, width = x.shape
     return Geometry(channels, height, width, batch_last)
 
 
@@ -81,7 +71,7 @@ def restore_format(y: Tensor, x: Tensor) -> Tensor:
     """Give `y` the memory format of `x`, so that a caller who passes plain tensors may `view` the result."""
     if x.is_contiguous():
         # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
-        if choose_geometry(y.shape).batch_last and y.numel() >= LEAST_TILED:
+        if y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
             return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
         return y.contiguous()
     if x.is_contiguous(memory_format=torch.channels_last):

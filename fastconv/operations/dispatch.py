@@ -7,63 +7,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
-from fastconv.operations import backends, fallback, selftest
+from fastconv.kernels.common.values import Convolution, Norm, Value
+from fastconv.operations import backends, definition, fallback, selftest
 from fastconv.operations.selftest import Subject
 
-# As in kernels/operations.py, which imports Triton: on maps of more pixels the convolution has other kernels.
-LARGEST_TOEPLITZ_MAP = 256
 _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
 
-# By all that decides: what is forced, the device, and the fields of a Subject.
+# Backends by all that decides: what is forced, the device, and the fields of a Subject.
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 
-def run(operation: str, x: Tensor, parameters: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
-    """Call an operation on maps `x`; `options` may hold tensors too.
+def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
+    """Call an operation on maps `x`, with its values in the order of the public signature.
 
     Raises:
         BackendUnavailable: a forced backend cannot run it.
     """
-    weight = parameters[0] if parameters else x
-    assert weight is not None
-    large = False
-    if operation in _CONVOLVING:
-        shape = x.shape
-        large = shape[2] * shape[3] > LARGEST_TOEPLITZ_MAP
-    subject = operation, options.get("norm"), large, x.dtype, weight.dtype
+    norm, maps, first = None, x.dtype, values[0]
+    for value in values:
+        if isinstance(value, Norm):
+            norm = value.over
+    dtype = first.weight.dtype if isinstance(first, Convolution) else maps
+    large = operation in _CONVOLVING and decisions.is_large(x)
+    subject = operation, norm, large, maps, dtype
     if torch.compiler.is_compiling():
-        name = _choose_for_graph(subject, x.device)
-        return _call(name, operation, x, parameters, options)
+        return _call(_backend_for_graph(subject, x.device), operation, x, values)
     forced = backends.current()
     key = forced, x.device, subject
-    name = _CHOSEN.get(key) or _choose(key, x, parameters, options)
+    name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     if name != "triton":
-        return _call(name, operation, x, parameters, options)
+        return _call(name, operation, x, values)
     try:
-        return _call(name, operation, x, parameters, options)
+        return _call(name, operation, x, values)
     except KernelError as error:
         if forced == "triton":
             raise backends.unavailable(operation, f"kernel {error.kernel}: {error.reason}") from error
         fallback.warn_refused(operation, error, x.device)
-    return _call("portable", operation, x, parameters, options)
+    return _call("portable", operation, x, values)
 
 
-def _call(
-    name: str, operation: str, x: Tensor, parameters: tuple[Tensor | None, ...], options: dict[str, Any]
-) -> Tensor:
-    return getattr(backends.implementation(name), operation)(x, *parameters, **options)
+def _call(backend: str, operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
+    if backend == "reference":
+        return definition.call(operation, x, *values)
+    return getattr(backends.implementation(backend), operation)(x, *values)
 
 
-def _choose(
-    key: tuple[Any, ...], x: Tensor, parameters: tuple[Tensor | None, ...], options: dict[str, Any]
-) -> str:
+def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, ...]) -> str:
     """The backend of an operation that meets a device or dtypes for the first time."""
     forced, device, subject = key[0], key[1], Subject(*key[2])
     name = backends.select(subject.operation, device, subject.maps, subject.dtype)
     if name == "triton" and forced == "auto":
         try:
-            trusted = selftest.trusts(subject, device, selftest.sizes_of(subject, x, parameters, options))
+            trusted = selftest.trusts(subject, device, selftest.sizes_of(subject, x, values))
         except KernelError:
             # That depends on sizes: each call meets it again.
             trusted = True
@@ -75,7 +72,7 @@ def _choose(
     return name
 
 
-def _choose_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
+def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
     operation, norm, large, maps, dtype = subject
     name = backends.select(operation, device, maps, dtype)

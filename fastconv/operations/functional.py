@@ -6,15 +6,13 @@ reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fast
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
+from fastconv.kernels.common.values import NORMS as NORMS
+from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
 from fastconv.operations import backends, dispatch
-
-NORMS = ("tensor", "sample", "channel")
-APPROXIMATIONS = ("none", "tanh")
 
 
 def depthwise_conv_layer_norm(
@@ -56,17 +54,9 @@ def depthwise_conv_layer_norm(
     _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     outputs = _check_depthwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    _check_norm(outputs, norm, eps, norm_weight, norm_bias)
-    return _run(
-        "depthwise_conv_layer_norm",
-        x,
-        weight,
-        bias,
-        norm=norm,
-        eps=eps,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
+    normed = Norm(norm, eps, norm_weight, norm_bias)
+    _check_norm(normed, outputs)
+    return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
 def pointwise_conv_gelu(
@@ -92,8 +82,8 @@ def pointwise_conv_gelu(
     _check_tensors(x, weight=weight, bias=bias)
     outputs = _check_pointwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    _check_gelu(approximate)
-    return _run("pointwise_conv_gelu", x, weight, bias, approximate=approximate)
+    check_approximate(approximate)
+    return _run("pointwise_conv_gelu", x, Convolution(weight, bias), approximate)
 
 
 def convnext_block(
@@ -143,7 +133,8 @@ def convnext_block(
     )
     wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
     _check_vector("depthwise_bias", depthwise_bias, wide)
-    _check_norm(wide, norm, eps, norm_weight, norm_bias)
+    normed = Norm(norm, eps, norm_weight, norm_bias)
+    _check_norm(normed, wide)
     hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
     _check_vector("pointwise_bias", pointwise_bias, hidden)
     outputs = _check_pointwise("projection_weight", projection_weight, hidden)
@@ -153,21 +144,15 @@ def convnext_block(
             f"projection_weight has {outputs} outputs; "
             f"expected the {channels} channels of x, to which they are added"
         )
-    _check_gelu(approximate)
+    check_approximate(approximate)
     return _run(
         "convnext_block",
         x,
-        depthwise_weight,
-        depthwise_bias,
-        pointwise_weight,
-        pointwise_bias,
-        projection_weight,
-        projection_bias,
-        norm=norm,
-        eps=eps,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        approximate=approximate,
+        Convolution(depthwise_weight, depthwise_bias),
+        Convolution(pointwise_weight, pointwise_bias),
+        Convolution(projection_weight, projection_bias),
+        normed,
+        approximate,
         # The block works in the dtype of its weights, but adds the result to x as it is.
         autocast_x=False,
     )
@@ -188,16 +173,9 @@ def layer_norm(
     """
     _, channels, _, _ = _check_maps(x)
     _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    _check_norm(channels, norm, eps, norm_weight, norm_bias)
-    return _run(
-        "layer_norm",
-        x,
-        norm=norm,
-        eps=eps,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        autocast_dtype=torch.float32,
-    )
+    normed = Norm(norm, eps, norm_weight, norm_bias)
+    _check_norm(normed, channels)
+    return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -230,34 +208,28 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"x is {height} x {width} pixels; expected at least one patch of "
             f"{weight.shape[2]} x {weight.shape[3]}: give larger images or a smaller patch"
         )
-    return _run("patch_conv", x, weight, bias)
+    return _run("patch_conv", x, Convolution(weight, bias))
 
 
 def _run(
     operation: str,
     x: Tensor,
-    *parameters: Tensor | None,
+    *values: Value,
     autocast_dtype: torch.dtype | None = None,
     autocast_x: bool = True,
-    **options: Any,
 ) -> Tensor:
     """Run an operation; under autocast, as PyTorch's convolutions, in its dtype."""
     dtype = backends.autocast_dtype(x)
     if dtype is None:
-        return dispatch.run(operation, x, parameters, options)
+        return dispatch.run(operation, x, values)
     dtype = autocast_dtype or dtype
 
-    def cast(value: Any) -> Any:
+    def cast(tensor: Tensor) -> Tensor:
         # Autocast leaves float64 alone.
-        return value.to(dtype) if isinstance(value, Tensor) and value.dtype != torch.float64 else value
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
     with torch.autocast(x.device.type, enabled=False):
-        return dispatch.run(
-            operation,
-            cast(x) if autocast_x else x,
-            tuple(cast(parameter) for parameter in parameters),
-            {name: cast(value) for name, value in options.items()},
-        )
+        return dispatch.run(operation, cast(x) if autocast_x else x, map_tensors(cast, *values))
 
 
 # An eager step on a GPU is bound by the host: what of a tensor costs a call into PyTorch is asked for once.
@@ -323,20 +295,10 @@ def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
     return shape[0]
 
 
-def _check_norm(
-    channels: int, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; expected at least 0")
-    _check_vector("norm_weight", norm_weight, channels)
-    _check_vector("norm_bias", norm_bias, channels)
-
-
-def _check_gelu(approximate: str) -> None:
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"approximate is {approximate!r}; expected one of {', '.join(APPROXIMATIONS)}")
+def _check_norm(norm: Norm, channels: int) -> None:
+    check_norm(norm.over, norm.eps)
+    _check_vector("norm_weight", norm.weight, channels)
+    _check_vector("norm_bias", norm.bias, channels)
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

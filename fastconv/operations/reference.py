@@ -18,13 +18,15 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    if norm == "channel":
+        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
+        return y.permute(0, 3, 1, 2)
     if norm == "tensor":
         x = F.layer_norm(x, x.shape, eps=eps)
     elif norm == "sample":
         x = F.layer_norm(x, x.shape[1:], eps=eps)
     else:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
-        return y.permute(0, 3, 1, 2)
+        raise ValueError(f"norm is {norm!r}; expected one of tensor, sample, channel")
     if norm_weight is not None:
         x = x * norm_weight[:, None, None]
     if norm_bias is not None:

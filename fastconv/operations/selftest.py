@@ -6,7 +6,7 @@ verdict for other processes. FASTCONV_SELFTEST=0 turns it off.
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
 import os
 import threading
@@ -20,7 +20,8 @@ from torch import Tensor
 from fastconv import accuracy, machine
 from fastconv.accuracy import Error
 from fastconv.kernels.common.errors import KernelError
-from fastconv.operations import backends, fallback, reference, verdicts
+from fastconv.kernels.common.values import Convolution, Norm, Value, map_tensors, tensors_in
+from fastconv.operations import backends, definition, fallback, verdicts
 from fastconv.operations.verdicts import Verdict
 
 # Architectures on which all tests of the kernels have passed, as "sm_90" or "gfx942".
@@ -69,17 +70,16 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class Sizes(NamedTuple):
-    """What an operation is called with, but for the values of tensors.
+    """What an operation is tried with.
 
     Args:
-        shapes: of the maps, the other positional arguments, and those that are tensors and have a name.
-        names: of the last.
-        options: the other arguments that have a name.
+        maps: the shape of x.
+        values: the other arguments; only the shapes of their tensors count.
+        channels_last: whether x has that memory format.
     """
 
-    shapes: tuple[tuple[int, ...] | None, ...]
-    names: tuple[str, ...]
-    options: dict[str, Any]
+    maps: tuple[int, ...]
+    values: tuple[Value, ...]
     channels_last: bool = False
 
 
@@ -195,43 +195,38 @@ def _compare(
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """{name: (ours, PyTorch's, exact)} of the output, without gradients and with them, and of each gradient."""
-    definition: Callable[..., Tensor] = getattr(reference, subject.operation)
-    positional = len(sizes.shapes) - len(sizes.names)
-    names = [*list(inspect.signature(definition).parameters)[:positional], *sizes.names]
-    dtypes = [subject.maps, *[subject.dtype] * (len(names) - 1)]
+    shapes = [sizes.maps, *(parameter.shape for parameter in tensors_in(*sizes.values))]
+    dtypes = [subject.maps, *[subject.dtype] * (len(shapes) - 1)]
     # Rounded to the dtype, and in float64.
     exact_inputs = [
-        None if shape is None else _draw(shape, generator, is_maps=name == "x").to(dtype).double()
-        for name, shape, dtype in zip(names, sizes.shapes, dtypes, strict=True)
+        _draw(shape, generator, is_maps=i == 0).to(dtype).double()
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
-    inputs = [None if x is None else x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
+    inputs = [x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
 
-    def results(function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        def call(*values: Tensor | None) -> Tensor:
-            return function(**dict(zip(names, values, strict=True)), **sizes.options)
+    def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        def call(x: Tensor, *parameters: Tensor) -> Tensor:
+            remaining = iter(parameters)
+            return function(x, *map_tensors(lambda _: next(remaining), *sizes.values))
 
         with torch.no_grad():
             alone = call(*tensors)
         grad = _draw(tuple(alone.shape), torch.Generator().manual_seed(1), is_maps=True).to(subject.dtype)
         return [alone, *accuracy.outputs_and_grads(call, tensors, grad.to(device=alone.device))]
 
-    exact, pytorch = results(definition, exact_inputs), results(definition, inputs)
+    define = functools.partial(definition.call, subject.operation)
+    exact, pytorch = results(define, exact_inputs), results(define, inputs)
     if sizes.channels_last:
-        inputs = [
-            x if x is None or name != "x" else _channels_last(x) for name, x in zip(names, inputs, strict=True)
-        ]
+        inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
     found = results(operation, inputs)
-    present = [name for name, x in zip(names, inputs, strict=True) if x is not None]
+    arguments = definition.arguments(subject.operation, inputs[0], *sizes.values)
+    names = [name for name, argument in arguments.items() if isinstance(argument, Tensor)]
     return {
         name: (ours.cpu(), other.cpu(), right)
         for name, ours, other, right in zip(
-            ["output without gradients", "output", *present], found, pytorch, exact, strict=True
+            ["output without gradients", "output", *names], found, pytorch, exact, strict=True
         )
     }
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _draw(shape: tuple[int, ...], generator: torch.Generator, is_maps: bool) -> Tensor:
@@ -240,12 +235,11 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, is_maps: bool) -> 
     return x if is_maps else x / math.sqrt(math.prod(shape[1:]))
 
 
-def sizes_of(subject: Subject, x: Tensor, parameters: Sequence[Tensor | None], options: dict[str, Any]) -> Sizes:
-    """Those of a call, whose kernels are compiled anyway, but of few images and pixels."""
-    shapes = [None if p is None else tuple(map(int, p.shape)) for p in parameters]
-    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+def sizes_of(subject: Subject, x: Tensor, values: tuple[Value, ...]) -> Sizes:
+    """The sizes of a call, whose kernels are compiled anyway, but with few images and pixels."""
     channels, height, width = map(int, x.shape[1:])
-    wide = shapes[0][0] if shapes and shapes[0] else channels
+    first = values[0]
+    wide = first.weight.shape[0] if isinstance(first, Convolution) else channels
     widest = max(channels, wide)
     # Enough that large maps stay large.
     pixels = max(1024, MOST_ELEMENTS // widest)
@@ -255,25 +249,29 @@ def sizes_of(subject: Subject, x: Tensor, parameters: Sequence[Tensor | None], o
     normed = {"channel": wide, "sample": wide * height * width, "tensor": images * wide * height * width}
     if subject.norm is not None and normed[subject.norm] < FEWEST_NORMED:
         return usual_sizes(subject)
-    return Sizes(
-        ((images, channels, height, width), *shapes, *(tuple(map(int, t.shape)) for t in tensors.values())),
-        tuple(tensors),
-        {name: value for name, value in options.items() if value is not None and name not in tensors},
-        x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous(),
-    )
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return Sizes((images, channels, height, width), values, channels_last)
+
+
+def _convolution(outputs: int, inputs: int, side: int) -> Convolution:
+    weight, bias = torch.empty(outputs, inputs, side, side, device="meta"), torch.empty(outputs, device="meta")
+    return Convolution(weight, bias)
+
+
+# The lecture's, made here because a caller's modes would see tensors that are made later.
+_DEPTHWISE, _POINTWISE, _PROJECTION = _convolution(128, 1, 7), _convolution(32, 128, 1), _convolution(32, 32, 1)
+_WIDENING, _PATCHES = _convolution(128, 32, 1), _convolution(128, 32, 2)
 
 
 def usual_sizes(subject: Subject) -> Sizes:
-    """Those of the lecture's first block, where there is no call; on large maps, of more pixels."""
-    channels, wide, side = 32, 128, 20 if subject.large else 8
-    depthwise, pointwise = ((wide, 1, 7, 7), (wide,)), ((channels, wide, 1, 1), (channels,))
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-        "convnext_block": (*depthwise, *pointwise, (channels, channels, 1, 1), (channels,)),
-        "depthwise_conv_layer_norm": depthwise,
-        "layer_norm": (),
-        "patch_conv": ((wide, channels, 2, 2), (wide,)),
-        "pointwise_conv_gelu": ((wide, channels, 1, 1), (wide,)),
+    """The sizes of the lecture's first block, for where there is no call; large maps have more pixels."""
+    side = 20 if subject.large else 8
+    norm = Norm(subject.norm or "tensor", 1e-5, None, None)
+    values: dict[str, tuple[Value, ...]] = {
+        "convnext_block": (_DEPTHWISE, _POINTWISE, _PROJECTION, norm, "none"),
+        "depthwise_conv_layer_norm": (_DEPTHWISE, norm),
+        "layer_norm": (norm,),
+        "patch_conv": (_PATCHES,),
+        "pointwise_conv_gelu": (_WIDENING, "none"),
     }
-    maps = MOST_IMAGES, channels, side, side
-    options = {} if subject.norm is None else {"norm": subject.norm}
-    return Sizes((maps, *shapes[subject.operation]), (), options)
+    return Sizes((MOST_IMAGES, 32, side, side), values[subject.operation])

@@ -12,10 +12,10 @@ from fastconv.operations import backends, fallback, selftest
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(forced: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """As `backends.choose`. What is forced is an argument, so that when it changes another graph is made."""
+def first_that_can(forced: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """As `backends.first_that_can`; `forced` is an argument so that another backend makes another graph."""
     name = backends.first_that_can(device, *dtypes)
-    if name is not None:
+    if name not in (None, "reference"):
         # The graph cannot import it.
         backends.implementation(name)
     return name

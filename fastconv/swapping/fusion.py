@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
-from fastconv.operations import backends, functional, portable
+from fastconv.operations import backends, decisions, functional
 from fastconv.swapping.configuration import Snapshot, is_within
 
 PLAIN = (nn.Parameter, Tensor, type(None))
@@ -186,7 +186,7 @@ class ConvNeXtBlock(Block):
         return self.drop_path is not None
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
-        return portable.swapping_pays(x)
+        return decisions.swapping_pays(x)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         # All that follows is fastest where channels lie side by side, and the next block finds them so.
@@ -271,7 +271,7 @@ class Chain(Fusion):
     def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
         if approximate is not None:
             return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
-        if backends.leaves_to_pytorch(x) and not portable.swapping_pays(x):
+        if backends.leaves_to_pytorch(x) and not decisions.swapping_pays(x):
             return second(first(x))
         return depthwise_norm(first, second, x)
 

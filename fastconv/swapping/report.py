@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from typing import NamedTuple
 
-from fastconv.operations import portable
+from fastconv.operations import decisions
 
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
-    f"{BY_SIZE}: on a CPU, from {portable.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
-    f"up to {portable.SLOW_PIXELS} pixels; and in training, plain maps of {portable.SLOW_ELEMENTS:,} elements or "
+    f"{BY_SIZE}: on a CPU, from {decisions.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
+    f"up to {decisions.SLOW_PIXELS} pixels; and in training, plain maps of {decisions.SLOW_ELEMENTS:,} elements or "
     "more. The module's own forward is as fast for others, and runs."
 )
 

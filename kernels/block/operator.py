@@ -19,11 +19,9 @@ from ..common.launch import (
 )
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator, check_differentiated_once
+from ..decisions import WIDEST_BLOCK
 from ..toeplitz.plan import MAX_PARTIALS, Depthwise
 from .kernels import pointwise_backward, pointwise_forward
-
-# Hidden channels, or channels. More do not fit the registers and the shared memory of one program.
-WIDEST = 128
 
 
 class Rows:
@@ -31,7 +29,7 @@ class Rows:
 
     def __init__(self, depthwise: Depthwise, hidden: int) -> None:
         # A program holds all hidden channels of its rows in registers, some times over.
-        rows = max(16, min(64, 2048 // block_size(hidden, WIDEST)))
+        rows = max(16, min(64, 2048 // block_size(hidden, WIDEST_BLOCK)))
         self.warps = 4 if hidden <= 64 else 8
         self.block_pixels = min(depthwise.block_pixels, rows)
         self.pixel_blocks = ceil_div(depthwise.pixels, self.block_pixels)
@@ -82,8 +80,8 @@ class Forward:
             BLOCK_IMAGES=rows.block_images,
             BLOCK_PIXELS=rows.block_pixels,
             BLOCK_INPUTS=block_size(depthwise.outputs, 64),
-            BLOCK_HIDDEN=block_size(hidden, WIDEST),
-            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+            BLOCK_HIDDEN=block_size(hidden, WIDEST_BLOCK),
+            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST_BLOCK),
             num_warps=rows.warps,
         )
 
@@ -177,8 +175,8 @@ class Backward:
             BLOCK_IMAGES=rows.block_images,
             BLOCK_PIXELS=rows.block_pixels,
             BLOCK_INPUTS=16,
-            BLOCK_HIDDEN=block_size(hidden, WIDEST),
-            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST),
+            BLOCK_HIDDEN=block_size(hidden, WIDEST_BLOCK),
+            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST_BLOCK),
             num_warps=rows.warps,
         )
         self.depthwise = depthwise.backward(

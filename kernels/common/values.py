@@ -1,13 +1,17 @@
-"""The parameters of a convolution and of a norm, as the values in which implementations take them.
+"""The parameters of the operations, as the values in which implementations take them.
 
 Imports no Triton, so that every implementation can share them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+NORMS = ("tensor", "sample", "channel")
+APPROXIMATIONS = ("none", "tanh")
 
 
 class Convolution(NamedTuple):
@@ -46,3 +50,37 @@ class Norm(NamedTuple):
         if self.weight is not None:
             weight = weight * self.weight[:, None, None]
         return Convolution(weight, bias)
+
+
+# What an operation takes beside maps; the string is GELU's `approximate`.
+Value = Convolution | Norm | str
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], *values: Value) -> tuple[Any, ...]:
+    """The values, with `function` applied to each of their tensors, in order."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        return type(value)(*[function(field) if isinstance(field, Tensor) else field for field in value])
+
+    return tuple(map(mapped, values))
+
+
+def tensors_in(*values: Value) -> list[Tensor]:
+    """The tensors of the values, in the order in which `map_tensors` meets them."""
+    return [field for value in values for field in value if isinstance(field, Tensor)]
+
+
+def check_norm(norm: str, eps: float) -> None:
+    """Raise ValueError unless `norm` is one of NORMS and `eps` at least 0."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; expected at least 0")
+
+
+def check_approximate(approximate: str) -> None:
+    """Raise ValueError unless `approximate` is one of APPROXIMATIONS."""
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"approximate is {approximate!r}; expected one of {', '.join(APPROXIMATIONS)}")

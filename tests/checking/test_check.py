@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv import accuracy
-from fastconv.checking import cases, divergence, problems, runner
+from fastconv.checking import divergence, problems, runner
 from fastconv.checking.cases import MODULES, OPERATIONS, Case, all_cases
 from fastconv.checking.inputs import INPUTS
 from fastconv.checking.report import Report, Result, Training
 from fastconv.commands import check as command
-from fastconv.operations import backends, columns, functional, portable
+from fastconv.operations import autograd, backends, columns, decisions, functional, portable
+from fastconv.operations.decisions import Form
 
 CPU = torch.device("cpu")
 NORMED = {"layer_norm", "depthwise_conv_layer_norm", "convnext_block", "DepthwiseConvLayerNorm", "ConvNextBlock"}
@@ -114,8 +115,8 @@ def test_cases_cover_every_axis():
         assert layouts == set(accuracy.FORMATS)
     for subject in MODULES:
         assert "autocast" in {case.precision for case in found if case.subject == subject}
-    shapes = [given.sizes[:4] for given in INPUTS.values()]
-    assert {columns.choose_geometry(shape).batch_last for shape in shapes} == {False, True}
+    layouts = {decisions.layout(given.images, given.height * given.width) for given in INPUTS.values()}
+    assert layouts == {Form.BATCH_LAST, Form.CHANNELS_LAST}
 
 
 def test_a_dropped_tap_is_wrong(monkeypatch, wrong_cases):
@@ -136,13 +137,13 @@ def test_a_dropped_tap_is_wrong(monkeypatch, wrong_cases):
 
 
 def test_a_swapped_multiplier_index_is_wrong(monkeypatch, wrong_cases):
-    convolve = portable.convolve
+    convolve = autograd.convolve
 
     def swap(x, weight, geometry):
         h, matrix = convolve(x, weight, geometry)
         return h.unflatten(0, (x.shape[0], -1)).transpose(0, 1).flatten(0, 1).contiguous(), matrix
 
-    monkeypatch.setattr(portable, "convolve", swap)
+    monkeypatch.setattr(autograd, "convolve", swap)
     assert wrong_cases() == {(case.subject, case.given) for case in FLOAT32 if case.subject in CONVOLVING}
 
 
@@ -155,7 +156,7 @@ def test_variance_as_a_difference_of_squares_is_wrong(monkeypatch, wrong_cases):
         h.sub_(mean)
         return scale
 
-    monkeypatch.setattr(portable, "centre", centre)
+    monkeypatch.setattr(autograd, "centre", centre)
     wrong = wrong_cases()
     assert {subject for subject, given in wrong if given == "mean 1000 x std"} == NORMED & set(OPERATIONS)
     # Four channels may by chance be as nearly equal as that.
@@ -163,12 +164,12 @@ def test_variance_as_a_difference_of_squares_is_wrong(monkeypatch, wrong_cases):
 
 
 def test_an_ignored_stride_is_wrong(monkeypatch, wrong_cases):
-    to_columns = portable.to_columns
+    to_columns = autograd.to_columns
 
     def ignore(x, geometry):
         return to_columns(x.as_strided(x.shape, torch.empty(x.shape).stride()), geometry)
 
-    monkeypatch.setattr(portable, "to_columns", ignore)
+    monkeypatch.setattr(autograd, "to_columns", ignore)
     wrong = wrong_cases()
     for subject in NORMED & set(OPERATIONS):
         given = {given for name, given in wrong if name == subject}
@@ -177,9 +178,9 @@ def test_an_ignored_stride_is_wrong(monkeypatch, wrong_cases):
 
 
 def test_an_ignored_eps_is_wrong(monkeypatch, wrong_cases):
-    centre = portable.centre
+    centre = autograd.centre
     monkeypatch.setattr(
-        portable, "centre", lambda h, bias, dims, eps, geometry: centre(h, bias, dims, 0, geometry)
+        autograd, "centre", lambda h, bias, dims, eps, geometry: centre(h, bias, dims, 0, geometry)
     )
     assert wrong_cases() >= {(subject, "std 0.01") for subject in NORMED & set(OPERATIONS)}
 
@@ -216,9 +217,6 @@ def test_faults_in_triton_kernels_are_wrong(monkeypatch):
 @pytest.mark.interpreted
 def test_what_the_interpreter_cannot_show_is_skipped():
     pytest.importorskip("triton")
-    from fastconv.kernels import operations
-
-    assert cases.LARGEST_TOEPLITZ_MAP == operations.LARGEST_TOEPLITZ_MAP
     with fastconv.backend("triton"):
         assert "would take minutes" in examine("convnext_block", "8x8", norm="channel").reason
         for case in (("layer_norm", "8x8", "bfloat16"), ("ConvNextBlock", "4x4 sliced", "autocast")):
@@ -261,7 +259,7 @@ def test_an_error_is_wrong_and_the_rest_goes_on(run, monkeypatch, quick, pointwi
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_wrong(monkeypatch, value):
-    monkeypatch.setattr(portable, "patch_conv", lambda x, weight, bias: F.conv2d(x, weight, bias, 2) * value)
+    monkeypatch.setattr(portable, "patch_conv", lambda x, conv: F.conv2d(x, *conv, 2) * value)
     with fastconv.backend("portable"):
         result = examine("patch_conv", "8x8")
     assert result.verdict == "wrong"
@@ -321,7 +319,7 @@ def test_training_is_wrong_if_a_gradient_is(monkeypatch, quick):
 
 
 def test_training_that_ends_in_nan_is_wrong(monkeypatch, quick):
-    monkeypatch.setattr(portable, "layer_norm", lambda x, **_: x * torch.nan)
+    monkeypatch.setattr(portable, "layer_norm", lambda x, _: x * torch.nan)
     with fastconv.backend("portable"):
         training = runner.examine_training(CPU, lambda: None)
     assert training.verdict == "wrong"

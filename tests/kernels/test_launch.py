@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 COMPARED = """
 import ctypes, torch
 from bench.tools.null_gpu import null_gpu
-from fastconv.kernels import launch, operations
+from fastconv.kernels import operations
+from fastconv.kernels.common import launch
+from fastconv.kernels.common.values import Convolution, Norm
 
 SIZES = {"i1": 1, "i32": 4, "i64": 8, "fp32": 4}
 call = launch.Launch.__call__
@@ -54,13 +56,20 @@ def run(function, *sizes, aligned=True):
     y = function(*leaves)
     torch.autograd.grad(y, [x for x in leaves if x is not None], torch.empty_like(y))
 
+def convnext_block(x, *parameters):
+    convolutions = [Convolution(*parameters[i : i + 2]) for i in (0, 2, 4)]
+    return operations.convnext_block(x, *convolutions, Norm("tensor", 1e-5, None, None), "none")
+
+def pointwise(x, weight):
+    return operations.pointwise_conv_gelu(x, Convolution(weight, None), "none")
+
 with null_gpu() as library:
     launch.Launch.__call__ = compare
     block = (3, 8, 5, 3), (16, 1, 3, 3), (16,), (8, 16, 1, 1), None, (8, 8, 1, 1), (8,)
     for aligned in (True, False):
-        run(operations.convnext_block, *block, aligned=aligned)
-    run(lambda x, w: operations.pointwise_conv_gelu(x, w), (1, 16, 1, 1), (4, 16, 1, 1))
-    run(lambda x: operations.layer_norm(x, norm="channel"), (2, 16, 3, 3))
+        run(convnext_block, *block, aligned=aligned)
+    run(pointwise, (1, 16, 1, 1), (4, 16, 1, 1))
+    run(lambda x: operations.layer_norm(x, Norm("channel", 1e-5, None, None)), (2, 16, 3, 3))
 print(*compared)
 """
 
@@ -69,17 +78,18 @@ HOOKED = """
 import torch, triton
 from bench.tools.null_gpu import null_gpu
 from fastconv.kernels import operations
+from fastconv.kernels.common.values import Norm
 
 seen = []
 enter = lambda metadata: seen.append(metadata.get()["name"])
-x = torch.empty(2, 16, 3, 3)
+x, norm = torch.empty(2, 16, 3, 3), Norm("tensor", 1e-5, None, None)
 with null_gpu() as library:
-    operations.layer_norm(x)
+    operations.layer_norm(x, norm)
     before = library.null_launches()
     triton.knobs.runtime.launch_enter_hook.add(enter)
-    operations.layer_norm(x)
+    operations.layer_norm(x, norm)
     triton.knobs.runtime.launch_enter_hook.remove(enter)
-    operations.layer_norm(x)
+    operations.layer_norm(x, norm)
     assert library.null_launches() == before + 4
 print(*seen)
 """

@@ -13,7 +13,7 @@ from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and
 from fastconv.operations import functional, reference
 
 pytest.importorskip("triton")
-from fastconv.kernels import operations
+from fastconv.kernels import decisions
 from fastconv.kernels.channel_norm import operators as channel_norm_operators
 from fastconv.kernels.stencil import operators as stencil_operators
 
@@ -101,7 +101,7 @@ def test_depthwise_conv_channel_norm(name, affine, device):
 
 @pytest.mark.parametrize("norm", ["tensor", "sample"])
 def test_large_maps(norm, device, monkeypatch):
-    monkeypatch.setattr(operations, "LARGEST_TOEPLITZ_MAP", 5)
+    monkeypatch.setattr(decisions, "LARGEST_TOEPLITZ_MAP", 5)
     for name in ("7x7 taps", "multiplier", "map smaller than the kernel"):
         FEW(sampler(SHAPES[name], device, norm=norm))
 
@@ -178,7 +178,7 @@ def test_no_program_has_more_threads_than_a_gpu(channels):
 
 
 def test_channels_too_wide_for_one_program(device, monkeypatch):
-    monkeypatch.setattr(operations, "WIDEST_CHANNEL_NORM", 4)
+    monkeypatch.setattr(decisions, "WIDEST_CHANNEL_NORM", 4)
     for layout in ("contiguous", "channels_last"):
         FEW(sampler(SHAPES["multiplier"], device, layout))
 
@@ -196,7 +196,7 @@ def test_convnext_block(device):
 
 
 def test_wide_pointwise_convolutions_are_products_of_the_vendor(device, monkeypatch):
-    monkeypatch.setattr(operations, "LARGEST_POINTWISE", 10)
+    monkeypatch.setattr(decisions, "LARGEST_POINTWISE", 10)
 
     def sample(layout):
         inputs = [torch.randn(2, 5, 3, 4), torch.randn(4, 5, 1, 1), torch.randn(4)]

@@ -13,8 +13,7 @@ from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and
 from fastconv.operations import functional, reference
 
 pytest.importorskip("triton")
-from fastconv.kernels import operations
-from fastconv.kernels.block import operator as block_operator
+from fastconv.kernels import decisions, operations
 from fastconv.kernels.common import launch, registration
 
 # The third, "channel", has kernels of its own: see test_stencil.py.
@@ -271,7 +270,7 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
 
 
 def test_blocks_too_wide_for_one_kernel_are_composed(device, monkeypatch):
-    monkeypatch.setattr(block_operator, "WIDEST", 2)
+    monkeypatch.setattr(decisions, "WIDEST_BLOCK", 3)
     ONE(
         lambda: compare(
             block(functional), block(reference), random_block(SHAPES["lecture 4x4"]), NAMES, device=device

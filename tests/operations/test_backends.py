@@ -32,7 +32,7 @@ def test_auto_takes_the_portable_path_without_a_gpu():
 def test_forced_backends_run(monkeypatch):
     called = []
     for module in (portable, reference):
-        monkeypatch.setattr(module, "layer_norm", lambda x, _m=module, **_: called.append(_m) or x)
+        monkeypatch.setattr(module, "layer_norm", lambda x, *_, _m=module, **__: called.append(_m) or x)
     with fastconv.backend("reference"):
         functional.layer_norm(torch.zeros(1, 1, 1, 1))
     with fastconv.backend("portable"):

@@ -3,6 +3,7 @@
 "auto" takes kernels that are planted, on CPU tensors, as if these were on a GPU.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -22,10 +23,23 @@ from torch.utils.checkpoint import checkpoint
 import fastconv
 from fastconv import accuracy, machine
 from fastconv.kernels.common.errors import KernelError
-from fastconv.operations import backends, dispatch, fallback, functional, portable, reference, selftest, verdicts
+from fastconv.kernels.common.values import Convolution, Norm, tensors_in
+from fastconv.kernels.decisions import LARGEST_TOEPLITZ_MAP
+from fastconv.operations import (
+    backends,
+    definition,
+    dispatch,
+    fallback,
+    functional,
+    portable,
+    reference,
+    selftest,
+    verdicts,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5, 6, 2, (3, 3))
+NORM = Norm("tensor", 1e-5, None, None)
 X = torch.linspace(-1, 1, 3 * 4 * 5 * 6).view(3, 4, 5, 6)
 
 
@@ -34,7 +48,7 @@ def plant(monkeypatch, tmp_path):
     """Make a process in which nothing was tried, where "auto" takes the planted operations for Triton's."""
 
     def make(**operations):
-        kernels = types.SimpleNamespace(**{name: getattr(reference, name) for name in backends.OPERATIONS})
+        kernels = types.SimpleNamespace(**{name: right(name) for name in backends.OPERATIONS})
         vars(kernels).update(operations)
         monkeypatch.setitem(backends._MODULES, "triton", kernels)
         monkeypatch.setattr(backends, "can_run", lambda *_: None)
@@ -45,6 +59,10 @@ def plant(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTCONV_SELFTEST", "1")
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path))
     return make
+
+
+def right(operation):
+    return functools.partial(definition.call, operation)
 
 
 @pytest.fixture
@@ -62,14 +80,14 @@ def counted(operation, calls):
     return call
 
 
-def wrong_norm(x, **options):
+def wrong_norm(x, norm):
     """Off by a hundredth."""
-    return reference.layer_norm(x, **options) * 1.01
+    return definition.call("layer_norm", x, norm) * 1.01
 
 
-def wrong_gradient(x, **options):
+def wrong_gradient(x, norm):
     """Right forward, and a gradient that is off by a hundredth."""
-    y = reference.layer_norm(x, **options)
+    y = definition.call("layer_norm", x, norm)
     return y.detach() + 1.01 * (y - y.detach())
 
 
@@ -85,14 +103,14 @@ def recorded(folder):
 
 def test_right_kernels_run_after_one_test(plant, silent, tmp_path):
     calls = []
-    plant(layer_norm=counted(reference.layer_norm, calls))
+    plant(layer_norm=counted(right("layer_norm"), calls))
     for _ in range(2):
         assert torch.equal(functional.layer_norm(X), reference.layer_norm(X))
     tested, used = calls.count(False), calls.count(True)
     assert (tested, used) == (2 * selftest.SAMPLES, 2)
     assert recorded(tmp_path) == {"layer_norm, tensor, float32": {"right": True, "reason": ""}}
     # As in the next process.
-    plant(layer_norm=counted(reference.layer_norm, calls))
+    plant(layer_norm=counted(right("layer_norm"), calls))
     functional.layer_norm(X)
     assert calls.count(False) == tested
 
@@ -108,7 +126,7 @@ def test_wrong_kernels_are_not_used(plant, tmp_path, fault):
     assert "at most 5.0e-06 is right). The portable backend runs instead" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
     assert "fastconv info" in text
-    assert torch.equal(y, portable.layer_norm(X))
+    assert torch.equal(y, portable.layer_norm(X, NORM))
     found = recorded(tmp_path)["layer_norm, tensor, float32"]
     assert not found["right"]
     assert "error" in found["reason"]
@@ -134,7 +152,7 @@ def test_wrong_kernels_are_not_used(plant, tmp_path, fault):
 
 def test_other_operations_dtypes_and_norms_stay(plant, tmp_path):
     calls = []
-    plant(layer_norm=wrong_norm, pointwise_conv_gelu=counted(reference.pointwise_conv_gelu, calls))
+    plant(layer_norm=wrong_norm, pointwise_conv_gelu=counted(right("pointwise_conv_gelu"), calls))
     with pytest.warns(RuntimeWarning, match="layer_norm, tensor, float32"):
         functional.layer_norm(X)
     with pytest.warns(RuntimeWarning, match="layer_norm, sample, bfloat16"):
@@ -145,13 +163,13 @@ def test_other_operations_dtypes_and_norms_stay(plant, tmp_path):
 
 
 def test_kernels_that_raise_are_wrong(plant, tmp_path):
-    def fail(x, **_):
+    def fail(*_):
         raise RuntimeError("an illegal memory\naccess was encountered")
 
     plant(layer_norm=fail)
     with pytest.warns(RuntimeWarning, match="an illegal memory access was encountered"):
         y = functional.layer_norm(X)
-    assert torch.equal(y, portable.layer_norm(X))
+    assert torch.equal(y, portable.layer_norm(X, NORM))
     assert not recorded(tmp_path)["layer_norm, tensor, float32"]["right"]
 
 
@@ -186,17 +204,18 @@ def test_where_few_values_are_normalised_others_are_tested(plant, silent):
 
 def test_sizes_are_those_of_the_call_with_few_images():
     *parameters, norm_weight, norm_bias = random_block((1, 64, 1, 1, 2, (5, 5)))[1:]
+    convolutions = [Convolution(*parameters[i : i + 2]) for i in (0, 2, 4)]
+    norm = Norm("tensor", 1e-6, norm_weight, norm_bias)
     x = torch.empty(100, 64, 300, 500, device="meta").contiguous(memory_format=torch.channels_last)
     subject = selftest.Subject("convnext_block", "tensor", True, torch.float32, torch.float32)
-    options = {"norm": "tensor", "eps": 1e-6, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    sizes = selftest.sizes_of(subject, x, parameters, options)
-    maps, *others = sizes.shapes
+    sizes = selftest.sizes_of(subject, x, (*convolutions, norm, "none"))
+    others = [tuple(p.shape) for p in tensors_in(*sizes.values)]
     assert others == [tuple(p.shape) for p in (*parameters, norm_weight, norm_bias)]
-    assert (sizes.names, sizes.options) == (("norm_weight", "norm_bias"), {"norm": "tensor", "eps": 1e-6})
+    assert sizes.values[-2][:2] == ("tensor", 1e-6)
     assert sizes.channels_last
-    images, channels, height, width = maps
+    images, channels, height, width = sizes.maps
     assert (images, channels) == (1, 64)
-    assert height * width > dispatch.LARGEST_TOEPLITZ_MAP
+    assert height * width > LARGEST_TOEPLITZ_MAP
     assert 128 * height * width <= selftest.MOST_ELEMENTS
 
 
@@ -217,7 +236,7 @@ def test_the_environment_turns_it_off(plant, monkeypatch, silent, tmp_path, sett
 def test_proved_architectures_are_not_tested(plant, monkeypatch, silent, tmp_path):
     plant(layer_norm=wrong_norm)
     monkeypatch.setattr(selftest, "PROVED", frozenset({"cpu"}))
-    assert torch.equal(functional.layer_norm(X), wrong_norm(X))
+    assert torch.equal(functional.layer_norm(X), wrong_norm(X, NORM))
     assert not list(tmp_path.iterdir())
 
 
@@ -234,7 +253,7 @@ def test_a_corrupt_file_is_written_anew(plant, silent, content):
 
 def test_without_a_folder_to_write_to_the_verdict_is_that_of_a_process(plant, monkeypatch, silent, tmp_path):
     calls = []
-    plant(layer_norm=counted(reference.layer_norm, calls))
+    plant(layer_norm=counted(right("layer_norm"), calls))
     (tmp_path / "file").touch()
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "file"))
     for _ in range(2):
@@ -270,8 +289,8 @@ class Functions(torch.overrides.TorchFunctionMode):
 def test_nothing_of_the_callers_is_seen_or_changed(plant, silent, monkeypatch):
     seen = []
 
-    def look(x, **options):
-        y = reference.layer_norm(x, **options)
+    def look(x, norm):
+        y = definition.call("layer_norm", x, norm)
         if threading.current_thread() is not threading.main_thread():
             seen.append((x.dtype, y.dtype, y.is_inference(), str(torch.empty(0).device)))
         return y
@@ -301,7 +320,7 @@ def test_a_first_use_in_a_checkpoint(plant, silent):
 
 def test_threads_test_once(plant, silent):
     calls = []
-    plant(layer_norm=counted(reference.layer_norm, calls))
+    plant(layer_norm=counted(right("layer_norm"), calls))
     start, tests = threading.Barrier(4), []
     worst = selftest._worst
 
@@ -451,7 +470,7 @@ import torch, triton
 import fastconv
 sys.path.insert(0, {tests!r})
 import faulty_kernels
-from fastconv.operations import backends, functional, portable
+from fastconv.operations import backends, functional
 from fastconv.bench.tools import null_gpu
 from fastconv.kernels.layer_norm import kernels as norm
 
@@ -470,8 +489,9 @@ with null_gpu.null_gpu(), warnings.catch_warnings(record=True) as warned:
         print(error)
 (warning,) = warned
 print(warning.message)
-assert torch.equal(y, portable.layer_norm(x))
-assert torch.equal(gradient, torch.autograd.grad(portable.layer_norm(x).sum(), x)[0])
+fastconv.backend("portable")
+assert torch.equal(y, functional.layer_norm(x))
+assert torch.equal(gradient, torch.autograd.grad(functional.layer_norm(x).sum(), x)[0])
 """
 
 

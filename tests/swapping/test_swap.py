@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv.operations import portable, reference
+from fastconv.operations import decisions, reference
 from fastconv.swapping import fusion, verification
 
 
@@ -800,7 +800,7 @@ def test_the_blocks_own_forward_runs_where_it_is_as_fast(calls, monkeypatch):
     model = Block()
     fastconv.swap(model)
     calls.clear()
-    pixels, plain = torch.rand(portable.SEVERAL_IMAGES, 6, 1, 1), torch.rand(2, 6, 9, 8)
+    pixels, plain = torch.rand(decisions.SEVERAL_IMAGES, 6, 1, 1), torch.rand(2, 6, 9, 8)
     large = torch.rand(3, 6, 64, 64)
     model(pixels)
     assert len(calls) == 1

@@ -1,0 +1,217 @@
+"""The operations on columns as autograd functions, each with its backward written by hand.
+
+Inputs and gradients are maps. Results are columns in memory order, and not a view: one that a Function returns may
+not be changed in place; and torch.compile expects gradients with the strides of the output, but hands over
+contiguous ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastconv.kernels.common.rules import check_differentiated_once
+from fastconv.operations.columns import (
+    convolve,
+    convolve_backward,
+    from_columns,
+    from_memory_order,
+    geometry_of,
+    in_memory_order,
+    mix_channels,
+    to_columns,
+    toeplitz_matrix,
+)
+from fastconv.operations.normalisation import centre, mean_over, normalise_backward, normalised, statistics_dims
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward of columns, without a derivative of its own, as one of memory order."""
+
+    def call(ctx: Any, grad: Tensor) -> Any:
+        check_differentiated_once()
+        with torch.no_grad():
+            return backward(ctx, from_memory_order(grad, ctx.geometry))
+
+    return call
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        norm: str,
+        eps: float,
+        batch_last: bool,
+    ) -> Tensor:
+        geometry = geometry_of(x, batch_last)
+        dims = statistics_dims(norm, geometry)
+        h = to_columns(x, geometry).clone()
+        scale = centre(h, None, dims, eps, geometry)
+        ctx.geometry, ctx.dims = geometry, dims
+        ctx.save_for_backward(h, scale)
+        return normalised(h, scale, geometry)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, scale = ctx.saved_tensors
+        grad_x = normalise_backward(grad, h, scale, ctx.dims)
+        return from_columns(grad_x.to(grad.dtype), ctx.geometry), None, None, None
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """The convolution by itself, as a Toeplitz product: (N, C, H, W) -> (N, H, W, K)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, 1, kh, kw)
+        bias: Tensor | None,  # (K,)
+    ) -> Tensor:
+        geometry = geometry_of(x, batch_last=True)
+        columns = to_columns(x, geometry)
+        h, _ = convolve(columns, weight, geometry)
+        if bias is not None:
+            h.add_(bias[:, None, None])
+        ctx.geometry = geometry
+        # Not the matrix, which may be larger than the maps.
+        ctx.save_for_backward(columns, weight)
+        # [K, P, N] -> [P, N, K], which PyTorch copies by tiles, -> [N, P, K], which it copies by rows.
+        by_pixel = h.flatten(1).t().contiguous().unflatten(0, h.shape[1:])
+        return by_pixel.transpose(0, 1).contiguous().unflatten(1, x.shape[2:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        matrix = toeplitz_matrix(weight, columns.shape[0], ctx.geometry)
+        grad = to_columns(grad.permute(0, 3, 1, 2), ctx.geometry)
+        grad_bias = grad.sum((1, 2)) if needs_bias else None
+        grad_x, grad_weight = convolve_backward(grad, columns, weight, matrix, ctx.geometry, needs_x, needs_weight)
+        return None if grad_x is None else from_columns(grad_x, ctx.geometry), grad_weight, grad_bias
+
+
+class DepthwiseConvLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        weight: Tensor,  # (K, 1, kh, kw)
+        bias: Tensor | None,  # (K,)
+        norm: str,
+        eps: float,
+        batch_last: bool,
+    ) -> Tensor:
+        geometry = geometry_of(x, batch_last)
+        dims = statistics_dims(norm, geometry)
+        columns = to_columns(x, geometry)
+        h, matrix = convolve(columns, weight, geometry)
+        scale = centre(h, bias, dims, eps, geometry)
+        ctx.geometry, ctx.dims = geometry, dims
+        ctx.save_for_backward(columns, weight, matrix, h, scale)
+        return normalised(h, scale, geometry)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns, weight, matrix, h, scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        geometry = ctx.geometry
+        grad_h = normalise_backward(grad, h, scale, ctx.dims)
+        grad_bias = grad_h.sum((1, 2)).to(weight.dtype) if needs_bias else None
+        grad_h = grad_h.to(columns.dtype)
+        grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
+        grad_x = None if grad_x is None else from_columns(grad_x, geometry)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class ConvNextBlock(torch.autograd.Function):
+    """The whole block as one node, in which the normalised tensor, the widest, is never written."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, H, W)
+        depthwise: Tensor,  # (K, 1, kh, kw)
+        depthwise_bias: Tensor | None,  # (K,)
+        pointwise: Tensor,  # (O, K)
+        pointwise_bias: Tensor | None,  # (O,)
+        projection: Tensor,  # (C, O)
+        projection_bias: Tensor | None,  # (C,)
+        norm: str,
+        eps: float,
+        approximate: str,
+        batch_last: bool,
+    ) -> Tensor:
+        geometry = geometry_of(x, batch_last)
+        dims = statistics_dims(norm, geometry)
+        residual = to_columns(x, geometry)
+        columns = residual.to(pointwise.dtype)
+        h, matrix = convolve(columns, depthwise, geometry)
+        scale = centre(h, depthwise_bias, dims, eps, geometry)
+        product = mix_channels(pointwise, h, geometry)
+        activation = F.gelu(scale_and_shift(product, scale, pointwise_bias), approximate=approximate)
+        branch = mix_channels(projection, activation, geometry, projection_bias)
+        ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
+        ctx.save_for_backward(
+            columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection
+        )
+        return in_memory_order(residual, geometry) + in_memory_order(branch, geometry)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection = (
+            ctx.saved_tensors
+        )
+        needs_x, needs_depthwise, needs_depthwise_bias = ctx.needs_input_grad[:3]
+        needs_pointwise, needs_pointwise_bias, needs_projection, needs_projection_bias = ctx.needs_input_grad[3:7]
+        geometry, dims = ctx.geometry, ctx.dims
+        grad_branch = grad.to(columns.dtype)
+        grad_projection = grad_branch.flatten(1) @ activation.flatten(1).t() if needs_projection else None
+        grad_projection_bias = grad_branch.sum((1, 2)) if needs_projection_bias else None
+        grad_z = torch.ops.aten.gelu_backward(
+            mix_channels(projection.t(), grad_branch, geometry),
+            scale_and_shift(product, scale, pointwise_bias),
+            approximate=ctx.approximate,
+        )
+        grad_pointwise_bias = grad_z.sum((1, 2)) if needs_pointwise_bias else None
+        # The norm's backward needs the means over K channels of W^T dz and of x^ * (W^T dz). They are taken
+        # on the narrow side of W, its O channels: sum_k (W^T dz)_k = sum_o dz_o sum_k W_ok, and
+        # sum_k x^_k (W^T dz)_k = sum_o dz_o (W x^)_o.
+        narrowing = pointwise.shape[0] / pointwise.shape[1]
+        weight_sum = pointwise.sum(1, keepdim=True).t() / pointwise.shape[1]
+        mean = mean_over(mix_channels(weight_sum, grad_z, geometry), dims)
+        slope = mean_over(grad_z * product, dims) * scale * narrowing
+        grad_z.mul_(scale)
+        grad_pointwise = grad_z.flatten(1) @ h.flatten(1).t() if needs_pointwise else None
+        grad_x = grad_depthwise = grad_depthwise_bias = None
+        if needs_x or needs_depthwise or needs_depthwise_bias:
+            grad_h = mix_channels(pointwise.t(), grad_z, geometry).to(scale.dtype)
+            grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
+            # A sum of terms that almost cancel, taken before they are rounded to half precision.
+            grad_depthwise_bias = grad_h.sum((1, 2)).to(h.dtype) if needs_depthwise_bias else None
+            grad_h = grad_h.to(h.dtype)
+            grad_x, grad_depthwise = convolve_backward(
+                grad_h, columns, depthwise, matrix, geometry, needs_x, needs_depthwise
+            )
+        if grad_x is not None:
+            grad_x = from_columns(grad_x + grad, geometry)
+        grads = grad_x, grad_depthwise, grad_depthwise_bias, grad_pointwise, grad_pointwise_bias
+        return *grads, grad_projection, grad_projection_bias, None, None, None, None
+
+
+def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """W x^ + b from W h: one scale serves all the channels that W mixes, so W (scale h) = scale (W h)."""
+    z = product * scale
+    if bias is not None:
+        z.add_(bias[:, None, None])
+    return z.to(product.dtype)

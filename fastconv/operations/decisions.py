@@ -1,0 +1,121 @@
+"""Which form an operation takes on a CPU: the measured thresholds, and for each operation one function.
+
+`bench/NOTES.md` has the measurements.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from fastconv.kernels.common.values import Convolution, Norm
+
+
+class Form(Enum):
+    """How the portable backend computes an operation; `columns.py` explains the two layouts of columns."""
+
+    # PyTorch's own operations, on the maps as they come.
+    PYTORCH = auto()
+    # The same on channels_last maps.
+    PYTORCH_CHANNELS_LAST = auto()
+    # The same, but the convolution is a Toeplitz product, which writes channels_last maps.
+    TOEPLITZ_CHANNELS_LAST = auto()
+    # Columns in batch-last: the convolution is a Toeplitz product.
+    BATCH_LAST = auto()
+    # Columns in channels-last: the convolution is PyTorch's.
+    CHANNELS_LAST = auto()
+
+
+# Toeplitz products. The matrix has P^2 entries for each output channel, where P is a map's number of pixels.
+# Measured with `python -m bench.tools.crossover`.
+TOEPLITZ_MAX_PIXELS = 144  # On larger maps PyTorch's convolution is faster.
+TOEPLITZ_ALWAYS_PIXELS = 49  # On maps up to this size the product is faster, whatever the batch.
+TOEPLITZ_MAX_ENTRIES_PER_IMAGE = 400  # Between the two the batch must be large enough for the P^2 entries.
+
+# Small inputs, on which PyTorch's own operations are faster because they are fewer.
+SMALL_BATCH_PIXELS_PER_IMAGE = 12  # A Toeplitz product needs at least one image for so many pixels of a map.
+SMALL_CONVOLUTION = 2**16  # Elements of the convolution's output, in channels-last.
+SMALL_BLOCK = 2**15  # Elements of the block's widest maps, in channels-last.
+
+# Norm "channel" with multiplier 1, in training: the gradients of PyTorch's channels_last convolution are slow
+# on small maps. Without gradients a Toeplitz product is faster for one pixel alone.
+CHANNELWISE_ALWAYS_PIXELS = 16  # On maps up to this size the Toeplitz product is faster, whatever the batch.
+CHANNELWISE_MAX_PIXELS = 49  # Between the two the batch must be large enough.
+CHANNELWISE_PIXELS_PER_IMAGE = 3  # Large enough is one image for so many pixels of a map.
+
+# Swapped modules, which run fused where PyTorch's own operations are slow.
+SEVERAL_IMAGES = 8  # From here on they are slow on plain (NCHW) maps of few pixels, and on any of one pixel.
+SLOW_PIXELS = 4  # Few pixels are at most these.
+SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so many elements.
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Form:
+    if norm.over == "channel":
+        return Form.PYTORCH
+    return layout(x.shape[0], x.shape[2] * x.shape[3])
+
+
+def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
+    return _convolution_and_norm(x, depthwise, norm, SMALL_CONVOLUTION)
+
+
+def convnext_block(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
+    return _convolution_and_norm(x, depthwise, norm, SMALL_BLOCK)
+
+
+def pointwise_conv_gelu(x: Tensor) -> Form:
+    if x.is_contiguous():
+        # Bringing the maps into another layout and back takes longer than the product.
+        return Form.PYTORCH
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return Form.CHANNELS_LAST
+    return layout(x.shape[0], x.shape[2] * x.shape[3])
+
+
+def patch_conv(x: Tensor, conv: Convolution) -> Form:
+    """The layout of the result, in which the next operation takes it."""
+    height, width = conv.weight.shape[2:]
+    return layout(x.shape[0], x.shape[2] // height * (x.shape[3] // width))
+
+
+def layout(images: int, pixels: int) -> Form:
+    """BATCH_LAST if maps are small and many enough for Toeplitz products, else CHANNELS_LAST."""
+    served = pixels <= TOEPLITZ_ALWAYS_PIXELS or pixels**2 <= TOEPLITZ_MAX_ENTRIES_PER_IMAGE * images
+    return Form.BATCH_LAST if pixels <= TOEPLITZ_MAX_PIXELS and served else Form.CHANNELS_LAST
+
+
+def _convolution_and_norm(x: Tensor, depthwise: Convolution, norm: Norm, small: int) -> Form:
+    images, channels, height, width = x.shape
+    pixels, outputs = height * width, depthwise.weight.shape[0]
+    if norm.over == "channel" and outputs == channels:
+        toeplitz = _channelwise_toeplitz_pays(images, pixels)
+        return Form.TOEPLITZ_CHANNELS_LAST if toeplitz else Form.PYTORCH_CHANNELS_LAST
+    if layout(images, pixels) is Form.BATCH_LAST:
+        return Form.PYTORCH if pixels > SMALL_BATCH_PIXELS_PER_IMAGE * images else Form.BATCH_LAST
+    if norm.over == "channel":
+        return Form.PYTORCH_CHANNELS_LAST
+    return Form.PYTORCH if images * outputs * pixels <= small else Form.CHANNELS_LAST
+
+
+def _channelwise_toeplitz_pays(images: int, pixels: int) -> bool:
+    if not torch.is_grad_enabled():
+        return pixels == 1
+    served = pixels <= min(CHANNELWISE_MAX_PIXELS, CHANNELWISE_PIXELS_PER_IMAGE * images)
+    return pixels <= CHANNELWISE_ALWAYS_PIXELS or served
+
+
+def swapping_pays(x: Tensor) -> bool:
+    """Whether depthwise convolution + norm "channel" of `x` is faster here than a module's own operations.
+
+    Other maps take as long either way: ours become channels_last, in which PyTorch's own operations are as fast.
+    """
+    images, _, height, width = x.shape
+    pixels = height * width
+    plain = not x.is_contiguous(memory_format=torch.channels_last)
+    if images >= SEVERAL_IMAGES and pixels <= (SLOW_PIXELS if plain else 1):
+        return True
+    if not plain or not torch.is_grad_enabled() or x.numel() < SLOW_ELEMENTS:
+        return False
+    return pixels > CHANNELWISE_MAX_PIXELS or _channelwise_toeplitz_pays(images, pixels)

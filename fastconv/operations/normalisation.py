@@ -1,0 +1,67 @@
+"""Layer norm of columns [K, A, B]: its statistics, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastconv.kernels.common.rules import accumulator
+from fastconv.kernels.common.values import NORMS
+from fastconv.operations.columns import Geometry, in_memory_order
+
+
+def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
+    """The dimensions of columns [K, A, B] over which a norm takes its mean and variance.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    match norm:
+        case "tensor":
+            return (0, 1, 2)
+        case "sample":
+            return (0, 1) if geometry.batch_last else (0, 2)
+        case "channel":
+            return (0,)
+    raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+
+
+def mean_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.mean(dims, keepdim=True, dtype=accumulator(x))
+
+
+def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """The mean of squares, keeping `dims`, in float32 or better."""
+    contiguous_dim = 2 if geometry.batch_last else 0
+    if contiguous_dim in dims:
+        # By rows: vector_norm squares and sums in one pass, but over a long row it loses digits (1e-5 in a
+        # million elements), and along a dimension that is not contiguous it is slow.
+        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True, dtype=accumulator(x))
+        return mean_over(rows.square(), dims) / x.shape[contiguous_dim]
+    return mean_over(x.to(accumulator(x)).square(), dims)
+
+
+def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, geometry: Geometry) -> Tensor:
+    """Add the bias [K] and subtract the mean, in place; return 1 / sqrt(variance + eps), keeping `dims`."""
+    # Every statistic spans all channels. Where the mean is large so is the rounding of its sum, and a second
+    # mean, of what the first leaves over, takes it away.
+    over_channels = mean_over(h, (0,))
+    mean = mean_over(over_channels, dims)
+    mean = mean + mean_over(over_channels - mean, dims)
+    if bias is None:
+        h.sub_(mean)
+    else:
+        bias = bias.to(mean.dtype)
+        bias = bias - bias.mean()
+        h.add_((bias - bias.mean())[:, None, None] - mean)
+    return (mean_square(h, dims, geometry) + eps).rsqrt()
+
+
+def normalised(h: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
+    return (in_memory_order(h, geometry) * in_memory_order(scale, geometry)).to(h.dtype)
+
+
+def normalise_backward(grad: Tensor, h: Tensor, scale: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The gradient of a layer norm's input: scale * (grad - mean(grad) - x^ * mean(grad * x^)), x^ = scale * h."""
+    slope = mean_over(grad * h, dims) * scale.square()
+    return (grad - mean_over(grad, dims)).addcmul_(h, slope, value=-1).mul_(scale)

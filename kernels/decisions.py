@@ -1,0 +1,78 @@
+"""Which form an operation takes on a GPU: the thresholds, and for each operation one function.
+
+Imports no Triton, so that all of fastconv can ask.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from torch import Tensor
+
+from .common.values import Convolution, Norm, check_norm
+
+
+class Form(Enum):
+    """How the Triton backend computes an operation."""
+
+    # The block's own kernels.
+    BLOCK = auto()
+    # The block as one operation after the other.
+    PARTS = auto()
+    # A depthwise convolution as products with Toeplitz matrices, fused with the norm.
+    TOEPLITZ = auto()
+    # A depthwise convolution from tap to tap; the norm follows.
+    STENCIL = auto()
+    # The same, fused with the norm of each pixel.
+    STENCIL_CHANNEL_NORM = auto()
+    # A norm from the moments of many parts.
+    MOMENTS = auto()
+    # A norm of each pixel within one program.
+    CHANNEL_NORM = auto()
+    # A pointwise convolution fused with GELU.
+    POINTWISE = auto()
+    # PyTorch's own operations.
+    PYTORCH = auto()
+
+
+# Pixels of a map: on larger ones the convolution is a stencil, because a Toeplitz matrix has P^2 entries for each
+# channel.
+LARGEST_TOEPLITZ_MAP = 256
+# Channels, or hidden channels, of a block: more do not fit the registers and the shared memory of one program.
+WIDEST_BLOCK = 128
+# Channels that one program can hold, for the norm of a pixel.
+WIDEST_CHANNEL_NORM = 4096
+# Inputs times outputs of a pointwise convolution. The products of larger weights take longer than the passes of
+# GELU that the kernel saves, and the vendor's library multiplies faster. Worked out from the bytes and operations
+# of ConvNeXt's stages on an H100; not measured.
+LARGEST_POINTWISE = 192 * 768
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether the maps are too large for Toeplitz matrices."""
+    shape = x.shape
+    return shape[2] * shape[3] > LARGEST_TOEPLITZ_MAP
+
+
+def convnext_block(x: Tensor, pointwise: Convolution, norm: Norm) -> Form:
+    check_norm(norm.over, norm.eps)
+    too_wide = max(x.shape[1], pointwise.weight.shape[0]) > WIDEST_BLOCK
+    return Form.PARTS if norm.over == "channel" or too_wide or is_large(x) else Form.BLOCK
+
+
+def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
+    check_norm(norm.over, norm.eps)
+    if norm.over == "channel" and depthwise.weight.shape[0] <= WIDEST_CHANNEL_NORM:
+        return Form.STENCIL_CHANNEL_NORM
+    return Form.STENCIL if norm.over == "channel" or is_large(x) else Form.TOEPLITZ
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Form:
+    check_norm(norm.over, norm.eps)
+    if norm.over != "channel":
+        return Form.MOMENTS
+    return Form.CHANNEL_NORM if x.shape[1] <= WIDEST_CHANNEL_NORM else Form.PYTORCH
+
+
+def pointwise_conv_gelu(conv: Convolution) -> Form:
+    return Form.PYTORCH if conv.weight.numel() > LARGEST_POINTWISE else Form.POINTWISE
