@@ -10,8 +10,8 @@ from fastconv.operations import decisions
 BY_SIZE = "where it is faster"
 BY_SIZE_MEANS = (
     f"{BY_SIZE}: on a CPU, from {decisions.SEVERAL_IMAGES} images on, maps of one pixel, and plain (NCHW) maps of "
-    f"up to {decisions.SLOW_PIXELS} pixels; and in training, plain maps of {decisions.SLOW_ELEMENTS:,} elements or "
-    "more. The module's own forward is as fast for others, and runs."
+    f"up to {decisions.SLOW_PIXELS} pixels; and in training, plain maps of {decisions.SLOW_ELEMENTS:,} elements "
+    "or more. The module's own forward is as fast for others, and runs."
 )
 
 
