@@ -49,7 +49,8 @@ def swap(
     Parameters are shared, names, hooks and modes kept: optimizers and checkpoints stay valid. A swapped model can
     be copied, pickled, compiled, exported and put into DistributedDataParallel. The module's own forward runs
     where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; and after a part was
-    replaced or set otherwise. Numbers that the module itself keeps for its forward must not change: unswap it first.
+    replaced or set otherwise. What else a forward reads, as a number that the module itself keeps, must not
+    change: unswap it first.
 
     Args:
         model: is changed; the root may be swapped, too.
