@@ -32,12 +32,7 @@ from fastconv.swapping.verification import Verifier
 
 __all__ = ["Candidate", "SwapReport", "swap", "unswap"]
 
-ALREADY_FUSED = (
-    modules.Classifier,
-    modules.ConvNextBlock,
-    modules.DepthwiseConvLayerNorm,
-    modules.PointwiseConvGELU,
-)
+FUSED = (modules.Classifier, modules.ConvNextBlock, modules.DepthwiseConvLayerNorm, modules.PointwiseConvGELU)
 
 
 def swap(
@@ -45,15 +40,17 @@ def swap(
 ) -> SwapReport:
     """Let the fused operations compute the ConvNeXt blocks of a model, in place.
 
-    Recognised by structure, whatever their names: the lecture's block and classifier; ConvNeXt blocks as
+    It recognises by structure, whatever their names: the lecture's block and classifier; ConvNeXt blocks as
     torchvision, timm, Hugging Face and SAM 2 write them; and in an nn.Sequential, depthwise convolution followed
-    by LayerNorm2d, and 1x1 convolution followed by GELU. Each is accepted only if on a probe, in float64 and with
-    random parameters, it computes the same, gradients included; a module is swapped as a whole, or not at all.
+    by a layer norm of channels, and 1x1 convolution followed by GELU. Each is accepted only if on a probe, in
+    float64 and with random parameters, it computes the same, gradients included; a module is swapped as a whole,
+    or not at all.
 
     Parameters are shared, names, hooks and modes kept: optimizers and checkpoints stay valid. A swapped model can
     be copied, pickled, compiled, exported and put into DistributedDataParallel. The module's own forward runs
-    where PyTorch's operations are faster, as measured on a CPU; and while a part of it has hooks, or after a part
-    was replaced. What else a forward reads, as a number that the module keeps, must not change: unswap it first.
+    where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; and after a part was
+    replaced or set otherwise. What else a forward reads, as a number that the module itself keeps, must not
+    change: unswap it first.
 
     Args:
         model: is changed; the root may be swapped, too.
@@ -81,7 +78,7 @@ def swap(
         if module in settled:
             continue
         row = functools.partial(Candidate, name, type(module).__name__)
-        if isinstance(module, ALREADY_FUSED):
+        if isinstance(module, FUSED):
             settled.update(module.modules())
             candidates.append(row("fastconv", False, "it is fused already"))
             continue

@@ -252,8 +252,7 @@ class Chain(Fusion):
         return [name for first, second, _ in self.pairs for name in (first, second)]
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
-        first, *_ = self.replaced(module)
-        return 2, find(module, first).in_channels, 3, 4
+        return 2, find(module, self.pairs[0][0]).in_channels, 3, 4
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         pairs = {first: (second, approximate) for first, second, approximate in self.pairs}

@@ -80,20 +80,13 @@ class _Block:
         self.rest = {path: leaf for path, leaf in self.leaves.items() if path not in self.used}
         self.others = [path for path, leaf in self.rest.items() if parts.has_state(leaf)]
         self.scales = [name for name, _ in module.named_parameters(recurse=False)]
-        # The first leaf that computes GELU, and GELU's `approximate`.
-        self.activation: str | None = None
-        self.approximate: str | None = None
-        for path, leaf in self.rest.items():
-            if (approximate := parts.gelu(leaf)) is not None:
-                self.activation, self.approximate = path, approximate
-                break
+        approximations = (parts.gelu(leaf) for leaf in self.rest.values())
+        self.approximate = next((each for each in approximations if each is not None), None)
         # Any child without parameters may drop whole images in training.
         self.drop_paths = [
             name
             for name, child in module.named_children()
-            if not parts.has_state(child)
-            and not isinstance(child, (nn.Identity, parts.DROPOUTS))
-            and name != self.activation
+            if not isinstance(child, (nn.Identity, parts.DROPOUTS)) and not parts.has_state(child)
         ]
 
     def _where(self, holds: Callable[[nn.Module], bool]) -> list[str]:
