@@ -15,7 +15,7 @@ from fastconv.commands.options import (
 )
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
     model = prediction.load_model(state, place)
     dataset, recipe = data.load(data_directory), Recipe(**state.recipe)
     sets = loop.make_sets(dataset, recipe, place)
-    loop.check_data(state, list(dataset.classes), list(dataset.train.images.shape[1:]), len(sets.train))
+    state.check_data(list(dataset.classes), list(dataset.train.images.shape[1:]), len(sets.train))
     results: dict[str, float] = {}
     for name, images in [("validation", sets.validation), ("test", sets.test)]:
         loss, accuracy = loop.evaluate(model, images, recipe)

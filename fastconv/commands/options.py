@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe
 
 DEFAULTS = Recipe()
 

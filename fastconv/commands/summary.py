@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from fastconv.commands.options import DEFAULTS, DepthOption, PatchOption, WidthOption, usage_errors
-from fastconv.training import data, loop
+from fastconv.training import data
 from fastconv.training.display import model_summary
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe, check_patch
 
 
 def summary(
@@ -22,5 +22,5 @@ def summary(
     image_size = (3, 32, 32)
     with usage_errors():
         recipe = Recipe(width=width, depth=depth, patch=patch, batch_size=batch_size)
-        loop.check_patch(recipe, image_size)
+        check_patch(recipe, image_size)
     print(model_summary(recipe, image_size, len(data.CIFAR10_CLASSES), depth=3))

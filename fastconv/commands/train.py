@@ -31,7 +31,8 @@ from fastconv.files import write_atomically
 from fastconv.operations import backends
 from fastconv.training import checkpoint, curves, data, loop
 from fastconv.training.display import Display, model_summary
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe, check_patch
+from fastconv.training.state import NonFiniteLoss
 
 CHECKPOINT = "checkpoint.pt"
 # The exit code of a program that Ctrl-C stopped.
@@ -125,7 +126,7 @@ def train(
     console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
     image_size = dataset.train.images.shape[1:]
     with usage_errors():
-        loop.check_patch(recipe, image_size)
+        check_patch(recipe, image_size)
     layers = model_summary(recipe, image_size, len(dataset.classes), depth=2)
     console.print(layers, highlight=False, markup=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def train(
         if path.exists():
             console.print(f"go on with:\n  {resume_command(context, out)}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from error
-    except loop.NonFiniteLoss as error:
+    except NonFiniteLoss as error:
         console.print(
             f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
             style="red",

@@ -1,4 +1,4 @@
-"""What a training run keeps, so that it goes on exactly where it stopped."""
+"""The file of a training run, from which it goes on exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import textwrap
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastconv.files import write_atomically
 
@@ -23,7 +24,7 @@ class CheckpointError(Exception):
 
 @dataclass
 class Checkpoint:
-    """The state of a run between two steps.
+    """What the file holds: the state of a run between two steps.
 
     Args:
         recipe: the arguments of `fastconv.training.Recipe`.
@@ -32,10 +33,10 @@ class Checkpoint:
         train_images: how many images an epoch has.
         model: state_dict.
         optimizer: state_dict.
-        rng: PyTorch's generators, by device type.
+        rng: the states of PyTorch's generators, by device type.
         epoch: epochs whose training and validation are done.
         step: steps done of the epoch after that.
-        losses: float32 [step], theirs.
+        losses: float32 [step], the loss of each of them.
         correct: how many of the images in those steps were classified correctly.
         history: the metrics of each epoch done.
         test: the metrics on the test set, once the last epoch is done.
@@ -62,23 +63,40 @@ class Checkpoint:
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
+    def check_data(self, classes: list[str], image_size: list[int], train_images: int) -> None:
+        """Raise CheckpointError if that is not the data trained on."""
+        for what, trained_on, given in [
+            ("classes", self.classes, classes),
+            ("image size", self.image_size, image_size),
+            ("number of training images", self.train_images, train_images),
+        ]:
+            if trained_on != given:
+                raise CheckpointError(
+                    f"the data has another {what} than the checkpoint: {given}, expected {trained_on}; "
+                    "give the data that it was trained on"
+                )
 
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "recipe": dict,
-    "classes": list,
-    "image_size": list,
-    "train_images": int,
-    "model": dict,
-    "optimizer": dict,
-    "rng": dict,
-    "epoch": int,
-    "step": int,
-    "losses": Tensor,
-    "correct": int,
-    "history": list,
-    "test": (dict, NoneType),
-    "seconds": float,
-}
+    def restore(self, model: nn.Module, optimizer: Optimizer | None, device: torch.device) -> None:
+        """Load the state into a model, and into the optimizer and generators if the run goes on.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        try:
+            model.load_state_dict(self.model)
+            if optimizer is not None:
+                optimizer.load_state_dict(self.optimizer)
+                torch.set_rng_state(self.rng["cpu"])
+                if device.type == "cuda" and "cuda" in self.rng:
+                    torch.cuda.set_rng_state(self.rng["cuda"], device)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint's state does not fit its own recipe ({reason})") from error
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """Return the classes of a type hint, without what their elements are."""
+    return tuple(get_origin(part) or part for part in (get_args(hint) if isinstance(hint, UnionType) else [hint]))
 
 
 def load(path: Path) -> Checkpoint:
@@ -109,7 +127,8 @@ def load(path: Path) -> Checkpoint:
     if missing := expected - set(state):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; train again")
     found = Checkpoint(**{name: state[name] for name in expected})
-    if wrong := [name for name, kind in TYPES.items() if not isinstance(state[name], kind)]:
+    hints = get_type_hints(Checkpoint)
+    if wrong := [name for name, hint in hints.items() if not isinstance(state[name], _types(hint))]:
         raise CheckpointError(f"{path} has no proper {', '.join(wrong)}; train again")
     if found.losses.shape != (found.step,):
         raise CheckpointError(

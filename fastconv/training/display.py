@@ -14,7 +14,7 @@ from fastconv.extras import import_extra
 from fastconv.files import write_atomically
 from fastconv.operations import reference
 from fastconv.training.checkpoint import Checkpoint
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe
 
 
 class Display:

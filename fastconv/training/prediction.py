@@ -12,14 +12,14 @@ from fastconv.extras import import_extra
 from fastconv.modules import Classifier
 from fastconv.training.checkpoint import Checkpoint, CheckpointError
 from fastconv.training.data import read_image
-from fastconv.training.loop import Recipe, make_model, restore
+from fastconv.training.recipe import Recipe, make_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Classifier:
-    """The trained classifier, in evaluation mode.
+    """Return the trained classifier, in evaluation mode.
 
     Raises:
         CheckpointError: its state does not fit its recipe.
@@ -28,7 +28,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Classifier:
         model = make_model(Recipe(**checkpoint.recipe), checkpoint.image_size, len(checkpoint.classes))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
-    restore(checkpoint, model, None, device)
+    checkpoint.restore(model, None, device)
     return model.to(device).eval()
 
 

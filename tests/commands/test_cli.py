@@ -20,6 +20,7 @@ from fastconv import machine
 from fastconv.commands import train as train_command
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
+from fastconv.training.recipe import Recipe
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
 
@@ -408,7 +409,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
-    recipe = loop.Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
+    recipe = Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
 
     class Silent:
         def step(self, *_):

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -18,21 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import random_split
 from torchvision import datasets
 
 from fastconv.extras import MissingPackage
 from fastconv.training import data
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared/data/cifar10"
 TRAIN_BATCHES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"]
 ALL_BATCHES = [*TRAIN_BATCHES, "test_batch"]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -755,40 +751,3 @@ def test_read_image_needs_an_image(tmp_path: Path, content: bytes) -> None:
 def test_read_image_needs_a_file(tmp_path: Path, name: str, reason: str) -> None:
     with refused(f"^{tmp_path / name} cannot be read as an image: {reason}; expected a complete image file$"):
         data.read_image(tmp_path / name)
-
-
-@pytest.fixture(scope="module")
-def real_data() -> Iterator[data.Dataset]:
-    if not REAL_DATA.is_dir():
-        pytest.skip(f"{REAL_DATA} is absent")
-    # pytest would keep 184 MB of each of the last three runs.
-    with TemporaryDirectory() as directory:
-        subprocess.run([sys.executable, REAL_DATA / "unpack.py", directory], check=True)
-        yield data.load(Path(directory))
-
-
-def test_real_data_is_complete(real_data: data.Dataset) -> None:
-    assert real_data.train.images.shape == (50_000, 3, 32, 32)
-    assert real_data.test.images.shape == (10_000, 3, 32, 32)
-    assert real_data.train.labels.bincount().tolist() == [5_000] * 10
-    assert real_data.test.labels.bincount().tolist() == [1_000] * 10
-
-
-def mean_colour(images: Tensor) -> list[float]:
-    return [(images[:, channel].sum() / images[:, channel].numel() / 255).item() for channel in range(3)]
-
-
-def test_real_data_has_the_known_means(real_data: data.Dataset) -> None:
-    # The means of red, green and blue over the training images, as they are usually quoted.
-    assert mean_colour(real_data.train.images) == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.003)
-
-
-def test_real_labels_belong_to_their_images(real_data: data.Dataset) -> None:
-    def blueness(name: str) -> float:
-        images = real_data.train.images[real_data.train.labels == real_data.classes.index(name)]
-        red, _, blue = mean_colour(images)
-        return blue - red
-
-    # Sky and sea against woods and ponds.
-    assert min(blueness("airplane"), blueness("ship")) > 0.02
-    assert max(blueness("deer"), blueness("frog")) < -0.02

@@ -13,7 +13,8 @@ from fastconv.operations import reference
 from fastconv.training import checkpoint, loop
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.data import DataError, Dataset, ImageSet
-from fastconv.training.loop import Recipe
+from fastconv.training.recipe import Recipe, epoch_order, make_model
+from fastconv.training.state import NonFiniteLoss
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=16, width=4, depth=1, patch=2, seed=7)
@@ -84,7 +85,7 @@ def test_the_loop_is_the_lectures_recipe(dataset, tmp_path):
         return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
     for epoch in range(2):
-        order = train[loop.epoch_order(80, 3, epoch)]
+        order = train[epoch_order(80, 3, epoch)]
         total_loss, total_correct = 0.0, 0
         for chosen in order.split(15):
             logits = model(images[chosen])
@@ -126,7 +127,7 @@ def test_a_run_repeats(dataset, tmp_path):
 
 
 def test_the_order_differs_between_epochs_and_seeds():
-    orders = {tuple(loop.epoch_order(50, seed, epoch).tolist()) for seed in range(9) for epoch in range(9)}
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(9) for epoch in range(9)}
     assert len(orders) == 81
     assert all(sorted(order) == list(range(50)) for order in orders)
 
@@ -246,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
         return original(logits, labels, **options) * (math.nan if calls >= 8 else 1.0)
 
     monkeypatch.setattr(loop.F, "cross_entropy", explode)
-    with pytest.raises(loop.NonFiniteLoss, match="the loss is nan in epoch 2, step 3"):
+    with pytest.raises(NonFiniteLoss, match="the loss is nan in epoch 2, step 3"):
         run(dataset, path)
     state = checkpoint.load(path)
     assert (state.epoch, state.step) == (1, 0)
@@ -255,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
 
 def test_the_first_bad_step_is_named_though_it_is_looked_for_later(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "REPORT_SECONDS", 1e9)
-    with pytest.raises(loop.NonFiniteLoss, match=r"in epoch 1, step 2$"):
+    with pytest.raises(NonFiniteLoss, match=r"in epoch 1, step 2$"):
         run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "lr": 1e30}))
 
 
@@ -275,7 +276,7 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatc
             self.param_groups[0]["params"][0].data[0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(loop.NonFiniteLoss, match="a weight is not finite in epoch 1, after step 4"):
+    with pytest.raises(NonFiniteLoss, match="a weight is not finite in epoch 1, after step 4"):
         run(dataset, path)
     assert checkpoint.load(path).step == 3
 
@@ -326,4 +327,4 @@ def test_recipes_out_of_range(options, message):
 
 def test_images_too_small_for_the_patches():
     with pytest.raises(ValueError, match="patch is 4, for images of 6 x 8 pixels; expected at most 3"):
-        loop.make_model(Recipe(), [3, 6, 8], 10)
+        make_model(Recipe(), [3, 6, 8], 10)

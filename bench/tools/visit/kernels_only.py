@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fastconv import accuracy
 from fastconv.checking import runner
 from fastconv.operations import backends
-from fastconv.training import loop as training
+from fastconv.training.state import State
 
 from ..null_gpu import null_gpu
 
@@ -58,7 +58,7 @@ def kernels_only() -> Iterator[None]:
             (accuracy, "measure", _once),
             (runner, "choose_backend", lambda case, device: ("triton", "")),
             (runner, "interprets", lambda backend, device: False),
-            (training, "check_finite", lambda *_: None),
+            (State, "check_finite", lambda *_: None),
             *((torch.cuda, name, replacement) for name, replacement in _CUDA.items()),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))

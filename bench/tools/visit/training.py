@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import fastconv
+from fastconv import training
 from fastconv.files import write_atomically
 from fastconv.training import data
-from fastconv.training import loop as training
 from fastconv.training.data import Dataset, ImageSet
 
 from ... import results

@@ -1,0 +1,100 @@
+"""The lecture's recipe: everything that decides what a run computes.
+
+80 % of the training images in shuffled batches of 128, pixels scaled to [0, 1] and nothing else, AdamW with a
+learning rate of 1e-3, cross-entropy, five epochs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastconv.modules import Classifier
+
+PRECISIONS = ("fp32", "bf16")
+# Their product, and the first divided by 1e-3, are scalars in AdamW that must not overflow float32.
+LARGEST_LR = 1e30
+LARGEST_WEIGHT_DECAY = 1e6
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults are the lecture's.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images per step, in training and in evaluation: the layer norm spans the batch.
+        lr, weight_decay: AdamW's.
+        width, depth, patch: the classifier's.
+        seed: decides the initial weights and the order of the images.
+        split_seed: decides the split into training and validation images.
+        precision: "fp32", or "bf16" by torch.autocast.
+        limit: use only the first so many images of each of the three sets.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epochs: int = 5
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    width: int = 32
+    depth: int = 5
+    patch: int = 4
+    seed: int = 0
+    split_seed: int = 55
+    precision: str = "fp32"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "width", "depth", "patch", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2**32 - 1")
+        if not 0 < self.lr <= LARGEST_LR:
+            raise ValueError(f"lr is {self.lr}; expected a positive number, at most {LARGEST_LR:g}")
+        if not 0 <= self.weight_decay <= LARGEST_WEIGHT_DECAY:
+            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 to {LARGEST_WEIGHT_DECAY:g}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
+def check_patch(recipe: Recipe, image_size: Sequence[int]) -> None:
+    """Raise ValueError if images (channels, height, width) are too small for the classifier's patches."""
+    _, height, width = image_size
+    if min(height, width) < 2 * recipe.patch:
+        raise ValueError(
+            f"patch is {recipe.patch}, for images of {height} x {width} pixels; "
+            f"expected at most {min(height, width) // 2}"
+        )
+
+
+def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Classifier:
+    """Return the classifier with the initial weights of the recipe's seed.
+
+    Raises:
+        ValueError: the images are too small for its patches.
+    """
+    check_patch(recipe, image_size)
+    torch.manual_seed(recipe.seed)
+    return Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch's images, int64 [images]: a function of seed and epoch, so nothing to save."""
+    # PyTorch's CPU generator looks at 32 bits of its seed only. Python's hashes a string to seed itself.
+    mixed = random.Random(f"seed {seed} epoch {epoch}").getrandbits(32)
+    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
