@@ -13,7 +13,7 @@ import torch
 from fastconv import accuracy, machine
 from fastconv.machine import keep_freed_memory
 
-from . import contenders, correctness, workloads
+from . import contenders, correctness, suite, workloads
 from .runner import Runner, exact_results
 
 DEVICE = machine.choose_device("auto")
@@ -35,7 +35,7 @@ def test_workload(benchmark, workload, direction, contender):
     baseline = errors(workload, contenders.CONTENDERS[0])
     assert errors(workload, contender).right(baseline, accuracy.FLOOR[torch.float32])
     keep_freed_memory()
-    torch._functorch.config.donated_buffer = False
+    suite.start_compiling()
     call = Runner(contender, workload, DEVICE, torch.float32).call(direction)
     numbers = itertools.count()
 
