@@ -65,8 +65,8 @@ def test_the_block_is_two_launches_forward_and_three_backward(rows):
     launches = [row["kernel"] for row in rows if row["operation"] == "convnext_block" and row["dtype"] == "bf16"]
     assert launches == 3 * [
         "depthwise_forward",
-        "pointwise_forward",
-        "pointwise_backward",
+        "norm_mlp_residual",
+        "norm_mlp_residual_backward",
         "depthwise_backward",
         "reduce_partials",
     ]
@@ -76,7 +76,7 @@ def reason_to_be_large(row):
     """Why a kernel may have long machine code or spill registers; bench/NOTES.md says more."""
     if row["architecture"] == "sm_75":
         return "Triton multiplies without tensor cores on Turing, with all operands in registers as float32"
-    if (row["kernel"], row["dtype"]) == ("pointwise_backward", "fp32 highest"):
+    if (row["kernel"], row["dtype"]) == ("norm_mlp_residual_backward", "fp32 highest"):
         return "three products, each three of tf32, beside GELU and its derivative"
     return None
 
@@ -91,7 +91,7 @@ def test_kernels_are_small_or_have_a_reason():
 
 
 def test_products_are_on_tensor_cores():
-    products = ("depthwise_forward", "depthwise_backward", "pointwise_forward", "pointwise_backward")
+    products = ("depthwise_forward", "depthwise_backward", "norm_mlp_residual", "norm_mlp_residual_backward")
     without = {row["architecture"] for row in TABLE["rows"] if row["kernel"] in products and not row["tensor"]}
     # Triton uses none on Turing, and AMD's take no float32 in small products.
     assert without <= {"sm_75", "gfx942"}

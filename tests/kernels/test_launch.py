@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 COMPARED = """
 import ctypes, torch
 from bench.tools.null_gpu import null_gpu
-from fastconv.kernels import launch, operations
+from fastconv.kernels import operations
+from fastconv.kernels.common import launch
 
 SIZES = {"i1": 1, "i32": 4, "i64": 8, "fp32": 4}
 call = launch.Launch.__call__
@@ -96,8 +97,8 @@ def printed(code):
 def test_a_launch_gives_the_driver_what_the_jit_gives_it():
     block = [
         "depthwise_forward",
-        "pointwise_forward",
-        "pointwise_backward",
+        "norm_mlp_residual",
+        "norm_mlp_residual_backward",
         "depthwise_backward",
         "reduce_partials",
     ]
