@@ -153,20 +153,21 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor
     ctx.options = inputs.norm, inputs.eps, inputs.approximate
 
 
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
-    grad_x, parameters = convnext_block_backward(*inputs, forward=ctx)
+    grad_x, parameters = convnext_block_backward(inputs, forward=ctx)
     weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias = torch.split_with_sizes(
         in_dtype(parameters, inputs.weight.dtype), _gradient_sizes(inputs)
     )
+    _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = ctx.needs_input_grad
     return {
         "x": grad_x,
         "depthwise_weight": depthwise_weight.view_as(inputs.depthwise_weight),
-        "depthwise_bias": depthwise_bias,
+        "depthwise_bias": depthwise_bias if needs_depthwise_bias else None,
         "weight": weight.view_as(inputs.weight),
-        "bias": bias,
+        "bias": bias if needs_bias else None,
         "projection": projection.view_as(inputs.projection),
-        "projection_bias": projection_bias,
+        "projection_bias": projection_bias if needs_projection_bias else None,
     }
 
 

@@ -84,9 +84,9 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x, parameters = channel_layer_norm_backward(
-        grad, *ctx.saved_tensors, needs_weight or needs_bias, forward=ctx
-    )
+    x, statistics, weight = ctx.saved_tensors
+    inputs = BackwardInputs(grad, x, statistics, weight, needs_weight or needs_bias)
+    grad_x, parameters = channel_layer_norm_backward(inputs, forward=ctx)
     return {
         "x": grad_x,
         "weight": parameters[0].to(grad.dtype) if needs_weight else None,

@@ -67,10 +67,11 @@ class Operator(Generic[Inputs]):
         self._registered.register_fake(flat_fake)
         _OPERATORS.append(self)
 
-    def __call__(self, *inputs: Any, forward: Any = None) -> Results:
+    def __call__(self, inputs: Inputs, forward: Any = None) -> Results:
         """The results.
 
         Args:
+            inputs: the arguments.
             forward: in a backward, the context of the forward. Its key stands for the layouts of all inputs but
                 the first, the gradient.
 
@@ -82,10 +83,10 @@ class Operator(Generic[Inputs]):
         key = getattr(forward, "key", None)
         return self._run_plan((_layout(inputs[0]), key) if key is not None else _key(inputs), inputs)
 
-    def _run(self, *inputs: Any) -> Results:
-        return self._run_plan(_key(inputs), inputs)
+    def _run(self, *arguments: Any) -> Results:
+        return self._run_plan(_key(arguments), self._inputs(*arguments))
 
-    def _run_plan(self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...] = ()) -> Results:
+    def _run_plan(self, key: Key, inputs: Inputs, needs_grad: tuple[bool, ...] = ()) -> Results:
         """
         Args:
             key: of the plan; there may be several for one layout, but no two layouts of one key.
@@ -95,11 +96,9 @@ class Operator(Generic[Inputs]):
             plan = self._plans.get(key) or self._add_plan(key, inputs, needs_grad)
             if isinstance(plan, KernelError):
                 raise KernelError(plan.kernel, plan.reason)
-            return plan(self._inputs(*inputs))
+            return plan(inputs)
 
-    def _add_plan(
-        self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...]
-    ) -> Plan[Inputs] | KernelError:
+    def _add_plan(self, key: Key, inputs: Inputs, needs_grad: tuple[bool, ...]) -> Plan[Inputs] | KernelError:
         """Make a plan and compile its kernels. An error is kept too: compiling again would not change it."""
         like = self._inputs(*(_without_memory(x) if isinstance(x, Tensor) else x for x in inputs))
         plan: Plan[Inputs] | KernelError
@@ -121,7 +120,9 @@ class Operator(Generic[Inputs]):
 
 
 class DifferentiableOperator(Operator[Inputs]):
-    """A registered operator whose first result can be differentiated, once; a call returns only that result.
+    """A registered operator whose first result can be differentiated, once.
+
+    A call takes the arguments one by one, and returns only that result.
 
     Where a gradient is needed a call compiles the kernels of the backward too, before it launches any: a forward
     whose backward cannot run is of no use.
@@ -131,7 +132,8 @@ class DifferentiableOperator(Operator[Inputs]):
         save: keeps what the backward needs; called with the context of torch.autograd.Function, the inputs and the
             results.
         gradients: called with that context and the gradient of the first result; returns the gradients of the
-            inputs by name. It may leave out inputs without one, and include some that nobody needs.
+            inputs by name. It may leave out inputs without one, and include some that nobody needs, but none of an
+            input that is None, which autograd refuses.
     """
 
     def __init__(
@@ -147,44 +149,45 @@ class DifferentiableOperator(Operator[Inputs]):
         names = tuple(get_type_hints(inputs))
         run_plan = self._run_plan
 
-        def setup_context(ctx: Any, inputs: Sequence[Any], output: Results) -> None:
+        def keep(ctx: Any, inputs: Inputs, results: Results) -> None:
             ctx.set_materialize_grads(False)
-            save(ctx, self._inputs(*inputs), output)
+            save(ctx, inputs, results)
 
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Results) -> None:
+            keep(ctx, self._inputs(*inputs), output)
+
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
             needs_grad = ctx.needs_input_grad
-            ctx.key = needs_grad, *_key(inputs)
+            ctx.key = needs_grad, *_key(arguments)
+            inputs = self._inputs(*arguments)
             results = run_plan(ctx.key, inputs, needs_grad)
-            setup_context(ctx, inputs, results)
+            keep(ctx, inputs, results)
             return _first(results)
 
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(names)
             check_differentiated_once()
-            found = gradients(ctx, grad)
-            # Autograd refuses a gradient of an input that is None.
-            needed = zip(names, ctx.needs_input_grad, strict=True)
-            return tuple([found.get(name) if needs_grad else None for name, needs_grad in needed])
+            return tuple(map(gradients(ctx, grad).get, names))
 
-        self._setup_context, self._backward = setup_context, backward
+        self._keep, self._backward = keep, backward
         self._registered.register_autograd(backward, setup_context=setup_context)
         # Its name is that of the node in autograd's graph, and in profiles.
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function: Any = type(name.partition("::")[2], (torch.autograd.Function,), members)
 
-    def __call__(self, *inputs: Any) -> Tensor:  # type: ignore[override]
-        if _is_traced(inputs):
-            return _first(self._registered(*inputs))
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return self._function.apply(*inputs)
-        return _first(self._run(*inputs))
+    def __call__(self, *arguments: Any) -> Tensor:
+        if _is_traced(arguments):
+            return _first(self._registered(*arguments))
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return self._function.apply(*arguments)
+        return _first(self._run(*arguments))
 
     def _rehearse(self, key: Key, plan: Plan[Inputs], inputs: Inputs, needs_grad: tuple[bool, ...]) -> None:
         results = plan(inputs)
         if needs_grad:
             context = _Context(key, needs_grad)
-            self._setup_context(context, inputs, results)
+            self._keep(context, inputs, results)
             self._backward(context, torch.empty_like(_first(results)))
 
 

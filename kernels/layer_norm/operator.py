@@ -82,7 +82,8 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    return {"x": layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options, forward=ctx)}
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
+    return {"x": layer_norm_backward(inputs, forward=ctx)}
 
 
 layer_norm_backward = Operator("fastconv::layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward)

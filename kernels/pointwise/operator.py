@@ -98,12 +98,14 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     slope, x, weight = ctx.saved_tensors
-    needs_parameters = needs_weight or needs_bias
-    grad_x, parameters = pointwise_conv_gelu_backward(
-        grad, slope, x, weight, needs_x, needs_parameters, forward=ctx
-    )
+    inputs = BackwardInputs(grad, slope, x, weight, needs_x, needs_weight or needs_bias)
+    grad_x, parameters = pointwise_conv_gelu_backward(inputs, forward=ctx)
     matrix, bias = in_dtype(parameters, weight.dtype).tensor_split([weight.numel()])
-    return {"x": grad_x, "weight": matrix.view_as(weight) if needs_weight else None, "bias": bias}
+    return {
+        "x": grad_x,
+        "weight": matrix.view_as(weight) if needs_weight else None,
+        "bias": bias if needs_bias else None,
+    }
 
 
 pointwise_conv_gelu_backward = Operator(

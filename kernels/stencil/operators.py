@@ -99,7 +99,8 @@ def _save(ctx: Any, inputs: Inputs, output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     x, weight = ctx.saved_tensors
-    grad_x, parameters = depthwise_conv_backward(grad, x, weight, needs_x, needs_weight or needs_bias, forward=ctx)
+    inputs = BackwardInputs(grad, x, weight, needs_x, needs_weight or needs_bias)
+    grad_x, parameters = depthwise_conv_backward(inputs, forward=ctx)
     return {"x": grad_x, **_taps_and_bias(parameters, weight, needs_weight, needs_bias)}
 
 
@@ -243,9 +244,19 @@ def _save_norm(ctx: Any, inputs: NormInputs, output: tuple[Tensor, Tensor, Tenso
 
 def _norm_gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, *_ = ctx.needs_input_grad
-    weight = ctx.saved_tensors[1]
-    needs = needs_x, needs_weight or needs_bias, needs_norm_weight or needs_norm_bias
-    grad_x, parameters, norm = depthwise_conv_channel_norm_backward(grad, *ctx.saved_tensors, *needs, forward=ctx)
+    x, weight, norm_weight, normalised, scale = ctx.saved_tensors
+    inputs = NormBackwardInputs(
+        grad,
+        x,
+        weight,
+        norm_weight,
+        normalised,
+        scale,
+        needs_x,
+        needs_weight or needs_bias,
+        needs_norm_weight or needs_norm_bias,
+    )
+    grad_x, parameters, norm = depthwise_conv_channel_norm_backward(inputs, forward=ctx)
     return {
         "x": grad_x,
         **_taps_and_bias(parameters, weight, needs_weight, needs_bias),

@@ -114,12 +114,13 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> No
     ctx.options = inputs.norm, inputs.eps
 
 
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
     weight = inputs.weight
-    grad_x, parameters = depthwise_conv_layer_norm_backward(*inputs, forward=ctx)
+    grad_x, parameters = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
     taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), _gradient_sizes(weight))
-    return {"x": grad_x, "weight": taps.view_as(weight), "bias": bias}
+    needs_bias = ctx.needs_input_grad[2]
+    return {"x": grad_x, "weight": taps.view_as(weight), "bias": bias if needs_bias else None}
 
 
 depthwise_conv_layer_norm_backward = Operator(

@@ -47,7 +47,7 @@ def save(ctx, inputs, output):
 
 
 def gradients(ctx, grad):
-    return {"x": scaled_backward(grad, 13.0 if ctx.factor == 7 else ctx.factor, forward=ctx)}
+    return {"x": scaled_backward(Inputs(grad, 13.0 if ctx.factor == 7 else ctx.factor), forward=ctx)}
 
 
 scaled_backward = Operator("fastconv_test::scaled_backward", Inputs, Scaled, fake)
