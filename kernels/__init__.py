@@ -1,1 +1,24 @@
-"""Triton kernels, installed as `fastconv.kernels`. Nothing here imports the rest of fastconv."""
+"""Triton kernels, installed as `fastconv.kernels`. Nothing here imports the rest of fastconv.
+
+| room | what it computes |
+|---|---|
+| `operations.py` | the public operations: chooses a room by norm and size |
+| `block` | a whole ConvNextBlock on maps of up to 256 pixels |
+| `toeplitz` | depthwise convolution + norm over a tensor or its images, on maps of up to 256 pixels |
+| `stencil` | depthwise convolution on maps of any size, alone or with the norm of each pixel |
+| `pointwise` | pointwise convolution + GELU |
+| `layer_norm` | the norm over a tensor or its images |
+| `channel_norm` | the norm of each pixel, over its channels |
+| `common` | what they are built from: launches, registration, and functions that kernels call |
+
+Each room has the same three layers:
+
+- `kernels.py`: the kernels, in Triton's language.
+- `tiling.py`: how they divide the work among programs, and their launches.
+- `operator.py` or `operators.py`: the operators that PyTorch sees. `ForwardPlan` and `BackwardPlan` run one layout
+  of inputs, launch by launch; `_save` and `_gradients` are for autograd.
+
+So the backward of a block is `block/operator.py`: `BackwardPlan.__call__`, whose launches are
+`norm_mlp_residual_backward` of `block/kernels.py`, `depthwise_backward` of `toeplitz/kernels.py`, and
+`reduce_partials` of `common/reduction.py`.
+"""

@@ -127,8 +127,8 @@ class Inputs(NamedTuple):
         return {
             "depthwise_forward": toeplitz,
             "depthwise_backward": 2 * toeplitz,
-            "pointwise_forward": pointwise,
-            "pointwise_backward": 2 * pointwise,
+            "norm_mlp_residual": pointwise,
+            "norm_mlp_residual_backward": 2 * pointwise,
             "pointwise_gelu": alone,
             "pointwise_gelu_backward_x": alone,
             "pointwise_gelu_backward_weight": alone,

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from fastconv.kernels.toeplitz.plan import Depthwise
+from fastconv.kernels.toeplitz.tiling import ToeplitzTiling
 
 from .. import results, tables
 from . import budget
@@ -61,9 +61,9 @@ def calls_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> dict[str, Cal
 
 def one_launch(x: Tensor, weight: Tensor) -> Callable[[], object]:
     """A launch of a block's first kernel alone."""
-    depthwise = Depthwise(x, weight, "tensor")
-    h, moments = depthwise.new_h(weight), depthwise.new_moments(weight)
-    return partial(depthwise.forward(x, weight, has_bias=False), x, weight, None, h, moments)
+    tiling = ToeplitzTiling(x, weight, "tensor")
+    h, moments = tiling.new_h(weight), tiling.new_moments(weight)
+    return partial(tiling.forward(x, has_bias=False), x, weight, None, h, moments)
 
 
 def median_time(call: Callable[[], object], count: int) -> float:

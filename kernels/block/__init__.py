@@ -1,1 +1,1 @@
-"""The lecture's whole block as one operator."""
+"""A ConvNextBlock as one operator: the convolution of `toeplitz`, then norm, MLP and residual in one kernel."""

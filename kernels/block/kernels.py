@@ -12,7 +12,7 @@ import triton.language as tl
 from ..common.activation import gelu, gelu_derivative
 from ..common.product import product, widen
 from ..common.reduction import accumulate
-from ..common.statistics import mean_and_scale, store_sums
+from ..common.statistics import mean_and_scale, part_of_group, store_sums
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def spread(values, BLOCK_IMAGES: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
 
 
 @triton.jit
-def pointwise_forward(
+def norm_mlp_residual(
     h,  # [N, K, P]
     moments,  # [groups, 3, parts]
     x,  # (N, C, P), of any strides
@@ -106,7 +106,7 @@ def pointwise_forward(
 
 
 @triton.jit
-def pointwise_backward(
+def norm_mlp_residual_backward(
     grad_y,  # (N, C, P), of any strides
     h,  # [N, K, P]
     moments,  # [groups, 3, parts]
@@ -139,7 +139,7 @@ def pointwise_backward(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """The gradient of the normalised tensor, and those of the weights, which each program sums over its rounds."""
+    """The gradient of the normalised tensor; and those of weights and biases, summed over a program's rounds."""
     PIXEL_BLOCKS: tl.constexpr = (PIXELS + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     program = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, BLOCK_IMAGES * BLOCK_PIXELS)
@@ -196,7 +196,7 @@ def pointwise_backward(
             accumulate(weight_grad + w_offset, matrix, w_mask, round == 0)
             g_sum += g_tile
             slope_sum += g_tile * normalised
-        part = block if NORM == "tensor" else block % PIXEL_BLOCKS
+        part = part_of_group(block, block % PIXEL_BLOCKS, NORM)
         # Rows outside hold zeros.
         g_sum = tl.reshape(g_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))
         slope_sum = tl.reshape(slope_sum, (BLOCK_IMAGES, BLOCK_PIXELS * BLOCK_INPUTS))

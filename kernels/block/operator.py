@@ -1,226 +1,134 @@
-"""The whole ConvNextBlock as one operator for each direction: two launches forward, three backward."""
+"""The whole ConvNextBlock as one operator for each direction: two launches forward, three backward.
+
+The backward is `BackwardPlan`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.launch import (
-    Launch,
-    block_size,
-    ceil_div,
-    flat_pixels,
-    in_dtype,
-    precision,
-    strides,
-)
+from ..common.layout import flat_pixels, in_dtype
 from ..common.registration import DifferentiableOperator, Operator
-from ..common.rules import accumulator, check_differentiated_once
-from ..decisions import WIDEST_BLOCK
-from ..toeplitz.plan import MAX_PARTIALS, Depthwise
-from .kernels import pointwise_backward, pointwise_forward
+from ..common.rules import accumulator
+from ..toeplitz.tiling import ToeplitzTiling
+from .tiling import MlpTiling
 
 
-class Rows:
-    """How the pointwise kernels divide the pixels of the batch: a block is some pixels of some images."""
+class Inputs(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    depthwise_weight: Tensor  # (K, 1, kh, kw)
+    depthwise_bias: Tensor | None  # (K,)
+    weight: Tensor  # (O, K, 1, 1)
+    bias: Tensor | None  # (O,)
+    projection: Tensor  # (C, O, 1, 1)
+    projection_bias: Tensor | None  # (C,)
+    norm: str
+    eps: float
+    approximate: str
 
-    def __init__(self, depthwise: Depthwise, hidden: int) -> None:
-        # A program holds all hidden channels of its rows in registers, some times over.
-        rows = max(16, min(64, 2048 // block_size(hidden, WIDEST_BLOCK)))
-        self.warps = 4 if hidden <= 64 else 8
-        self.block_pixels = min(depthwise.block_pixels, rows)
-        self.pixel_blocks = ceil_div(depthwise.pixels, self.block_pixels)
-        self.block_images = rows // self.block_pixels
-        self.blocks = ceil_div(depthwise.images, self.block_images) * self.pixel_blocks
 
-
-class Forward:
+class ForwardPlan:
     """y like x, and for the backward: h [N, K, P], its moments, z [N, O, P]."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        depthwise_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        projection: Tensor,
-        projection_bias: Tensor | None,
-        norm: str,
-        eps: float,
-        approximate: str,
-    ) -> None:
-        x = flat_pixels(x)
-        depthwise = self.sizes = Depthwise(x, depthwise_weight, norm)
-        hidden = weight.shape[0]
-        rows = Rows(depthwise, hidden)
-        self.depthwise = depthwise.forward(x, depthwise_weight, depthwise_bias is not None)
-        self.collapse = depthwise.collapse_moments(depthwise.parts)
-        self.pointwise = Launch(
-            pointwise_forward,
-            rows.blocks,
-            depthwise.images,
+    def __init__(self, inputs: Inputs) -> None:
+        x = flat_pixels(inputs.x)
+        self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
+        self.convolve = self.tiling.forward(x, inputs.depthwise_bias is not None)
+        self.collapse = self.tiling.collapse_moments(self.tiling.parts)
+        self.norm_mlp_residual = MlpTiling(self.tiling, inputs.weight, inputs.approximate).forward(
+            x,
+            torch.empty_like(x),
             self.collapse.parts,
-            eps,
-            *strides(x),
-            *strides(torch.empty_like(x)),
-            PIXELS=depthwise.pixels,
-            INPUTS=depthwise.outputs,
-            HIDDEN=hidden,
-            CHANNELS=depthwise.channels,
-            HAS_BIAS=bias is not None,
-            HAS_PROJECTION_BIAS=projection_bias is not None,
-            NORM=norm,
-            APPROXIMATE=approximate,
-            PRECISION=precision(weight),
-            BLOCK_PARTS=depthwise.block_parts,
-            BLOCK_IMAGES=rows.block_images,
-            BLOCK_PIXELS=rows.block_pixels,
-            BLOCK_INPUTS=block_size(depthwise.outputs, 64),
-            BLOCK_HIDDEN=block_size(hidden, WIDEST_BLOCK),
-            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST_BLOCK),
-            num_warps=rows.warps,
+            inputs.eps,
+            inputs.bias is not None,
+            inputs.projection_bias is not None,
         )
 
-    def __call__(
-        self,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        depthwise_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        projection: Tensor,
-        projection_bias: Tensor | None,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = flat_pixels(x)
-        y, h, moments, z = _results(x, weight, self.sizes)
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = flat_pixels(inputs.x)
+        y, h, moments, z = _results(x, inputs.weight, self.tiling)
         if x.numel() > 0:
-            self.depthwise(x, depthwise_weight, depthwise_bias, h, moments)
+            _, depthwise_weight, depthwise_bias, weight, bias, projection, projection_bias, *_ = inputs
+            self.convolve(x, depthwise_weight, depthwise_bias, h, moments)
             merged = self.collapse(moments)
-            self.pointwise(h, merged, x, weight, bias, projection, projection_bias, z, y)
+            self.norm_mlp_residual(h, merged, x, weight, bias, projection, projection_bias, z, y)
         return y, h, moments, z
 
 
-def _results(x: Tensor, weight: Tensor, depthwise: Depthwise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = weight.new_empty(depthwise.images, weight.shape[0], depthwise.pixels)
-    return torch.empty_like(x), depthwise.new_h(weight), depthwise.new_moments(weight), z
+def _results(x: Tensor, weight: Tensor, tiling: ToeplitzTiling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = weight.new_empty(tiling.images, weight.shape[0], tiling.pixels)
+    return torch.empty_like(x), tiling.new_h(weight), tiling.new_moments(weight), z
 
 
-def _fake(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor,
-    projection_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    approximate: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = flat_pixels(x)
-    return _results(x, weight, Depthwise(x, depthwise_weight, norm))
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = flat_pixels(inputs.x)
+    return _results(x, inputs.weight, ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm))
 
 
-class Backward:
-    """The gradient of x, like x, and one vector of those of the parameters, in the order of `_sizes`."""
+class BackwardInputs(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    depthwise_weight: Tensor
+    weight: Tensor
+    projection: Tensor
+    h: Tensor
+    moments: Tensor
+    z: Tensor
+    norm: str
+    eps: float
+    approximate: str
 
-    def __init__(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        weight: Tensor,
-        projection: Tensor,
-        h: Tensor,
-        moments: Tensor,
-        z: Tensor,
-        norm: str,
-        eps: float,
-        approximate: str,
-    ) -> None:
-        x, grad = flat_pixels(x), flat_pixels(grad)
-        grad_x = torch.empty_like(x)
-        sizes = _sizes(depthwise_weight, weight, projection)
-        depthwise = self.sizes = Depthwise(x, depthwise_weight, norm)
-        hidden = weight.shape[0]
-        rows = Rows(depthwise, hidden)
-        rounds = max(1, ceil_div(rows.blocks, MAX_PARTIALS))
-        self.length, self.columns = sum(sizes), (ceil_div(rows.blocks, rounds), sum(sizes[:4]))
-        self.sum_parts = rows.blocks if norm == "tensor" else rows.pixel_blocks
-        self.collapse_moments = depthwise.collapse_moments(moments.shape[2])
-        self.collapse_sums = depthwise.collapse_sums(self.sum_parts)
-        self.pointwise = Launch(
-            pointwise_backward,
-            self.columns[0],
-            depthwise.images,
-            rows.blocks,
-            rounds,
-            self.collapse_moments.parts,
-            self.sum_parts,
-            eps,
-            *strides(grad),
-            PIXELS=depthwise.pixels,
-            INPUTS=depthwise.outputs,
-            HIDDEN=hidden,
-            CHANNELS=depthwise.channels,
-            NORM=norm,
-            APPROXIMATE=approximate,
-            PRECISION=precision(weight),
-            BLOCK_PARTS=depthwise.block_parts,
-            BLOCK_IMAGES=rows.block_images,
-            BLOCK_PIXELS=rows.block_pixels,
-            BLOCK_INPUTS=16,
-            BLOCK_HIDDEN=block_size(hidden, WIDEST_BLOCK),
-            BLOCK_CHANNELS=block_size(depthwise.channels, WIDEST_BLOCK),
-            num_warps=rows.warps,
-        )
-        self.depthwise = depthwise.backward(
-            (h.stride(0), h.stride(1), 1),
+
+class BackwardPlan:
+    """The gradient of x, like x, and one vector of those of the parameters, in the order of `_gradient_sizes`."""
+
+    def __init__(self, inputs: BackwardInputs) -> None:
+        x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
+        tiling = self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
+        mlp = MlpTiling(tiling, inputs.weight, inputs.approximate)
+        sizes = _gradient_sizes(inputs)
+        self.length, self.sum_parts, self.partials = sum(sizes), mlp.sum_parts, (mlp.partials, sum(sizes[:4]))
+        self.collapse_moments = tiling.collapse_moments(inputs.moments.shape[2])
+        self.collapse_sums = tiling.collapse_sums(self.sum_parts)
+        self.norm_mlp_residual = mlp.backward(grad, self.collapse_moments.parts, inputs.eps)
+        self.convolve = tiling.backward(
+            (inputs.h.stride(0), inputs.h.stride(1), 1),
             x,
             grad,
-            depthwise_weight,
-            grad_x,
+            torch.empty_like(x),
             self.collapse_moments.parts,
             self.collapse_sums.parts,
-            eps,
+            inputs.eps,
         )
-        self.reduce = depthwise.reduce(*self.columns, self.depthwise.partials)
+        self.reduce = tiling.reduce(*self.partials, self.convolve.partials)
 
-    def __call__(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        weight: Tensor,
-        projection: Tensor,
-        h: Tensor,
-        moments: Tensor,
-        z: Tensor,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+        grad, x, depthwise_weight, weight, projection, h, moments, z, *_ = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
         grad_x = torch.empty_like(x)
         if x.numel() == 0:
             return grad_x, moments.new_zeros(self.length)
         parameters = moments.new_empty(self.length)
         g = torch.empty_like(h)
-        sums = moments.new_empty(self.sizes.groups, 2, self.sum_parts)
-        columns = moments.new_empty(*self.columns)
+        sums = moments.new_empty(self.tiling.groups, 2, self.sum_parts)
+        partials = moments.new_empty(*self.partials)
         moments = self.collapse_moments(moments)
-        self.pointwise(grad, h, moments, z, weight, projection, g, sums, columns)
+        self.norm_mlp_residual(grad, h, moments, z, weight, projection, g, sums, partials)
         sums = self.collapse_sums(sums)
-        matrices, biases = self.depthwise(g, h, x, grad, depthwise_weight, moments, sums, grad_x)
-        self.reduce(columns, matrices, biases, parameters)
+        matrices, biases = self.convolve(g, h, x, grad, depthwise_weight, moments, sums, grad_x)
+        self.reduce(partials, matrices, biases, parameters)
         return grad_x, parameters
 
 
-def _sizes(depthwise_weight: Tensor, weight: Tensor, projection: Tensor) -> list[int]:
-    """Of the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias."""
+def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
+    """How large the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias are.
+
+    `norm_mlp_residual_backward` makes the first four, `depthwise_backward` the others.
+    """
+    weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
     return [
         weight.numel(),
         projection.numel(),
@@ -231,56 +139,36 @@ def _sizes(depthwise_weight: Tensor, weight: Tensor, projection: Tensor) -> list
     ]
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    depthwise_weight: Tensor,
-    weight: Tensor,
-    projection: Tensor,
-    h: Tensor,
-    moments: Tensor,
-    z: Tensor,
-    norm: str,
-    eps: float,
-    approximate: str,
-) -> tuple[Tensor, Tensor]:
-    size = sum(_sizes(depthwise_weight, weight, projection))
-    return torch.empty_like(flat_pixels(x)), x.new_empty(size, dtype=accumulator(weight))
+def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+    parameters = inputs.x.new_empty(sum(_gradient_sizes(inputs)), dtype=accumulator(inputs.weight))
+    return torch.empty_like(flat_pixels(inputs.x)), parameters
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    x, depthwise_weight, _, weight, _, projection, _, *ctx.options = inputs
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     _, h, moments, z = output
-    ctx.save_for_backward(x, depthwise_weight, weight, projection, h, moments, z)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs.x, inputs.depthwise_weight, inputs.weight, inputs.projection, h, moments, z)
+    ctx.options = inputs.norm, inputs.eps, inputs.approximate
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    check_differentiated_once()
-    x, depthwise_weight, weight, projection, h, moments, z = ctx.saved_tensors
-    grad_x, parameters = convnext_block_backward(
-        grad, x, depthwise_weight, weight, projection, h, moments, z, *ctx.options, forward=ctx
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
+    grad_x, parameters = convnext_block_backward(inputs, forward=ctx)
+    weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias = torch.split_with_sizes(
+        in_dtype(parameters, inputs.weight.dtype), _gradient_sizes(inputs)
     )
-    matrix, projection_matrix, bias, projection_bias, taps, depthwise_bias = torch.split_with_sizes(
-        in_dtype(parameters, weight.dtype), _sizes(depthwise_weight, weight, projection)
-    )
-    # Autograd ignores those that nobody needs, except of an input that is None.
-    needs = ctx.needs_input_grad
-    return (
-        grad_x,
-        taps.view_as(depthwise_weight),
-        depthwise_bias if needs[2] else None,
-        matrix.view_as(weight),
-        bias if needs[4] else None,
-        projection_matrix.view_as(projection),
-        projection_bias if needs[6] else None,
-        None,
-        None,
-        None,
-    )
+    _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = ctx.needs_input_grad
+    return {
+        "x": grad_x,
+        "depthwise_weight": depthwise_weight.view_as(inputs.depthwise_weight),
+        "depthwise_bias": depthwise_bias if needs_depthwise_bias else None,
+        "weight": weight.view_as(inputs.weight),
+        "bias": bias if needs_bias else None,
+        "projection": projection.view_as(inputs.projection),
+        "projection_bias": projection_bias if needs_projection_bias else None,
+    }
 
 
-convnext_block_backward = Operator("fastconv::convnext_block_backward", Backward, _fake_backward)
-convnext_block = DifferentiableOperator("fastconv::convnext_block", Forward, _fake, _save, _gradients)
+convnext_block_backward = Operator(
+    "fastconv::convnext_block_backward", BackwardInputs, BackwardPlan, _fake_backward
+)
+convnext_block = DifferentiableOperator("fastconv::convnext_block", Inputs, ForwardPlan, _fake, _save, _gradients)

@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit
 def gelu(z, APPROXIMATE: tl.constexpr):
     """z * Phi(z), with Phi the normal distribution function, or its approximation by tanh."""
+    _check(APPROXIMATE)
     if APPROXIMATE == "tanh":
         return z * tl.sigmoid(_tanh_argument(z))
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -14,12 +15,20 @@ def gelu(z, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def gelu_derivative(z, APPROXIMATE: tl.constexpr):
+    """The derivative of `gelu` at z."""
+    _check(APPROXIMATE)
     if APPROXIMATE == "tanh":
         probability = tl.sigmoid(_tanh_argument(z))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
         return probability + z * probability * (1.0 - probability) * slope
     density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+
+
+@triton.jit
+def _check(APPROXIMATE: tl.constexpr):
+    """Refuse at compile time an activation that would be taken for the exact GELU."""
+    tl.static_assert(APPROXIMATE == "none" or APPROXIMATE == "tanh", 'APPROXIMATE is "none" or "tanh"')
 
 
 @triton.jit

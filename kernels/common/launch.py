@@ -1,8 +1,7 @@
-"""What the launches of all kernels have in common."""
+"""Launches of kernels, which compile once and are cheap from then on, and what they choose for a GPU."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
@@ -14,19 +13,22 @@ from torch import Tensor
 
 from .errors import KernelError
 
-# One stage: Triton's pipelining reads ahead more than registers hold. And multiplications fused with additions,
-# which is the default only up to Triton 3.9.
+# num_stages: how many rounds of a loop Triton overlaps, loading the next operands while it multiplies the last
+# ones; its default is 3. With more than 1 these kernels hold more operands than there are registers, and spill.
+# enable_fp_fusion: a multiplication and an addition become one instruction, which rounds once; a stencil is little
+# else. Up to Triton 3.9 that is the default, which the environment can change.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 class Launch:
     """A launch of a kernel whose numbers are known: from call to call only its tensors change.
 
-    Triton works out at each launch which compiled kernel to take, in several times the microseconds that a kernel
-    of ours runs. Here that is done once for all tensors that are aligned alike.
+    Triton works out at each launch which compiled kernel to take, in several times the microseconds that such a
+    kernel runs. Here that is done once for all tensors that are aligned alike.
 
     Args:
-        kernel: of Triton; its arguments are tensors, some of them None, then numbers, then constants.
+        kernel: a function of `triton.jit`, whose arguments are tensors, some of them None, then numbers, then
+            constants.
         programs: how many run.
         numbers: the kernel's, in its order.
         constants: the kernel's, by name, and Triton's `num_warps`.
@@ -80,7 +82,7 @@ class Launch:
         return compiled
 
     def _bind(self, compiled: Any) -> Callable[[list[int]], None]:
-        """What launches a compiled kernel, given the addresses of the tensors."""
+        """A function that launches a compiled kernel, given the addresses of the tensors."""
         driver = triton.runtime.driver.active
         device, current_stream = driver.get_current_device(), driver.get_current_stream
         runtime, programs = triton.knobs.runtime, self.programs
@@ -93,7 +95,7 @@ class Launch:
             stream = current_stream(device)
             enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
             if enter.calls or leave.calls:
-                # As of Triton's profiler.
+                # Triton's profiler adds some.
                 metadata = compiled.launch_metadata((programs, 1, 1), stream, *pointers, *rest)
                 run(programs, 1, 1, stream, function, packed_metadata, metadata, enter, leave, *pointers, *rest)
             else:
@@ -129,44 +131,6 @@ def ceil_div(number: int, divisor: int) -> int:
 
 def next_power_of_2(number: int) -> int:
     return 1 << (int(number) - 1).bit_length()
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if the channels of `x` lie side by side, though perhaps not its pixels: else contiguous."""
-    side_by_side = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
-    return torch.channels_last if side_by_side else torch.contiguous_format
-
-
-def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which takes microseconds even where there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def flat_pixels(x: Tensor) -> Tensor:
-    """`x` itself if one stride leads from each pixel to the next, else a copy of which that is true."""
-    _, _, height, width = x.shape
-    if height == 1 or width == 1 or x.stride(2) == width * x.stride(3):
-        return x
-    return x.contiguous(memory_format=memory_format(x))
-
-
-def new_maps(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised maps like `x` but for their channels, in its memory format."""
-    size = x.shape[0], channels, *x.shape[2:]
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-
-
-def stride_unit(*strides: int) -> int:
-    """What divides all strides, up to the 16 elements of which wide accesses are.
-
-    Of an integer Triton knows only whether 16 divides it, and channels are often 8 times something.
-    """
-    return math.gcd(16, *strides)
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of image, channel and pixel of `flat_pixels(x)`."""
-    return x.stride(0), x.stride(1), x.stride(2) if x.shape[3] == 1 else x.stride(3)
 
 
 def precision(x: Tensor) -> str:

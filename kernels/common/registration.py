@@ -4,59 +4,74 @@ torch.compile, torch.export and others that trace see an operator registered wit
 results, and the operator of its gradient. Called eagerly, that boundary takes longer than the kernels behind it.
 There a plan, made once for all inputs of one layout, runs at once; where a gradient is needed, in a
 torch.autograd.Function.
+
+The arguments of an operator are spelt once, as the fields of a NamedTuple. PyTorch sees them flat; plans and what
+else belongs to an operator take the NamedTuple whole.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from .errors import KernelError
+from .rules import check_differentiated_once
 
 # How many plans an operator keeps: one for each batch size, say.
 MOST_PLANS = 512
 
+# A NamedTuple of an operator's arguments.
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 # A tensor, or a tuple of several.
 Results = Any
-# Computes the results of an operator, whose arguments it is called with.
-Plan = Callable[..., Results]
-# All that a plan depends on: of tensors shape, strides and dtype; the other arguments; and what is current.
+# Computes the results of an operator from its inputs.
+Plan = Callable[[Inputs], Results]
+# All that a plan depends on: each tensor's shape, strides and dtype; the other arguments; and what is current.
 Key = tuple[Any, ...]
 
 # Types of inputs that want nothing of their own.
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
 _HERE = nullcontext()
-_OPERATORS: list[Operator] = []
+_OPERATORS: list[Operator[Any]] = []
 
 
-class Operator:
+class Operator(Generic[Inputs]):
     """A registered operator.
 
     Args:
         name: with the namespace.
-        plan: makes the plan for inputs like its arguments, whose tensors are on the "meta" device.
-        fake: its signature is the operator's; for fake tensors, perhaps of symbolic shapes, it returns results of
-            the right layout.
+        inputs: a NamedTuple, whose fields are the operator's arguments: names, types and order.
+        plan: makes the plan for inputs whose tensors are on the "meta" device.
+        fake: for inputs of fake tensors, perhaps of symbolic shapes, returns results of the right layout.
     """
 
-    def __init__(self, name: str, plan: Callable[..., Plan], fake: Callable[..., Results]) -> None:
-        self._make_plan = plan
-        self._plans: dict[Key, Plan | KernelError] = {}
+    def __init__(
+        self,
+        name: str,
+        inputs: Callable[..., Inputs],
+        plan: Callable[[Inputs], Plan[Inputs]],
+        fake: Callable[[Inputs], Results],
+    ) -> None:
+        self._inputs, self._make_plan = inputs, plan
+        self._plans: dict[Key, Plan[Inputs] | KernelError] = {}
         self._lock = threading.Lock()
-        schema = torch.library.infer_schema(fake, mutates_args=())
+        flat_fake = _flat(fake, inputs)
+        schema = torch.library.infer_schema(flat_fake, mutates_args=())
         self._registered = torch.library.custom_op(name, self._run, mutates_args=(), schema=schema)
-        self._registered.register_fake(fake)
+        self._registered.register_fake(flat_fake)
         _OPERATORS.append(self)
 
-    def __call__(self, *inputs: Any, forward: Any = None) -> Results:
+    def __call__(self, inputs: Inputs, forward: Any = None) -> Results:
         """The results.
 
         Args:
+            inputs: the arguments.
             forward: in a backward, the context of the forward. Its key stands for the layouts of all inputs but
                 the first, the gradient.
 
@@ -68,10 +83,10 @@ class Operator:
         key = getattr(forward, "key", None)
         return self._run_plan((_layout(inputs[0]), key) if key is not None else _key(inputs), inputs)
 
-    def _run(self, *inputs: Any) -> Results:
-        return self._run_plan(_key(inputs), inputs)
+    def _run(self, *arguments: Any) -> Results:
+        return self._run_plan(_key(arguments), self._inputs(*arguments))
 
-    def _run_plan(self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...] = ()) -> Results:
+    def _run_plan(self, key: Key, inputs: Inputs, needs_grad: tuple[bool, ...] = ()) -> Results:
         """
         Args:
             key: of the plan; there may be several for one layout, but no two layouts of one key.
@@ -81,14 +96,14 @@ class Operator:
             plan = self._plans.get(key) or self._add_plan(key, inputs, needs_grad)
             if isinstance(plan, KernelError):
                 raise KernelError(plan.kernel, plan.reason)
-            return plan(*inputs)
+            return plan(inputs)
 
-    def _add_plan(self, key: Key, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> Plan | KernelError:
+    def _add_plan(self, key: Key, inputs: Inputs, needs_grad: tuple[bool, ...]) -> Plan[Inputs] | KernelError:
         """Make a plan and compile its kernels. An error is kept too: compiling again would not change it."""
-        like = [_without_memory(x) if isinstance(x, Tensor) else x for x in inputs]
-        plan: Plan | KernelError
+        like = self._inputs(*(_without_memory(x) if isinstance(x, Tensor) else x for x in inputs))
+        plan: Plan[Inputs] | KernelError
         try:
-            plan = self._make_plan(*like)
+            plan = self._make_plan(like)
             with torch.no_grad():
                 self._rehearse(key, plan, like, needs_grad)
         except KernelError as error:
@@ -99,65 +114,85 @@ class Operator:
             self._plans[key] = plan
         return plan
 
-    def _rehearse(self, key: Key, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
+    def _rehearse(self, key: Key, plan: Plan[Inputs], inputs: Inputs, needs_grad: tuple[bool, ...]) -> None:
         """Run the plan on tensors without memory: that compiles its kernels, and launches nothing."""
-        plan(*inputs)
+        plan(inputs)
 
 
-class DifferentiableOperator(Operator):
-    """A registered operator whose first result can be differentiated, once; a call returns only that result.
+class DifferentiableOperator(Operator[Inputs]):
+    """A registered operator whose first result can be differentiated, once.
+
+    A call takes the arguments one by one, and returns only that result.
 
     Where a gradient is needed a call compiles the kernels of the backward too, before it launches any: a forward
     whose backward cannot run is of no use.
 
     Args:
-        name, plan, fake: as `Operator`'s.
-        save: keeps for the backward what it needs; called with the context of torch.autograd.Function, the inputs
-            and the results.
-        gradients: called with that context and the gradient of the first result; returns one for each input.
+        name, inputs, plan, fake: as `Operator`'s.
+        save: keeps what the backward needs; called with the context of torch.autograd.Function, the inputs and the
+            results.
+        gradients: called with that context and the gradient of the first result; returns the gradients of the
+            inputs by name. It may leave out inputs without one, and include some that nobody needs, but none of an
+            input that is None, which autograd refuses.
     """
 
     def __init__(
         self,
         name: str,
-        plan: Callable[..., Plan],
-        fake: Callable[..., Results],
-        save: Callable[[Any, Sequence[Any], Results], None],
-        gradients: Callable[..., tuple[Tensor | None, ...]],
+        inputs: Callable[..., Inputs],
+        plan: Callable[[Inputs], Plan[Inputs]],
+        fake: Callable[[Inputs], Results],
+        save: Callable[[Any, Inputs, Results], None],
+        gradients: Callable[[Any, Tensor], Mapping[str, Tensor | None]],
     ) -> None:
-        super().__init__(name, plan, fake)
-        self._registered.register_autograd(gradients, setup_context=save)
-        self._save, self._gradients = save, gradients
+        super().__init__(name, inputs, plan, fake)
+        names = tuple(get_type_hints(inputs))
         run_plan = self._run_plan
 
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
-            needs_grad = ctx.needs_input_grad
-            ctx.key = needs_grad, *_key(inputs)
-            results = run_plan(ctx.key, inputs, needs_grad)
+        def keep(ctx: Any, inputs: Inputs, results: Results) -> None:
+            ctx.set_materialize_grads(False)
             save(ctx, inputs, results)
+
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Results) -> None:
+            keep(ctx, self._inputs(*inputs), output)
+
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            needs_grad = ctx.needs_input_grad
+            ctx.key = needs_grad, *_key(arguments)
+            inputs = self._inputs(*arguments)
+            results = run_plan(ctx.key, inputs, needs_grad)
+            keep(ctx, inputs, results)
             return _first(results)
 
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            if grad is None:
+                return (None,) * len(names)
+            check_differentiated_once()
+            return tuple(map(gradients(ctx, grad).get, names))
+
+        self._keep, self._backward = keep, backward
+        self._registered.register_autograd(backward, setup_context=setup_context)
         # Its name is that of the node in autograd's graph, and in profiles.
-        members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function: Any = type(name.partition("::")[2], (torch.autograd.Function,), members)
 
-    def __call__(self, *inputs: Any) -> Tensor:  # type: ignore[override]
-        if _is_traced(inputs):
-            return _first(self._registered(*inputs))
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return self._function.apply(*inputs)
-        return _first(self._run(*inputs))
+    def __call__(self, *arguments: Any) -> Tensor:
+        if _is_traced(arguments):
+            return _first(self._registered(*arguments))
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return self._function.apply(*arguments)
+        return _first(self._run(*arguments))
 
-    def _rehearse(self, key: Key, plan: Plan, inputs: Sequence[Any], needs_grad: tuple[bool, ...]) -> None:
-        results = plan(*inputs)
+    def _rehearse(self, key: Key, plan: Plan[Inputs], inputs: Inputs, needs_grad: tuple[bool, ...]) -> None:
+        results = plan(inputs)
         if needs_grad:
             context = _Context(key, needs_grad)
-            self._save(context, inputs, results)
-            self._gradients(context, torch.empty_like(_first(results)))
+            self._keep(context, inputs, results)
+            self._backward(context, torch.empty_like(_first(results)))
 
 
 class _Context:
-    """As much of torch.autograd.Function's context as `save` and `gradients` use, and the forward's key."""
+    """As much of torch.autograd.Function's context as a forward and a backward use, and the forward's key."""
 
     def __init__(self, key: Key, needs_input_grad: tuple[bool, ...]) -> None:
         self.key, self.needs_input_grad = key, needs_input_grad
@@ -174,6 +209,21 @@ def forget_plans() -> None:
     """For tests and tools that change what kernels are compiled for."""
     for operator in _OPERATORS:
         operator._plans.clear()
+
+
+def _flat(fake: Callable[[Inputs], Results], inputs: Callable[..., Inputs]) -> Callable[..., Results]:
+    """`fake` with the fields of `inputs` as its arguments, in a signature from which PyTorch infers the schema."""
+
+    def flat_fake(*arguments: Any) -> Results:
+        return fake(inputs(*arguments))
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+        for name, annotation in get_type_hints(inputs).items()
+    ]
+    signature = inspect.Signature(parameters, return_annotation=get_type_hints(fake)["return"])
+    flat_fake.__signature__ = signature  # type: ignore[attr-defined]
+    return flat_fake
 
 
 def _first(results: Results) -> Tensor:

@@ -6,8 +6,8 @@ deviations M2 of its part; each program that reads the tensor merges them all it
 [groups, 3, parts], with one group for the norm "tensor" and one for each image for "sample". No atomics: results
 repeat bit for bit.
 
-What belongs to one group is a scalar, what belongs to the images of a program a column, [IMAGES, 1]. A tensor of
-one element will not do for a scalar: Triton 3.6 may then keep what it was summed from whole in every thread.
+What belongs to one group is a scalar, what belongs to the images of a program a column, [IMAGES, 1]. A scalar must
+not be a tensor of one element: Triton 3.6 may then keep what it was summed from whole in every thread.
 """
 
 import triton
@@ -21,15 +21,38 @@ def total(values, EACH_ROW: tl.constexpr):
 
 
 @triton.jit
+def check_norm(NORM: tl.constexpr):
+    """Refuse at compile time a norm that would be taken for "sample"."""
+    tl.static_assert(NORM == "tensor" or NORM == "sample", 'NORM is "tensor" or "sample"')
+
+
+@triton.jit
 def norm_group(image, NORM: tl.constexpr):
     """The group of each image."""
+    check_norm(NORM)
     return 0 if NORM == "tensor" else image
 
 
 @triton.jit
 def start_of_group(values, image, images, length, NORM: tl.constexpr):
     """Where the group of each image starts, or of images outside the last one's; a group has `length` values."""
+    check_norm(NORM)
     return values if NORM == "tensor" else values + tl.minimum(image, images - 1) * length
+
+
+@triton.jit
+def part_of_group(in_batch, in_image, NORM: tl.constexpr):
+    """The part that a program writes, from its number in the batch, and in its image or block of images."""
+    return in_batch if NORM == "tensor" else in_image
+
+
+@triton.jit
+def values_in_group(IN_IMAGE: tl.constexpr, images, NORM: tl.constexpr):
+    """How many values a group has, as a float32, from those of an image."""
+    count = IN_IMAGE * 1.0
+    if NORM == "tensor":
+        count *= images
+    return count
 
 
 @triton.jit
@@ -173,7 +196,7 @@ def collapse_sums(
     parts,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """As `collapse_moments`, for the sums."""
+    """Merge the two sums of each group into one part."""
     group = tl.program_id(0).to(tl.int64)
     first, second = merge_sums(sums + group * 2 * parts, parts, BLOCK_PARTS)
     tl.store(result + group * 2, first)

@@ -7,7 +7,26 @@ import triton
 import triton.language as tl
 
 from ..common.product import widen
-from ..common.statistics import mean_and_scale, merge_sums, start_of_group, store_moments, store_sums
+from ..common.statistics import (
+    mean_and_scale,
+    merge_sums,
+    part_of_group,
+    start_of_group,
+    store_moments,
+    store_sums,
+    values_in_group,
+)
+
+
+@triton.jit
+def elements_of_program(LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(its block's number in the batch, and in its image, the image, the elements, and which of them exist)."""
+    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0).to(tl.int64)
+    image = program // BLOCKS
+    block = program % BLOCKS
+    element = block * BLOCK + tl.arange(0, BLOCK)
+    return program, block, image, element, element < LENGTH
 
 
 @triton.jit
@@ -29,14 +48,10 @@ def norm_moments(
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
-    image = program // BLOCKS
-    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = element < LENGTH
+    in_batch, in_image, image, element, inside = elements_of_program(LENGTH, BLOCK)
     offset = element_offset(element, image, image_stride, channel_stride, pixel_stride, PIXELS)
     values = widen(tl.load(x + offset, mask=inside, other=0.0))
-    part = program if NORM == "tensor" else program % BLOCKS
+    part = part_of_group(in_batch, in_image, NORM)
     store_moments(values, inside, moments, image, images, part, parts, NORM)
 
 
@@ -61,11 +76,7 @@ def normalise(
     BLOCK_PARTS: tl.constexpr,
 ):
     """y = (x - mean) / sqrt(variance + eps)"""
-    program = tl.program_id(0).to(tl.int64)
-    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
-    image = program // BLOCKS
-    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = element < LENGTH
+    _, _, image, element, inside = elements_of_program(LENGTH, BLOCK)
     mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     values = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
@@ -95,17 +106,13 @@ def norm_sums(
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
-    image = program // BLOCKS
-    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = element < LENGTH
+    in_batch, in_image, image, element, inside = elements_of_program(LENGTH, BLOCK)
     mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     normalised = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
     offset = element_offset(element, image, grad_image_stride, grad_channel_stride, grad_pixel_stride, PIXELS)
     values = widen(tl.load(grad + offset, mask=inside, other=0.0))
-    part = program if NORM == "tensor" else program % BLOCKS
+    part = part_of_group(in_batch, in_image, NORM)
     store_sums(values, values * normalised, sums, image, images, part, sum_parts, NORM)
 
 
@@ -136,17 +143,11 @@ def norm_backward(
     BLOCK_PARTS: tl.constexpr,
 ):
     """grad_x = scale (grad - mean(grad) - normalised * mean(grad * normalised))"""
-    program = tl.program_id(0).to(tl.int64)
-    BLOCKS: tl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
-    image = program // BLOCKS
-    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = element < LENGTH
+    _, _, image, element, inside = elements_of_program(LENGTH, BLOCK)
     mean, scale = mean_and_scale(moments, image, images, parts, eps, NORM, BLOCK_PARTS)
     start = start_of_group(sums, image, images, 2 * sum_parts, NORM)
     grad_sum, slope_sum = merge_sums(start, sum_parts, BLOCK_PARTS)
-    count = LENGTH * 1.0
-    if NORM == "tensor":
-        count *= images
+    count = values_in_group(LENGTH, images, NORM)
     offset = element_offset(element, image, x_image_stride, x_channel_stride, x_pixel_stride, PIXELS)
     normalised = (widen(tl.load(x + offset, mask=inside, other=0.0)) - mean) * scale
     offset = element_offset(element, image, grad_image_stride, grad_channel_stride, grad_pixel_stride, PIXELS)

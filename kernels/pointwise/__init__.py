@@ -1,1 +1,1 @@
-"""The pointwise convolution with GELU."""
+"""The pointwise convolution followed by GELU."""

@@ -1,10 +1,18 @@
 """The depthwise convolution as a sum over its taps, for maps of any size: alone, or with the norm of each pixel.
 
 A program makes a strip of BLOCK_WIDTH pixels of each of BLOCK_LINES rows. Channels lie side by side in memory and
-in the lanes of a program, and the sums of the pixels are a tuple of tensors [BLOCK_LINES, BLOCK_CHANNELS]: each
-input that is loaded stays in registers until it has been added to all the sums of the row that it belongs to. For
-kernels of 7 x 7 that is one load for four to five multiplications, where a tile of pixels in one tensor takes one
-for each. Rows below each other share most inputs, which a program that makes several finds in the L1 cache.
+in the lanes of a program, and the sums of the pixels are a tuple of tensors [BLOCK_LINES, BLOCK_CHANNELS]. For one
+row of taps, a strip of four pixels and taps three wide:
+
+    step       0   1   2   3   4   5     columns of x, from `left` on, each loaded once
+    pixel 0   t0  t1  t2                 pixel p adds the input of step s
+    pixel 1       t0  t1  t2             times the tap of column s - p
+    pixel 2           t0  t1  t2
+    pixel 3               t0  t1  t2
+
+Each input stays in registers until it has been added to all sums that it belongs to. For kernels of 7 x 7 that is
+one load for four to five multiplications, where a tile of pixels in one tensor takes one for each. Rows below each
+other share most inputs, which a program that makes several finds in the L1 cache.
 
 Output channel k reads input channel k // M. The gradient of x is the same sum with the taps the other way round,
 over the M outputs of each channel.
@@ -48,7 +56,10 @@ def lines_of_program(
 
 @triton.jit
 def channels_of_block(first, BLOCK_LINES: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """[BLOCK_LINES, BLOCK_CHANNELS]: what is loaded by it lies in the same lanes as the inputs, in each line."""
+    """The channels from `first` on in each line, [BLOCK_LINES, BLOCK_CHANNELS].
+
+    What is loaded by them lies in the same lanes as the inputs of each line.
+    """
     return tl.zeros((BLOCK_LINES, 1), tl.int32) + (first + tl.arange(0, BLOCK_CHANNELS))[None, :]
 
 
@@ -56,9 +67,9 @@ def channels_of_block(first, BLOCK_LINES: tl.constexpr, BLOCK_CHANNELS: tl.const
 def convolve_strip(
     x,  # (N, C, H, W), channels side by side
     taps,  # [kh * kw, outputs of the convolution], as the sums: float32, or float64
-    line,  # [BLOCK_LINES, 1]
-    lines,
-    first_column,
+    line,  # [BLOCK_LINES, 1]: rows of the result, n * H + row
+    lines,  # N * H
+    first_column,  # of the strip
     k,  # [BLOCK_LINES, BLOCK_CHANNELS]: channels of the result
     height,
     width,
@@ -67,7 +78,7 @@ def convolve_strip(
     STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
     OUTPUTS: tl.constexpr,  # of the convolution
-    MULTIPLIER: tl.constexpr,
+    MULTIPLIER: tl.constexpr,  # outputs of each input channel
     TRANSPOSED: tl.constexpr,  # the gradient of x: x is the gradient of the outputs, the result that of the inputs
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,

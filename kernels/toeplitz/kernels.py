@@ -2,8 +2,8 @@
 
 For each input channel, the pixels of an output map are a banded Toeplitz matrix of the taps times the pixels of
 the input map: with the images of the batch as rows these are products of tensor-core shape. The matrix is gathered
-from the taps inside the kernel. A NaN or an infinity in one pixel spreads over its map (0 x Inf), where a sliding
-window would keep it near; the norm spreads it further anyway.
+from the taps inside the kernel. A NaN or an infinity in one pixel spreads over its whole map (0 x Inf); a sliding
+window would keep it near, but the norm spreads it further anyway.
 
 P is the number of pixels, K = C * M the number of output channels.
 """
@@ -13,7 +13,14 @@ import triton.language as tl
 
 from ..common.product import product, widen
 from ..common.reduction import accumulate
-from ..common.statistics import mean_and_scale, merge_sums, start_of_group, store_moments
+from ..common.statistics import (
+    mean_and_scale,
+    merge_sums,
+    part_of_group,
+    start_of_group,
+    store_moments,
+    values_in_group,
+)
 
 
 @triton.jit
@@ -84,7 +91,7 @@ def depthwise_forward(
 
     inside = (n < images)[:, None] & (p < PIXELS)[None, :]
     tl.store(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
-    part = program if NORM == "tensor" else k * PIXEL_BLOCKS + pixel_block
+    part = part_of_group(program, k * PIXEL_BLOCKS + pixel_block, NORM)
     store_moments(values, inside, moments, n[:, None], images, part, parts, NORM)
 
 
@@ -145,9 +152,7 @@ def depthwise_backward(
     q = pixel_block.to(tl.int32) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     # int64: a pixel times its stride may exceed 2^31.
     pixel = q[None, :].to(tl.int64)
-    count = OUTPUTS * PIXELS * 1.0
-    if NORM == "tensor":
-        count *= images
+    count = values_in_group(OUTPUTS * PIXELS, images, NORM)
 
     for round in range(rounds):
         n = (image_program * rounds + round) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)

@@ -1,84 +1,91 @@
-"""The depthwise convolution with layer norm over a tensor or its images, as a registered operator."""
+"""The depthwise convolution with layer norm over a tensor or its images, as a registered operator.
+
+The backward is `BackwardPlan`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.launch import (
-    flat_pixels,
-    in_dtype,
-    new_maps,
-    strides,
-)
+from ..common.layout import flat_pixels, in_dtype, new_maps, strides
 from ..common.registration import DifferentiableOperator, Operator
-from ..common.rules import check_differentiated_once
-from ..layer_norm.operator import norm_of
-from .plan import Depthwise
+from ..layer_norm.tiling import LayerNormTiling
+from .tiling import ToeplitzTiling
 
 
-class DepthwiseForward:
+class Inputs(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    weight: Tensor  # (K, 1, kh, kw)
+    bias: Tensor | None  # (K,)
+    norm: str
+    eps: float
+
+
+class ForwardPlan:
     """y (N, K, H, W) in the memory format of x, and for the backward h [N, K, P] and its moments."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        x, weight, bias, norm, eps = inputs
         x = flat_pixels(x)
-        depthwise = self.sizes = Depthwise(x, weight, norm)
-        y, h, _ = _depthwise_results(x, weight, depthwise)
-        self.depthwise = depthwise.forward(x, weight, bias is not None)
-        self.collapse = depthwise.collapse_moments(depthwise.parts)
-        self.normalise = norm_of(y, norm).normalise(_h_strides(h), self.collapse.parts, eps, y)
+        self.tiling = ToeplitzTiling(x, weight, norm)
+        y, h, _ = _results(x, weight, self.tiling)
+        self.convolve = self.tiling.forward(x, bias is not None)
+        self.collapse = self.tiling.collapse_moments(self.tiling.parts)
+        self.normalise = LayerNormTiling(y, norm).normalise(_h_strides(h), self.collapse.parts, eps, y)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x = flat_pixels(x)
-        y, h, moments = _depthwise_results(x, weight, self.sizes)
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        x = flat_pixels(inputs.x)
+        y, h, moments = _results(x, inputs.weight, self.tiling)
         if x.numel() > 0:
-            self.depthwise(x, weight, bias, h, moments)
+            self.convolve(x, inputs.weight, inputs.bias, h, moments)
             self.normalise(h, self.collapse(moments), y)
         return y, h, moments
 
 
 def _h_strides(h: Tensor) -> tuple[int, int, int]:
-    """Of image, channel and pixel."""
+    """The strides of image, channel and pixel."""
     return h.stride(0), h.stride(1), 1
 
 
-def _depthwise_results(x: Tensor, weight: Tensor, depthwise: Depthwise) -> tuple[Tensor, Tensor, Tensor]:
-    return new_maps(x, depthwise.outputs), depthwise.new_h(weight), depthwise.new_moments(weight)
+def _results(x: Tensor, weight: Tensor, tiling: ToeplitzTiling) -> tuple[Tensor, Tensor, Tensor]:
+    return new_maps(x, tiling.outputs), tiling.new_h(weight), tiling.new_moments(weight)
 
 
-def _fake_depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = flat_pixels(x)
-    return _depthwise_results(x, weight, Depthwise(x, weight, norm))
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x = flat_pixels(inputs.x)
+    return _results(x, inputs.weight, ToeplitzTiling(x, inputs.weight, inputs.norm))
 
 
-class DepthwiseBackward:
+class BackwardInputs(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    h: Tensor
+    moments: Tensor
+    norm: str
+    eps: float
+
+
+class BackwardPlan:
     """The gradient of x, like x, and one vector of those of weight and bias."""
 
-    def __init__(
-        self, grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
-    ) -> None:
+    def __init__(self, inputs: BackwardInputs) -> None:
+        grad, x, weight, h, moments, norm, eps = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
-        depthwise = Depthwise(x, weight, norm)
-        norm_of_h = self.norm = norm_of(grad, norm)
-        self.length = weight.numel() + weight.shape[0]
-        self.collapse_moments = depthwise.collapse_moments(moments.shape[2])
-        self.collapse_sums = norm_of_h.collapse_sums(norm_of_h.parts)
+        tiling, self.norm = ToeplitzTiling(x, weight, norm), LayerNormTiling(grad, norm)
+        self.length = sum(_gradient_sizes(weight))
+        self.collapse_moments = tiling.collapse_moments(moments.shape[2])
+        self.collapse_sums = self.norm.collapse_sums(self.norm.parts)
         moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
-        self.sums = norm_of_h.sums(grad, _h_strides(h), moment_parts, eps)
-        self.depthwise = depthwise.backward(
-            strides(grad), x, None, weight, torch.empty_like(x), moment_parts, sum_parts, eps
-        )
-        self.reduce = depthwise.reduce(1, 0, self.depthwise.partials)
+        self.sums = self.norm.sums(grad, _h_strides(h), moment_parts, eps)
+        self.convolve = tiling.backward(strides(grad), x, None, torch.empty_like(x), moment_parts, sum_parts, eps)
+        self.reduce = tiling.reduce(1, 0, self.convolve.partials)
 
-    def __call__(
-        self, grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, *_: Any
-    ) -> tuple[Tensor, Tensor]:
-        x, grad = flat_pixels(x), flat_pixels(grad)
+    def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+        x, grad, h, moments = flat_pixels(inputs.x), flat_pixels(inputs.grad), inputs.h, inputs.moments
         grad_x = torch.empty_like(x)
         if x.numel() == 0:
             return grad_x, moments.new_zeros(self.length)
@@ -86,37 +93,39 @@ class DepthwiseBackward:
         moments, sums = self.collapse_moments(moments), self.norm.new_sums(moments)
         self.sums(grad, h, moments, sums)
         sums = self.collapse_sums(sums)
-        matrices, biases = self.depthwise(grad, h, x, None, weight, moments, sums, grad_x)
+        matrices, biases = self.convolve(grad, h, x, None, inputs.weight, moments, sums, grad_x)
         self.reduce(moments.new_empty(1, 0), matrices, biases, parameters)
         return grad_x, parameters
 
 
-def _fake_depthwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, h: Tensor, moments: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(flat_pixels(x)), moments.new_empty(weight.numel() + weight.shape[0])
+def _gradient_sizes(weight: Tensor) -> list[int]:
+    """The elements of the gradients of weight and bias."""
+    return [weight.numel(), weight.shape[0]]
 
 
-def _save_depthwise(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, *output[1:])
-    ctx.set_materialize_grads(False)
+def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+    parameters = inputs.moments.new_empty(sum(_gradient_sizes(inputs.weight)))
+    return torch.empty_like(flat_pixels(inputs.x)), parameters
 
 
-def _depthwise_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    check_differentiated_once()
-    weight = ctx.saved_tensors[1]
-    grad_x, parameters = depthwise_conv_layer_norm_backward(grad, *ctx.saved_tensors, *ctx.options, forward=ctx)
-    sizes = [weight.numel(), weight.shape[0]]
-    taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), sizes)
-    return grad_x, taps.view_as(weight), bias if ctx.needs_input_grad[2] else None, None, None
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, h, moments = output
+    ctx.save_for_backward(inputs.x, inputs.weight, h, moments)
+    ctx.options = inputs.norm, inputs.eps
+
+
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
+    weight = inputs.weight
+    grad_x, parameters = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
+    taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), _gradient_sizes(weight))
+    needs_bias = ctx.needs_input_grad[2]
+    return {"x": grad_x, "weight": taps.view_as(weight), "bias": bias if needs_bias else None}
 
 
 depthwise_conv_layer_norm_backward = Operator(
-    "fastconv::depthwise_conv_layer_norm_backward", DepthwiseBackward, _fake_depthwise_backward
+    "fastconv::depthwise_conv_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 depthwise_conv_layer_norm = DifferentiableOperator(
-    "fastconv::depthwise_conv_layer_norm", DepthwiseForward, _fake_depthwise, _save_depthwise, _depthwise_gradients
+    "fastconv::depthwise_conv_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients
 )

@@ -66,8 +66,8 @@ def test_the_block_is_two_launches_forward_and_three_backward(rows):
     launches = [row["kernel"] for row in rows if row["operation"] == "convnext_block"]
     assert launches == 3 * [
         "depthwise_forward",
-        "pointwise_forward",
-        "pointwise_backward",
+        "norm_mlp_residual",
+        "norm_mlp_residual_backward",
         "depthwise_backward",
         "reduce_partials",
     ]

@@ -106,8 +106,8 @@ def printed(code):
 def test_a_launch_gives_the_driver_what_the_jit_gives_it():
     block = [
         "depthwise_forward",
-        "pointwise_forward",
-        "pointwise_backward",
+        "norm_mlp_residual",
+        "norm_mlp_residual_backward",
         "depthwise_backward",
         "reduce_partials",
     ]

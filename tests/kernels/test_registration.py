@@ -17,35 +17,41 @@ from fastconv.kernels.common.registration import DifferentiableOperator, Operato
 pytestmark = pytest.mark.interpreted
 
 
+class Inputs(typing.NamedTuple):
+    x: torch.Tensor
+    factor: float
+
+
 class Scaled:
     """x * factor by a plan that counts itself."""
 
     made: typing.ClassVar = collections.Counter()
 
-    def __init__(self, x, factor):
+    def __init__(self, inputs):
+        x, factor = inputs
         assert x.is_meta
         self.made[x.shape, x.stride(), x.dtype, factor] += 1
 
-    def __call__(self, x, factor):
-        if x.is_meta and factor == 13:
+    def __call__(self, inputs):
+        if inputs.x.is_meta and inputs.factor == 13:
             raise KernelError("thirteen", "no luck")
-        return x * factor
+        return inputs.x * inputs.factor
 
 
-def fake(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return torch.empty_like(x)
+def fake(inputs: Inputs) -> torch.Tensor:
+    return torch.empty_like(inputs.x)
 
 
 def save(ctx, inputs, output):
-    ctx.factor = inputs[1]
+    ctx.factor = inputs.factor
 
 
 def gradients(ctx, grad):
-    return scaled_backward(grad, 13.0 if ctx.factor == 7 else ctx.factor, forward=ctx), None
+    return {"x": scaled_backward(Inputs(grad, 13.0 if ctx.factor == 7 else ctx.factor), forward=ctx)}
 
 
-scaled_backward = Operator("fastconv_test::scaled_backward", Scaled, fake)
-scaled = DifferentiableOperator("fastconv_test::scaled", Scaled, fake, save, gradients)
+scaled_backward = Operator("fastconv_test::scaled_backward", Inputs, Scaled, fake)
+scaled = DifferentiableOperator("fastconv_test::scaled", Inputs, Scaled, fake, save, gradients)
 
 
 @pytest.fixture(autouse=True)

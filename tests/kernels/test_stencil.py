@@ -14,8 +14,8 @@ from fastconv.operations import functional, reference
 
 pytest.importorskip("triton")
 from fastconv.kernels import decisions
-from fastconv.kernels.channel_norm import operators as channel_norm_operators
-from fastconv.kernels.stencil import operators as stencil_operators
+from fastconv.kernels.channel_norm import tiling as channel_norm_tiling
+from fastconv.kernels.stencil import tiling as stencil_tiling
 
 # images, channels, height, width, multiplier, kernel: small, because the interpreter is slow.
 SHAPES = {
@@ -146,15 +146,15 @@ def test_mean_a_thousand_times_the_standard_deviation(device):
 
 
 def test_more_rows_than_programs_keep_partial_sums_for(device, monkeypatch):
-    monkeypatch.setattr(stencil_operators, "PROGRAMS", 2)
-    monkeypatch.setattr(channel_norm_operators, "PROGRAMS", 2)
+    monkeypatch.setattr(stencil_tiling, "PROGRAMS_OF_TAPS", 2)
+    monkeypatch.setattr(channel_norm_tiling, "PROGRAMS", 2)
     FEW(sampler((3, 5, 3, 2, 1, (3, 3)), device))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_wide_strips_of_several_rows_where_there_are_many(name, device, monkeypatch):
-    monkeypatch.setattr(stencil_operators, "FEWEST_PROGRAMS", 1)
-    monkeypatch.setattr(stencil_operators, "LEAST_PROGRAMS", 1)
+    monkeypatch.setattr(stencil_tiling, "PROGRAMS_FOR_SEVERAL_LINES", 1)
+    monkeypatch.setattr(stencil_tiling, "PROGRAMS_FOR_WIDE_STRIPS", 1)
     images, *shape = SHAPES[name]
     FEW(sampler((3 * images, *shape), device))
 
@@ -164,15 +164,15 @@ def test_wide_strips_of_several_rows_where_there_are_many(name, device, monkeypa
     [(40, (3, 16)), (96, (3, 32)), (128, (1, 128)), (160, (3, 64)), (1536, (3, 512)), (2048, (2, 1024))],
 )
 def test_chunks_hold_the_channels_with_few_left_over(channels, chunks):
-    assert stencil_operators.chunks_of(channels) == chunks
+    assert stencil_tiling.chunks_of(channels) == chunks
 
 
 @pytest.mark.parametrize("channels", [5, 1025, 2560, 3073, 4096])
 def test_no_program_has_more_threads_than_a_gpu(channels):
     x, weight = torch.empty(64, channels, 7, 7), torch.empty(channels, 1, 7, 7)
-    chunks, block = stencil_operators.chunks_of(channels)
+    chunks, block = stencil_tiling.chunks_of(channels)
     assert chunks * block >= channels
-    _, warps = stencil_operators.Stencil(x, weight)._lines_and_warps(block, 1)
+    _, warps = stencil_tiling.StencilTiling(x, weight)._lines_and_warps(block, 1)
     # AMD's have 64 lanes.
     assert 64 * warps <= 1024
 

@@ -244,10 +244,10 @@ def test_float32_products_are_as_precise_as_pytorch_is_told(precision, least, mo
 @pytest.mark.parametrize("norm", NORMS)
 def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypatch, poisoned):
     """Rounds over the images, and moments merged before they are read: what large batches take."""
-    monkeypatch.setattr("fastconv.kernels.layer_norm.plan.MAX_PARTS", 4)
-    monkeypatch.setattr("fastconv.kernels.toeplitz.plan.MAX_PARTIALS", 3)
-    monkeypatch.setattr("fastconv.kernels.block.operator.MAX_PARTIALS", 3)
-    monkeypatch.setattr("fastconv.kernels.pointwise.operator.MAX_PARTIALS", 3)
+    monkeypatch.setattr("fastconv.kernels.common.moments.MAX_PARTS", 4)
+    monkeypatch.setattr("fastconv.kernels.toeplitz.tiling.MAX_PARTIALS", 3)
+    monkeypatch.setattr("fastconv.kernels.block.tiling.MAX_PARTIALS", 3)
+    monkeypatch.setattr("fastconv.kernels.pointwise.tiling.MAX_PARTIALS", 3)
     registration.forget_plans()
     shape = (140, 3, 2, 3, 2, (3, 3))
 

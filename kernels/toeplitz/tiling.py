@@ -1,46 +1,68 @@
-"""Launches of the depthwise convolution, which the block and the operation of its own share."""
+"""How the depthwise convolution's kernels divide their work, and their launches; the block launches them too."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.launch import Launch, block_size, ceil_div, is_before_ampere, precision, strides
+from ..common.launch import Launch, block_size, ceil_div, is_before_ampere, precision
+from ..common.layout import strides
+from ..common.moments import NormGroups
+from ..common.partials import MAX_PARTIALS, rounds_and_parts
 from ..common.reduction import reduce_partials
-from ..layer_norm.plan import Normed
 from .kernels import depthwise_backward, depthwise_forward
 
 # Rows of the products. For small batches too: sizes of results that followed the batch in steps would make
 # torch.compile compile for each step.
 BLOCK_IMAGES = 64
-# Of programs that keep partial weight gradients: about two for each multiprocessor of a large GPU.
-MAX_PARTIALS = 256
 
 
-class Depthwise(Normed):
-    """The sizes of a depthwise convolution, and how its kernels divide the work."""
+class ToeplitzTiling(NormGroups):
+    """A program takes BLOCK_IMAGES images and a block of output pixels of one channel, and input pixels in steps.
+
+    Args:
+        x: (N, C, H, W)
+        weight: (K, 1, kh, kw)
+        norm: of the convolution's result.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, norm: str) -> None:
         super().__init__(norm, x.shape[0])
-        self.channels, self.height, self.width = x.shape[1:]
-        self.outputs = weight.shape[0]
-        self.kernel = weight.shape[2], weight.shape[3]
-        self.pixels = self.height * self.width
+        self.channels, height, width = x.shape[1:]
+        self.outputs, _, *kernel = weight.shape
+        self.pixels = height * width
         self.block_pixels = block_size(self.pixels, 64)
         self.pixel_blocks = ceil_div(self.pixels, self.block_pixels)
         self.image_blocks = ceil_div(self.images, BLOCK_IMAGES)
         parts = self.outputs * self.pixel_blocks
-        self.parts = parts * self.image_blocks if norm == "tensor" else parts
+        self.parts = self.parts_of_group(in_batch=parts * self.image_blocks, in_image=parts)
         # Where more is held at once. Registers hold each operand of float32 in two parts, and before Ampere halves
         # as float32: larger blocks spill.
         small = weight.dtype == torch.float32 or is_before_ampere()
         self.small_block = block_size(self.pixels, 32 if small else 64)
+        self._taps = kernel[0] * kernel[1]
+        self._map: dict[str, Any] = {
+            "HEIGHT": height,
+            "WIDTH": width,
+            "KERNEL_HEIGHT": kernel[0],
+            "KERNEL_WIDTH": kernel[1],
+        }
+        self._constants: dict[str, Any] = {
+            **self._map,
+            "MULTIPLIER": self.outputs // self.channels,
+            "NORM": norm,
+            "PRECISION": precision(weight),
+            "BLOCK_IMAGES": BLOCK_IMAGES,
+        }
 
     def new_h(self, weight: Tensor) -> Tensor:
+        """Uninitialised h [N, K, P], the result of the convolution."""
         return weight.new_empty(self.images, self.outputs, self.pixels)
 
-    def forward(self, x: Tensor, weight: Tensor, has_bias: bool) -> Launch:
-        """Of x, weight, bias, h and moments: writes h, the convolution, [N, K, P], and its moments."""
+    def forward(self, x: Tensor, has_bias: bool) -> Launch:
+        """A launch for x, weight, bias, h and its moments; writes the last two."""
         return Launch(
             depthwise_forward,
             self.outputs * self.pixel_blocks * self.image_blocks,
@@ -48,17 +70,10 @@ class Depthwise(Normed):
             self.parts,
             *strides(x),
             OUTPUTS=self.outputs,
-            MULTIPLIER=self.outputs // self.channels,
-            HEIGHT=self.height,
-            WIDTH=self.width,
-            KERNEL_HEIGHT=self.kernel[0],
-            KERNEL_WIDTH=self.kernel[1],
             HAS_BIAS=has_bias,
-            NORM=self.norm,
-            PRECISION=precision(weight),
-            BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.block_pixels,
             BLOCK_INPUTS=self.small_block,
+            **self._constants,
         )
 
     def backward(
@@ -66,21 +81,19 @@ class Depthwise(Normed):
         g_strides: tuple[int, int, int],
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
         grad_x: Tensor,
         moment_parts: int,
         sum_parts: int,
         eps: float,
-    ) -> DepthwiseBackward:
+    ) -> ToeplitzBackward:
         """
         Args:
-            g_strides: of images, channels and pixels of the gradient of the normalised tensor.
+            g_strides: the strides of image, channel and pixel of the gradient of the normalised tensor.
             residual: is added to grad_x.
-            moment_parts, sum_parts: of each group.
+            moment_parts, sum_parts: the parts of each group.
         """
         programs = self.channels * ceil_div(self.pixels, self.small_block)
-        rounds = max(1, ceil_div(self.image_blocks, max(1, MAX_PARTIALS // programs)))
-        partials = ceil_div(self.image_blocks, rounds)
+        rounds, partials = rounds_and_parts(self.image_blocks, MAX_PARTIALS // programs)
         launch = Launch(
             depthwise_backward,
             programs * partials,
@@ -94,23 +107,16 @@ class Depthwise(Normed):
             *strides(x if residual is None else residual),
             *strides(grad_x),
             CHANNELS=self.channels,
-            MULTIPLIER=self.outputs // self.channels,
-            HEIGHT=self.height,
-            WIDTH=self.width,
-            KERNEL_HEIGHT=self.kernel[0],
-            KERNEL_WIDTH=self.kernel[1],
             HAS_RESIDUAL=residual is not None,
-            NORM=self.norm,
-            PRECISION=precision(weight),
-            BLOCK_IMAGES=BLOCK_IMAGES,
             BLOCK_PIXELS=self.small_block,
             BLOCK_PARTS=self.block_parts,
             num_warps=4 if self.small_block == 16 else 8,
+            **self._constants,
         )
-        return DepthwiseBackward(launch, partials, self.outputs, self.pixels)
+        return ToeplitzBackward(launch, partials, self.outputs, self.pixels)
 
     def reduce(self, rows: int, length: int, partials: int) -> Launch:
-        """Of columns [rows, length], matrices, biases and a result: sums the partials of each.
+        """A launch that sums partial gradients: for columns [rows, length], matrices, biases and a result.
 
         The result is a vector of the sums of the columns, the taps' gradients, and the biases'.
         """
@@ -121,18 +127,15 @@ class Depthwise(Normed):
             partials,
             self.outputs,
             LENGTH=length,
-            HEIGHT=self.height,
-            WIDTH=self.width,
-            KERNEL_HEIGHT=self.kernel[0],
-            KERNEL_WIDTH=self.kernel[1],
             BLOCK_ROWS=32,
             BLOCK_COLUMNS=128,
-            BLOCK_TAPS=block_size(self.kernel[0] * self.kernel[1], 64),
+            BLOCK_TAPS=block_size(self._taps, 64),
             BLOCK_PIXELS=self.block_pixels,
+            **self._map,
         )
 
 
-class DepthwiseBackward:
+class ToeplitzBackward:
     """Writes the gradient of x; returns partial gradients of the Toeplitz matrices and of the bias."""
 
     def __init__(self, launch: Launch, partials: int, outputs: int, pixels: int) -> None:

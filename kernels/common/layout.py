@@ -1,0 +1,46 @@
+"""How maps (N, C, H, W) lie in memory: strides as kernels take them, and results in the format of an input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if the channels of `x` lie side by side, though perhaps not its pixels: else contiguous."""
+    side_by_side = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if side_by_side else torch.contiguous_format
+
+
+def new_maps(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like `x` but for their channels, in its memory format."""
+    size = x.shape[0], channels, *x.shape[2:]
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes microseconds even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def flat_pixels(x: Tensor) -> Tensor:
+    """`x` itself if one stride leads from each pixel to the next, else a copy of which that is true."""
+    _, _, height, width = x.shape
+    if height == 1 or width == 1 or x.stride(2) == width * x.stride(3):
+        return x
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """The strides of image, channel and pixel of `flat_pixels(x)`."""
+    return x.stride(0), x.stride(1), x.stride(2) if x.shape[3] == 1 else x.stride(3)
+
+
+def stride_unit(*strides: int) -> int:
+    """The largest number up to 16, the elements of a wide access, that divides all strides.
+
+    Triton knows of an integer only whether 16 divides it, and channels are often 8 times something.
+    """
+    return math.gcd(16, *strides)
