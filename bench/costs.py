@@ -31,7 +31,7 @@ def convolution(taps: int, outputs: int, pixels: int, vectors: int = 1) -> Cost:
 
 
 def module(inputs: int, outputs: int, parameters: Cost, direction: str) -> Cost:
-    """The cost of a module in one of `workloads.DIRECTIONS`.
+    """The cost of a module in a direction, one of `workloads.DIRECTIONS`.
 
     Forward reads inputs and parameters and writes outputs. Backward reads inputs, parameters and the outputs'
     gradient, writes the gradients of the first two, and multiplies twice as much.

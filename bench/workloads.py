@@ -110,16 +110,8 @@ class Operation(Workload):
     """An operation by itself, on maps that have a gradient too."""
 
     directions = tuple(DIRECTIONS)
-
-    @property
-    def inputs(self) -> int:
-        """Channels of the maps that it is given."""
-        return self.channels
-
-    @property
-    def outputs(self) -> int:
-        """Channels of its result."""
-        return self.channels
+    # Channels of the input and of the output, as multiples of `channels`.
+    widths: ClassVar[tuple[int, int]] = (1, 1)
 
     @property
     def pixels(self) -> int:
@@ -132,43 +124,37 @@ class Operation(Workload):
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
-        return self.images, self.inputs, self.side, self.side
+        return self.images, self.widths[0] * self.channels, self.side, self.side
 
     def cost(self, direction: str) -> Cost:
-        pixels = self.pixels
-        return costs.module(pixels * self.inputs, pixels * self.outputs, self.parameters, direction)
+        inputs, outputs = (width * self.channels * self.pixels for width in self.widths)
+        return costs.module(inputs, outputs, self.parameters, direction)
 
 
 class DepthwiseConvLayerNorm(Operation):
     level = "depthwise_conv_layer_norm"
+    widths = (1, MULTIPLIER)
 
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
         sizes = self.channels, MULTIPLIER, KERNEL
         return definitions.DepthwiseConvLayerNorm(*sizes), fastconv.DepthwiseConvLayerNorm(*sizes)
 
     @property
-    def outputs(self) -> int:
-        return MULTIPLIER * self.channels
-
-    @property
     def parameters(self) -> Cost:
-        return costs.convolution(KERNEL**2, self.outputs, self.pixels)
+        return costs.convolution(KERNEL**2, MULTIPLIER * self.channels, self.pixels)
 
 
 class PointwiseConvGELU(Operation):
     level = "pointwise_conv_gelu"
+    widths = (MULTIPLIER, 1)
 
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
-        sizes = self.inputs, self.outputs
+        sizes = MULTIPLIER * self.channels, self.channels
         return definitions.PointwiseConvGELU(*sizes), fastconv.PointwiseConvGELU(*sizes)
 
     @property
-    def inputs(self) -> int:
-        return MULTIPLIER * self.channels
-
-    @property
     def parameters(self) -> Cost:
-        return costs.convolution(self.inputs, self.outputs, self.pixels)
+        return costs.convolution(MULTIPLIER * self.channels, self.channels, self.pixels)
 
 
 class ConvNextBlock(Operation):
@@ -192,11 +178,8 @@ class Stage(Operation):
     level = "depthwise_conv_channel_norm"
 
     def make_modules(self) -> tuple[nn.Module, nn.Module]:
-        plain, fused = (
-            kind(self.channels, 1, KERNEL, norm="channel", eps=1e-6, affine=True)
-            for kind in (definitions.DepthwiseConvLayerNorm, fastconv.DepthwiseConvLayerNorm)
-        )
-        return plain, fused
+        arguments = self.channels, 1, KERNEL, "channel", 1e-6, True
+        return definitions.DepthwiseConvLayerNorm(*arguments), fastconv.DepthwiseConvLayerNorm(*arguments)
 
     @property
     def parameters(self) -> Cost:

@@ -1,17 +1,36 @@
-"""Our modules in plain PyTorch: the same arguments and parameters, with a forward by `fastconv.reference` alone.
+"""Our modules in plain PyTorch, with the same parameters: `fastconv check` and the benchmarks compare with them.
 
-The lecture's classifier has one already: `fastconv.reference.Classifier`.
+They share no code with `fastconv.modules`. The lecture's classifier is `fastconv.reference.Classifier`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fastconv import modules
 from fastconv.operations import reference
 
 
-class DepthwiseConvLayerNorm(modules.DepthwiseConvLayerNorm):
+class DepthwiseConvLayerNorm(nn.Conv2d):
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        multiplier: int,
+        kernel_size: int,
+        norm: str = "tensor",
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: str | None = None,
+    ) -> None:
+        wide = in_channels * multiplier
+        super().__init__(in_channels, wide, kernel_size, padding="same", groups=in_channels, device=device)
+        self.norm, self.eps = norm, eps
+        for name, make in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
+            self.register_parameter(name, nn.Parameter(make(wide, device=device)) if affine else None)
+
     def forward(self, x: Tensor) -> Tensor:
         return reference.depthwise_conv_layer_norm(
             x,
@@ -24,23 +43,32 @@ class DepthwiseConvLayerNorm(modules.DepthwiseConvLayerNorm):
         )
 
 
-class PointwiseConvGELU(modules.PointwiseConvGELU):
+class PointwiseConvGELU(nn.Conv2d):
+    def __init__(
+        self, in_channels: int, out_channels: int, approximate: str = "none", device: str | None = None
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, device=device)
+        self.approximate = approximate
+
     def forward(self, x: Tensor) -> Tensor:
         return reference.pointwise_conv_gelu(x, self.weight, self.bias, approximate=self.approximate)
 
 
-class ConvNextBlock(modules.ConvNextBlock):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return reference.convnext_block(
-            inputs,
-            self.conv1.weight,
-            self.conv1.bias,
-            self.conv2.weight,
-            self.conv2.bias,
-            self.conv3.weight,
-            self.conv3.bias,
-            norm=self.conv1.norm,
-            eps=self.conv1.eps,
-            norm_weight=self.conv1.norm_weight,
-            norm_bias=self.conv1.norm_bias,
-        )
+class ConvNextBlock(nn.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        multiplier: int,
+        kernel_size: int,
+        norm: str = "tensor",
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = DepthwiseConvLayerNorm(in_channels, multiplier, kernel_size, norm, eps, affine, device)
+        self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels, device=device)
+        self.conv3 = nn.Conv2d(in_channels, in_channels, 1, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv3(self.conv2(self.conv1(x)))
