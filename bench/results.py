@@ -21,6 +21,7 @@ from fastconv.files import write_atomically
 
 from .contenders import BASELINE
 from .suite import Row
+from .workloads import KINDS
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().with_name("results")
@@ -134,6 +135,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         found = json.loads(path.read_text())
         if found["schema"] != SCHEMA:
             raise ResultsError(f"{path} has schema {found['schema']}; this version reads {SCHEMA}")
+        if unknown := {row["level"] for row in found["rows"]} - set(KINDS):
+            raise ResultsError(
+                f"{path} has workloads {', '.join(sorted(unknown))}; this version knows {', '.join(KINDS)}: "
+                "use the version that wrote it"
+            )
         return found["provenance"], found["rows"]
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}") from error

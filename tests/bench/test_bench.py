@@ -258,6 +258,10 @@ def test_files_hold_what_was_written(tmp_path):
         ("{", "holds no results; expected a file that `fastconv bench` wrote"),
         ("[]", "holds no results"),
         ('{"schema": 7, "provenance": {}, "rows": []}', "has schema 7; this version reads 1"),
+        (
+            '{"schema": 1, "provenance": {}, "rows": [{"level": "inference"}]}',
+            "has workloads inference; this version knows depthwise_conv_layer_norm, .*: use the version that wrote it",
+        ),
     ],
 )
 def test_files_that_are_not_ours(tmp_path, text, message):

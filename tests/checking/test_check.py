@@ -115,7 +115,9 @@ def test_cases_cover_every_axis():
         assert layouts == set(accuracy.FORMATS)
     for subject in MODULES:
         assert "autocast" in {case.precision for case in found if case.subject == subject}
-    layouts = {decisions.layout(given.images, given.height * given.width) for given in INPUTS.values()}
+    layouts = {
+        decisions.layout(given.sizes.images, given.sizes.height * given.sizes.width) for given in INPUTS.values()
+    }
     assert layouts == {Form.BATCH_LAST, Form.CHANNELS_LAST}
 
 
