@@ -84,7 +84,7 @@ def swap(
             continue
         if isinstance(module, Swapped):
             fusion = module.fastconv_fusion
-            settled.update(fusion.parts(module))
+            settled.update(fusion.replaced(module).values())
             same = fusion.recompute == recompute
             note = "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
             candidates.append(row(fusion.kind, True, note))
@@ -98,7 +98,7 @@ def swap(
             candidates.append(row(found.kind, False, "filter_fn left it out"))
         else:
             fusions.append((module, replace(found.watching(module), recompute=recompute)))
-            settled.update(found.parts(module))
+            settled.update(found.replaced(module).values())
             on_cpu = next(module.parameters()).device.type == "cpu"
             candidates.append(row(found.kind, True, BY_SIZE if on_cpu and found.by_size else ""))
     install(fusions)

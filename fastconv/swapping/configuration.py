@@ -69,14 +69,13 @@ class Snapshot(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, module: nn.Module, path: str) -> Snapshot:
-        part = module.get_submodule(path)
+    def of(cls, path: str, part: nn.Module) -> Snapshot:
         # The identity of an object does not outlive a copy of the module.
         settings = [(key, value) for key, value in configuration(part).items() if not isinstance(value, Opaque)]
         return cls(tuple(path.split(".")), type(part), tuple(settings))
 
     def find(self, module: nn.Module) -> nn.Module:
-        """The submodule at the path. As get_submodule, but faster: each forward calls it for each part.
+        """The submodule at the path; faster than get_submodule, since each forward calls it for each part.
 
         Raises:
             KeyError: there is none.

@@ -55,13 +55,9 @@ class Fusion:
         """Whether training takes random numbers if this is the right fusion, as with drop path."""
         return False
 
-    def replaced(self, module: nn.Module) -> list[str]:
-        """The paths of submodules that are not called any more."""
+    def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The submodules that are not called any more, and that nothing else may fuse, by their paths."""
         raise NotImplementedError
-
-    def parts(self, module: nn.Module) -> set[nn.Module]:
-        """The submodules that are not called any more, and that nothing else may fuse."""
-        return {module.get_submodule(path) for path in self.replaced(module)}
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         """The shape (N, C, H, W) of images to try the module on."""
@@ -69,7 +65,7 @@ class Fusion:
 
     def watching(self, module: nn.Module) -> Fusion:
         """This fusion, which applies as long as the parts of a module stay as they are now."""
-        return replace(self, seen=tuple(Snapshot.of(module, path) for path in self.replaced(module)))
+        return replace(self, seen=tuple(Snapshot.of(path, part) for path, part in self.replaced(module).items()))
 
     def applies(self, module: nn.Module) -> bool:
         """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
@@ -113,9 +109,9 @@ class Block(Fusion):
     pointwise: str
     projection: str
 
-    def replaced(self, module: nn.Module) -> list[str]:
-        paths = (path for path, _ in module.named_modules(remove_duplicate=False) if path)
-        return [path for path in paths if not is_within(path, self.called)]
+    def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
+        parts = module.named_modules(remove_duplicate=False)
+        return {path: part for path, part in parts if path and not is_within(path, self.called)}
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         return 2, find(module, self.depthwise).in_channels, 3, 4
@@ -140,8 +136,8 @@ class LectureClassifier(Fusion):
 
     kind: ClassVar[str] = "lecture's classifier"
 
-    def replaced(self, module: nn.Module) -> list[str]:
-        return ["stem", "downsample", "bottleneck"]
+    def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
+        return {name: find(module, name) for name in ("stem", "downsample", "bottleneck")}
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         stem = find(module, "stem")
@@ -248,8 +244,8 @@ class Chain(Fusion):
     # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
     pairs: tuple[tuple[str, str, str | None], ...]
 
-    def replaced(self, module: nn.Module) -> list[str]:
-        return [name for first, second, _ in self.pairs for name in (first, second)]
+    def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
+        return {name: find(module, name) for first, second, _ in self.pairs for name in (first, second)}
 
     def images(self, module: nn.Module) -> tuple[int, int, int, int]:
         return 2, find(module, self.pairs[0][0]).in_channels, 3, 4

@@ -587,7 +587,7 @@ def test_of_a_sequential_with_an_unsuitable_pair_the_others_are_swapped():
     )
     (candidate,) = fastconv.swap(model).candidates
     assert candidate.swapped
-    assert model.fastconv_fusion.replaced(model) == ["2", "3"]
+    assert list(model.fastconv_fusion.replaced(model)) == ["2", "3"]
     with pytest.warns(UserWarning, match="nothing to swap"):
         (candidate,) = fastconv.swap(nn.Sequential(*list(model)[:2])).candidates
     assert "padding (0, 0)" in candidate.reason
