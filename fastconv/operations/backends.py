@@ -162,7 +162,8 @@ def unavailable(operation: str, reason: str) -> BackendUnavailable:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast, if it is on for the device of `x`, computes convolutions; else None."""
-    kind = x.device.type
+    # The type of a device takes longer to get.
+    kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
     # The meta device has none, and to ask is an error there.
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None

@@ -12,7 +12,6 @@ import fastconv
 from fastconv import accuracy
 from fastconv.checking import check, divergence, problems
 from fastconv.operations import autograd, backends, columns, decisions, functional, portable
-from fastconv.operations.decisions import Form
 
 CPU = torch.device("cpu")
 NORMED = {"layer_norm", "depthwise_conv_layer_norm", "convnext_block", "DepthwiseConvLayerNorm", "ConvNextBlock"}
@@ -102,7 +101,7 @@ def test_cases_cover_every_axis():
     for subject in problems.MODULES:
         assert "autocast" in {case.precision for case in cases if case.subject == subject}
     layouts = {decisions.layout(given.images, given.height * given.width) for given in problems.INPUTS.values()}
-    assert layouts == {Form.BATCH_LAST, Form.CHANNELS_LAST}
+    assert layouts == {"batch last", "channels last"}
 
 
 def test_a_dropped_tap_is_wrong(monkeypatch, wrong_cases):
