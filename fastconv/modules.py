@@ -21,7 +21,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         in_channels: C.
         multiplier: M, convolution outputs for each input channel.
         kernel_size: an odd number of pixels.
-        norm: what one mean and variance span: "tensor", "sample" or "channel".
+        norm: what each mean and variance is computed over: "tensor", "sample" or "channel".
         eps: added to the variance.
         affine: scale and shift each channel after the norm.
         bias: add a bias to the convolution.
@@ -180,8 +180,8 @@ class Classifier(nn.Module):
         patch: side of the stem's patches, in pixels.
         in_channels: channels of an image.
         num_classes: number of logits.
-        norm: what each layer norm spans. The lecture's "tensor" makes an image's logits depend on the images
-            beside it, in training and in evaluation alike; with "sample" they do not.
+        norm: what each layer norm is computed over. The lecture's "tensor" makes an image's logits depend on the
+            images beside it, in training and in evaluation alike; with "sample" they do not.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes), with H and W at least 2 * patch.
 

@@ -5,35 +5,33 @@ Imports no Triton, so that all of fastconv can ask.
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from typing import Literal
 
 from torch import Tensor
 
 from .common.values import Convolution, Norm, check_norm
 
-
-class Form(Enum):
-    """How the Triton backend computes an operation."""
-
+# How the Triton backend computes an operation.
+Form = Literal[
     # The block's own kernels.
-    BLOCK = auto()
+    "block",
     # The block as one operation after the other.
-    PARTS = auto()
+    "parts",
     # A depthwise convolution as products with Toeplitz matrices, fused with the norm.
-    TOEPLITZ = auto()
+    "toeplitz",
     # A depthwise convolution from tap to tap; the norm follows.
-    STENCIL = auto()
+    "stencil",
     # The same, fused with the norm of each pixel.
-    STENCIL_CHANNEL_NORM = auto()
+    "stencil channel norm",
     # A norm from the moments of many parts.
-    MOMENTS = auto()
+    "moments",
     # A norm of each pixel within one program.
-    CHANNEL_NORM = auto()
+    "channel norm",
     # A pointwise convolution fused with GELU.
-    POINTWISE = auto()
+    "pointwise",
     # PyTorch's own operations.
-    PYTORCH = auto()
-
+    "pytorch",
+]
 
 # Pixels of a map: on larger ones the convolution is a stencil, because a Toeplitz matrix has P^2 entries for each
 # channel.
@@ -57,22 +55,22 @@ def is_large(x: Tensor) -> bool:
 def convnext_block(x: Tensor, pointwise: Convolution, norm: Norm) -> Form:
     check_norm(norm.over, norm.eps)
     too_wide = max(x.shape[1], pointwise.weight.shape[0]) > WIDEST_BLOCK
-    return Form.PARTS if norm.over == "channel" or too_wide or is_large(x) else Form.BLOCK
+    return "parts" if norm.over == "channel" or too_wide or is_large(x) else "block"
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
     check_norm(norm.over, norm.eps)
     if norm.over == "channel" and depthwise.weight.shape[0] <= WIDEST_CHANNEL_NORM:
-        return Form.STENCIL_CHANNEL_NORM
-    return Form.STENCIL if norm.over == "channel" or is_large(x) else Form.TOEPLITZ
+        return "stencil channel norm"
+    return "stencil" if norm.over == "channel" or is_large(x) else "toeplitz"
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     check_norm(norm.over, norm.eps)
     if norm.over != "channel":
-        return Form.MOMENTS
-    return Form.CHANNEL_NORM if x.shape[1] <= WIDEST_CHANNEL_NORM else Form.PYTORCH
+        return "moments"
+    return "channel norm" if x.shape[1] <= WIDEST_CHANNEL_NORM else "pytorch"
 
 
 def pointwise_conv_gelu(conv: Convolution) -> Form:
-    return Form.PYTORCH if conv.weight.numel() > LARGEST_POINTWISE else Form.POINTWISE
+    return "pytorch" if conv.weight.numel() > LARGEST_POINTWISE else "pointwise"

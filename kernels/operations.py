@@ -10,7 +10,6 @@ from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
 from .common.values import Convolution, Norm, check_approximate, map_tensors
-from .decisions import Form
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
 from .stencil import operators as stencil_operators
@@ -26,7 +25,7 @@ def convnext_block(
     approximate: str,
 ) -> Tensor:
     check_approximate(approximate)
-    if decisions.convnext_block(x, pointwise, norm) is Form.PARTS:
+    if decisions.convnext_block(x, pointwise, norm) == "parts":
         y = depthwise_conv_layer_norm(x.to(pointwise.weight.dtype), depthwise, norm)
         y = pointwise_conv_gelu(y, pointwise, approximate)
         return x + _pointwise_conv(y, projection)
@@ -40,18 +39,18 @@ def convnext_block(
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     form = decisions.depthwise_conv_layer_norm(x, depthwise, norm)
     depthwise, norm = map_tensors(Tensor.contiguous, depthwise, norm)
-    if form is Form.STENCIL_CHANNEL_NORM:
+    if form == "stencil channel norm":
         parameters = *depthwise, norm.weight, norm.bias
         keep = _needs_grad(x, *parameters)
         return stencil_operators.depthwise_conv_channel_norm(x, *parameters, norm.eps, keep)
-    if form is Form.STENCIL:
+    if form == "stencil":
         return layer_norm(stencil_operators.depthwise_conv(x, *depthwise), norm)
     return norm.affine(toeplitz_operator.depthwise_conv_layer_norm(x, *depthwise, norm.over, norm.eps))
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
     check_approximate(approximate)
-    if decisions.pointwise_conv_gelu(conv) is Form.PYTORCH:
+    if decisions.pointwise_conv_gelu(conv) == "pytorch":
         return F.gelu(_pointwise_conv(x, conv), approximate=approximate)
     (conv,) = map_tensors(Tensor.contiguous, conv)
     return pointwise_operator.pointwise_conv_gelu(x, *conv, approximate, _needs_grad(x, *conv))
@@ -59,10 +58,10 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
-    if form is Form.CHANNEL_NORM:
+    if form == "channel norm":
         (norm,) = map_tensors(Tensor.contiguous, norm)
         return channel_norm_operators.channel_layer_norm(x, norm.weight, norm.bias, norm.eps)
-    if form is Form.PYTORCH:
+    if form == "pytorch":
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)
         y = y.permute(0, 3, 1, 2)
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()

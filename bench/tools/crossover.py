@@ -58,7 +58,7 @@ def main() -> None:
         samples = timing.interleave(calls, rounds=9, warmup=2)
         times = {name: timing.percentiles(turns).p50 for name, turns in samples.items()}
         form = decisions.layout(batch, side * side)
-        taken = "Toeplitz" if form is decisions.Form.BATCH_LAST else "convolution"
+        taken = "Toeplitz" if form == "batch last" else "convolution"
         print(
             f"| {channels} | {multiplier} | {side} x {side} | {batch} | {times['Toeplitz']:.2f} | "
             f"{times['convolution']:.2f} | {taken} | {times[taken] / min(times.values()):.2f} |",

@@ -20,7 +20,7 @@ BACKENDS = ("triton", "portable", "reference")
 
 _MODULES: dict[str, ModuleType] = {"portable": portable}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton too reads it once, when it is imported.
+# Triton too reads this variable once, when it is imported.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The first with tensor cores that Triton compiles for; and the first that has bfloat16.
 _LEAST_CAPABILITY, _BFLOAT16_CAPABILITY = (7, 5), (8, 0)
@@ -31,7 +31,7 @@ class BackendUnavailable(RuntimeError):
 
 
 _NAMES = (*BACKENDS, "auto")
-# What the environment says is checked when it is used: importing a package should not fail for it.
+# The environment variable is checked when it is used, because importing a package should not fail for it.
 _forced = os.environ.get("FASTCONV_BACKEND") or "auto"
 
 
@@ -96,7 +96,7 @@ def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"it runs on GPUs of NVIDIA and AMD, not on {kind}"
     if not _TRITON_INTERPRETED:
         return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
-    # Only to see that they are right: it is slow.
+    # Interpretation is slow, and only good for checking the kernels.
     return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
 
 
@@ -162,7 +162,8 @@ def unavailable(operation: str, reason: str) -> BackendUnavailable:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast, if it is on for the device of `x`, computes convolutions; else None."""
-    kind = x.device.type
+    # The type of a device takes longer to get.
+    kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
     # The meta device has none, and to ask is an error there.
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
@@ -170,7 +171,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def leaves_to_pytorch(x: Tensor) -> bool:
-    """Whether, where the portable backend is slower than PyTorch's own operations, those are to run."""
+    """Whether PyTorch's own operations are to run where the portable backend is slower than they are."""
     if _forced != "auto":
         return False
     # Autocast leaves float64 alone.

@@ -144,7 +144,7 @@ def convolve_backward(
             output_mask=[needs_x, needs_weight, False],
         )
         if needs_weight:
-            # Of strides [49, 1, 7, 1] for [49, 49, 7, 1]: a parameter's gradient has the parameter's strides.
+            # PyTorch returns strides [49, 1, 7, 1], but a gradient needs the parameter's own, [49, 49, 7, 1].
             grad_weight = grad_weight.view(weight.shape)
         return (to_columns(grad_x, geometry) if needs_x else None), grad_weight
     grad_rows = grad.unflatten(0, (geometry.channels, -1)).flatten(1, 2)  # [C, M * P, N]

@@ -5,28 +5,26 @@
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
 
-
-class Form(Enum):
-    """How the portable backend computes an operation; `columns.py` explains the two layouts of columns."""
-
+# How the portable backend computes an operation; `columns.py` explains the two layouts of columns.
+Form = Literal[
     # PyTorch's own operations, on the maps as they come.
-    PYTORCH = auto()
-    # The same on channels_last maps.
-    PYTORCH_CHANNELS_LAST = auto()
+    "pytorch",
+    # PyTorch's own operations, on channels_last maps.
+    "pytorch channels last",
     # The same, but the convolution is a Toeplitz product, which writes channels_last maps.
-    TOEPLITZ_CHANNELS_LAST = auto()
+    "toeplitz channels last",
     # Columns in batch-last: the convolution is a Toeplitz product.
-    BATCH_LAST = auto()
+    "batch last",
     # Columns in channels-last: the convolution is PyTorch's.
-    CHANNELS_LAST = auto()
-
+    "channels last",
+]
 
 # Toeplitz products. The matrix has P^2 entries for each output channel, where P is a map's number of pixels.
 # Measured with `python -m bench.tools.crossover`.
@@ -53,7 +51,7 @@ SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so 
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     if norm.over == "channel":
-        return Form.PYTORCH
+        return "pytorch channels last"
     return layout(x.shape[0], x.shape[2] * x.shape[3])
 
 
@@ -68,9 +66,9 @@ def convnext_block(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
 def pointwise_conv_gelu(x: Tensor) -> Form:
     if x.is_contiguous():
         # Bringing the maps into another layout and back takes longer than the product.
-        return Form.PYTORCH
+        return "pytorch"
     if x.is_contiguous(memory_format=torch.channels_last):
-        return Form.CHANNELS_LAST
+        return "channels last"
     return layout(x.shape[0], x.shape[2] * x.shape[3])
 
 
@@ -81,9 +79,9 @@ def patch_conv(x: Tensor, conv: Convolution) -> Form:
 
 
 def layout(images: int, pixels: int) -> Form:
-    """BATCH_LAST if maps are small and many enough for Toeplitz products, else CHANNELS_LAST."""
+    """The layout of columns: batch-last if maps are small and many enough for Toeplitz products."""
     served = pixels <= TOEPLITZ_ALWAYS_PIXELS or pixels**2 <= TOEPLITZ_MAX_ENTRIES_PER_IMAGE * images
-    return Form.BATCH_LAST if pixels <= TOEPLITZ_MAX_PIXELS and served else Form.CHANNELS_LAST
+    return "batch last" if pixels <= TOEPLITZ_MAX_PIXELS and served else "channels last"
 
 
 def _convolution_and_norm(x: Tensor, depthwise: Convolution, norm: Norm, small: int) -> Form:
@@ -91,12 +89,12 @@ def _convolution_and_norm(x: Tensor, depthwise: Convolution, norm: Norm, small: 
     pixels, outputs = height * width, depthwise.weight.shape[0]
     if norm.over == "channel" and outputs == channels:
         toeplitz = _channelwise_toeplitz_pays(images, pixels)
-        return Form.TOEPLITZ_CHANNELS_LAST if toeplitz else Form.PYTORCH_CHANNELS_LAST
-    if layout(images, pixels) is Form.BATCH_LAST:
-        return Form.PYTORCH if pixels > SMALL_BATCH_PIXELS_PER_IMAGE * images else Form.BATCH_LAST
+        return "toeplitz channels last" if toeplitz else "pytorch channels last"
+    if layout(images, pixels) == "batch last":
+        return "pytorch" if pixels > SMALL_BATCH_PIXELS_PER_IMAGE * images else "batch last"
     if norm.over == "channel":
-        return Form.PYTORCH_CHANNELS_LAST
-    return Form.PYTORCH if images * outputs * pixels <= small else Form.CHANNELS_LAST
+        return "pytorch channels last"
+    return "pytorch" if images * outputs * pixels <= small else "channels last"
 
 
 def _channelwise_toeplitz_pays(images: int, pixels: int) -> bool:

@@ -1,4 +1,4 @@
-"""Where an operation runs: on the chosen backend, or, if its kernels fail, on the portable one."""
+"""Runs an operation on the chosen backend, or, if its kernels fail, on the portable one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastconv.operations.selftest import Subject
 
 _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
 
-# Backends by all that decides: what is forced, the device, and the fields of a Subject.
+# The backend for each forced backend, device and Subject.
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 

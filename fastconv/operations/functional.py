@@ -36,11 +36,11 @@ def depthwise_conv_layer_norm(
         x: floating point (N, C, H, W), of any strides.
         weight: (C * M, 1, kh, kw), kh and kw odd, M >= 1.
         bias: (C * M,), or None.
-        norm: what one mean and variance span: "tensor", everything, batch included; "sample", the channels
-            and pixels of one image; "channel", the channels of one pixel.
+        norm: what each mean and variance is computed over: "tensor", everything, batch included; "sample", the
+            channels and pixels of one image; "channel", the channels of one pixel.
         eps: added to the variance.
         norm_weight: (C * M,), multiplies the normalised tensor; None is 1.
-        norm_bias: (C * M,), is added then; None is 0.
+        norm_bias: (C * M,), is added to the product; None is 0.
 
     Returns:
         (N, C * M, H, W)
@@ -232,7 +232,7 @@ def _run(
         return dispatch.run(operation, cast(x) if autocast_x else x, map_tensors(cast, *values))
 
 
-# An eager step on a GPU is bound by the host: what of a tensor costs a call into PyTorch is asked for once.
+# An eager step on a GPU is bound by the host: attributes that cost a call into PyTorch are read once.
 
 
 def _check_maps(x: Tensor) -> torch.Size:
@@ -253,7 +253,7 @@ def _check_maps(x: Tensor) -> torch.Size:
 
 
 def _check_tensors(x: Tensor, **tensors: Tensor | None) -> None:
-    """Those that are there are on the device of `x`, and of its dtype or under autocast."""
+    """Check that all are tensors on the device of `x`, and, except under autocast, have its dtype."""
     device, dtype = x.device, x.dtype
     for name, tensor in tensors.items():
         if tensor is None:

@@ -43,8 +43,8 @@ def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
 
 def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, geometry: Geometry) -> Tensor:
     """Add the bias [K] and subtract the mean, in place; return 1 / sqrt(variance + eps), keeping `dims`."""
-    # Every statistic spans all channels. Where the mean is large so is the rounding of its sum, and a second
-    # mean, of what the first leaves over, takes it away.
+    # Every statistic is taken over all channels, so the mean of the bias is subtracted with that of h. Where the
+    # mean is large so is the rounding of its sum; a second mean, of what the first leaves over, removes it.
     over_channels = mean_over(h, (0,))
     mean = mean_over(over_channels, dims)
     mean = mean + mean_over(over_channels - mean, dims)

@@ -33,9 +33,10 @@ from fastconv.operations.decisions import Form
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
-    if form is Form.PYTORCH:
-        return restore_format(definition.call("layer_norm", x, norm), x)
-    batch_last = form is Form.BATCH_LAST
+    if form == "pytorch channels last":
+        y = _norm_pixels(x.permute(0, 2, 3, 1), norm)
+        return restore_format(y.permute(0, 3, 1, 2), x)
+    batch_last = form == "batch last"
     y = autograd.LayerNorm.apply(x, norm.over, norm.eps, batch_last)
     return norm.affine(_maps_like(x, y, batch_last))
 
@@ -43,13 +44,13 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     form = decisions.depthwise_conv_layer_norm(x, depthwise, norm)
     match form:
-        case Form.PYTORCH:
+        case "pytorch":
             return restore_format(definition.call("depthwise_conv_layer_norm", x, depthwise, norm), x)
-        case Form.PYTORCH_CHANNELS_LAST | Form.TOEPLITZ_CHANNELS_LAST:
+        case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x, depthwise, norm, form)
             return restore_format(y.permute(0, 3, 1, 2), x)
-        case Form.BATCH_LAST | Form.CHANNELS_LAST:
-            batch_last = form is Form.BATCH_LAST
+        case "batch last" | "channels last":
+            batch_last = form == "batch last"
             y = autograd.DepthwiseConvLayerNorm.apply(x, *depthwise, norm.over, norm.eps, batch_last)
             return norm.affine(_maps_like(x, y, batch_last))
 
@@ -64,16 +65,16 @@ def convnext_block(
 ) -> Tensor:
     form = decisions.convnext_block(x, depthwise, norm)
     match form:
-        case Form.PYTORCH:
+        case "pytorch":
             values = depthwise, pointwise, projection, norm, approximate
             return restore_format(definition.call("convnext_block", x, *values), x)
-        case Form.PYTORCH_CHANNELS_LAST | Form.TOEPLITZ_CHANNELS_LAST:
+        case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x.to(depthwise.weight.dtype), depthwise, norm, form)
             y = F.gelu(F.linear(y, pointwise.weight.flatten(1), pointwise.bias), approximate=approximate)
             y = F.linear(y, projection.weight.flatten(1), projection.bias)
             return restore_format(y.permute(0, 3, 1, 2) + x, x)
-        case Form.BATCH_LAST | Form.CHANNELS_LAST:
-            batch_last = form is Form.BATCH_LAST
+        case "batch last" | "channels last":
+            batch_last = form == "batch last"
             pointwise = norm.fold_into(pointwise)
             y = autograd.ConvNextBlock.apply(
                 x,
@@ -92,9 +93,9 @@ def convnext_block(
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
     form = decisions.pointwise_conv_gelu(x)
-    if form is Form.PYTORCH:
+    if form == "pytorch":
         return reference.pointwise_conv_gelu(x, *conv, approximate=approximate)
-    geometry = geometry_of(x, form is Form.BATCH_LAST)
+    geometry = geometry_of(x, form == "batch last")
     columns = mix_channels(conv.weight.flatten(1), to_columns(x, geometry), geometry, conv.bias)
     return restore_format(from_columns(F.gelu(columns, approximate=approximate), geometry), x)
 
@@ -102,7 +103,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     images, channels, height, width = x.shape
     outputs, _, patch_height, patch_width = conv.weight.shape
-    batch_last = decisions.patch_conv(x, conv) is Form.BATCH_LAST
+    batch_last = decisions.patch_conv(x, conv) == "batch last"
     geometry = Geometry(outputs, height // patch_height, width // patch_width, batch_last)
     # What is left over beyond whole patches is ignored, as by a strided convolution.
     x = x[:, :, : geometry.height * patch_height, : geometry.width * patch_width]
@@ -119,12 +120,17 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
 
 def _convolve_and_norm_pixels(x: Tensor, depthwise: Convolution, norm: Norm, form: Form) -> Tensor:
     """(N, C, H, W) -> (N, H, W, K), the layout in which PyTorch's own norm of each pixel is fastest."""
-    if form is Form.TOEPLITZ_CHANNELS_LAST:
+    if form == "toeplitz channels last":
         y = autograd.DepthwiseConv.apply(x, *depthwise)
     else:
         x = x.contiguous(memory_format=torch.channels_last)
         y = F.conv2d(x, depthwise.weight, depthwise.bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
-    return F.layer_norm(y, y.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return _norm_pixels(y, norm)
+
+
+def _norm_pixels(x: Tensor, norm: Norm) -> Tensor:
+    """The norm "channel" of maps (N, H, W, C), in which it is PyTorch's layer norm."""
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def _maps_like(x: Tensor, y: Tensor, batch_last: bool) -> Tensor:

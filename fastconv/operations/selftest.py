@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are right on a GPU on which nobody has proved them: tried once, at their first use.
+"""Tests the Triton kernels once, at their first use, on a GPU on which nobody has proved them.
 
 Each operation is compared with the reference, by the rule of `fastconv.accuracy`; `verdicts.py` keeps the
 verdict for other processes. FASTCONV_SELFTEST=0 turns it off.
@@ -32,9 +32,11 @@ MOST_ELEMENTS = 2**18
 MOST_IMAGES = 8
 # Where fewer values share a mean and a variance, gradients cancel, and their errors are a matter of chance.
 FEWEST_NORMED = 16
-# A gradient of a few numbers is rounded well or badly by chance. Where an error is that near its bound, more tell.
+# A gradient of a few numbers is rounded well or badly by chance: an error near its bound is measured again, on
+# more samples.
 SAMPLES, NEAR, NEAR_SAMPLES = 2, 2.0, 16
-# Below it every error is right; in float32 by `torch.get_float32_matmul_precision`, which kernels obey.
+# Below the floor every error is right. In float32 it depends on `torch.get_float32_matmul_precision`, which
+# kernels obey.
 FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": accuracy.TF32_FLOOR, "medium": 1e-2}
 
 _LOCK = threading.Lock()
@@ -42,12 +44,13 @@ _TRUSTED: dict[tuple[torch.device, Subject], bool] = {}
 
 
 class Subject(NamedTuple):
-    """What is tried at once: an operation, and all for which its kernels are others.
+    """What one test covers: an operation, and everything that decides which kernels it runs.
 
     Args:
-        norm: of an operation that has one.
-        large: whether the convolution is that of large maps.
-        maps, dtype: of the maps, and of the parameters, in which it computes.
+        norm: what the operation's norm is computed over; None if it has no norm.
+        large: whether the maps take the convolution for large maps.
+        maps: the dtype of the maps.
+        dtype: the dtype of the parameters, in which the operation computes.
     """
 
     operation: str
@@ -70,7 +73,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class Sizes(NamedTuple):
-    """What an operation is tried with.
+    """The arguments with which an operation is tested.
 
     Args:
         maps: the shape of x.
@@ -108,7 +111,7 @@ def status(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What `fastconv info` tells of the kernels on a GPU, as JSON can hold it; "wrong" with the reason."""
+    """What `fastconv info` reports about the kernels on a GPU, as JSON; "wrong" gives the reasons."""
     found = verdicts.load(device)
     return {
         "architecture": machine.architecture(device),
@@ -142,7 +145,7 @@ def _decide(subject: Subject, device: torch.device, sizes: Sizes) -> bool:
         try:
             verdict = _judge(subject, device, sizes)
         except torch.cuda.OutOfMemoryError:
-            # It says nothing of the kernels.
+            # That says nothing about the kernels.
             return True
         verdicts.save(device, str(subject), verdict)
     if not verdict.right:

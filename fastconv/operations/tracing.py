@@ -1,6 +1,6 @@
-"""What is decided once for a graph, while torch.compile traces it, by code that it does not trace.
+"""What is decided once for each graph that torch.compile traces, by code that it does not trace.
 
-It is imported only then, because it imports the compiler.
+Imported only while tracing, because it imports the compiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def first_that_can(forced: str, device: torch.device, *dtypes: torch.dtype) -> s
 def trusts(
     operation: str, norm: str | None, large: bool, maps: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """As `selftest.trusts`, but with sizes of its own: those of the graph may be symbols."""
+    """As `selftest.trusts`, but with usual sizes: a graph's own may be symbols."""
     subject = selftest.Subject(operation, norm, large, maps, dtype)
     try:
         return selftest.trusts(subject, device, selftest.usual_sizes(subject)) is not False

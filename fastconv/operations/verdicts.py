@@ -18,14 +18,14 @@ from fastconv import machine
 
 
 class Verdict(NamedTuple):
-    """Whether kernels computed the right thing, and if not, what they did."""
+    """Whether kernels are right, and if not, why not."""
 
     right: bool
     reason: str
 
 
 def load(device: torch.device) -> dict[str, Verdict]:
-    """By subject, on the kernels of this version on a GPU like `device`. A file that is broken has none."""
+    """The verdicts on this version's kernels on a GPU like `device`, by subject; none if the file is broken."""
     try:
         kept: Any = json.loads(_path(device).read_text(encoding="utf-8"))
         return {
@@ -74,7 +74,7 @@ def _path(device: torch.device) -> Path:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """All by which kernels may be right here and wrong there."""
+    """Everything that may make kernels right on one machine and wrong on another."""
     versions = machine.versions()
     return {
         **{name: versions[name] for name in ("fastconv", "torch", "triton")},
@@ -85,7 +85,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _digest() -> str:
-    """Of the kernels' sources, which change without a change of version while they are worked on."""
+    """A digest of the kernels' sources, which may change while the version stays."""
     folder = Path(*importlib.import_module("fastconv.kernels").__path__)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

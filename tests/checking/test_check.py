@@ -16,7 +16,6 @@ from fastconv.checking.inputs import INPUTS
 from fastconv.checking.report import Report, Result, Training
 from fastconv.commands import check as command
 from fastconv.operations import autograd, backends, columns, decisions, functional, portable
-from fastconv.operations.decisions import Form
 
 CPU = torch.device("cpu")
 NORMED = {"layer_norm", "depthwise_conv_layer_norm", "convnext_block", "DepthwiseConvLayerNorm", "ConvNextBlock"}
@@ -115,10 +114,9 @@ def test_cases_cover_every_axis():
         assert layouts == set(accuracy.FORMATS)
     for subject in MODULES:
         assert "autocast" in {case.precision for case in found if case.subject == subject}
-    layouts = {
-        decisions.layout(given.sizes.images, given.sizes.height * given.sizes.width) for given in INPUTS.values()
-    }
-    assert layouts == {Form.BATCH_LAST, Form.CHANNELS_LAST}
+    sizes = [given.sizes for given in INPUTS.values()]
+    layouts = {decisions.layout(each.images, each.height * each.width) for each in sizes}
+    assert layouts == {"batch last", "channels last"}
 
 
 def test_a_dropped_tap_is_wrong(monkeypatch, wrong_cases):

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
-from fastconv.operations import columns, decisions, functional, reference
-from fastconv.operations.decisions import Form
+from fastconv.kernels import decisions as kernel_decisions
+from fastconv.kernels.common.values import Convolution, Norm
+from fastconv.operations import columns, decisions, functional, portable, reference
 
 TOEPLITZ = {
     "lecture 8x8",
@@ -33,7 +34,7 @@ def _portable(nothing_small):
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_cover_both_forms_of_the_convolution(name):
     images, _, height, width, _, _ = SHAPES[name]
-    assert (decisions.layout(images, height * width) is Form.BATCH_LAST) == (name in TOEPLITZ)
+    assert (decisions.layout(images, height * width) == "batch last") == (name in TOEPLITZ)
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
@@ -422,6 +423,22 @@ def test_bad_input(name):
     call, error, message = BAD_INPUTS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("images", [1, 16], ids=["channels last", "batch last"])
+def test_every_implementation_refuses_an_unknown_norm(images):
+    x, norm = torch.randn(images, 2, 8, 8), Norm("batch", 1e-5, None, None)
+    conv = Convolution(torch.randn(4, 1, 3, 3), None)
+    for call in (
+        lambda: reference.layer_norm(x, norm="batch"),
+        lambda: portable.layer_norm(x, norm),
+        lambda: portable.depthwise_conv_layer_norm(x, conv, norm),
+        lambda: kernel_decisions.layer_norm(x, norm),
+        lambda: kernel_decisions.depthwise_conv_layer_norm(x, conv, norm),
+        lambda: kernel_decisions.convnext_block(x, conv, norm),
+    ):
+        with pytest.raises(ValueError, match="norm is 'batch'; expected one of tensor, sample, channel"):
+            call()
 
 
 # images, channels, side, multiplier, and whether the convolution alone, and the block, are small.
