@@ -18,7 +18,7 @@ class UnknownModel(ValueError):
 
 
 def create_model(name: str) -> nn.Module:
-    """Create a classifier of torchvision, or of timm if torchvision has none of this name or it begins with "timm/".
+    """Create a classifier of torchvision, or of timm if that has none of this name or it begins with "timm/".
 
     Raises:
         UnknownModel: neither has it.
