@@ -225,7 +225,8 @@ def test_autocast(device):
 )
 def test_float32_products_are_as_precise_as_pytorch_is_told(precision, least, most, device):
     """tf32 keeps 10 bits of float32's mantissa, bfloat16 7."""
-    inputs = random_block(SHAPES["lecture 8x8"])
+    # With fewer channels the gradient of the first bias is nearly zero, and its relative error large.
+    inputs = random_block((16, 4, 8, 8, 4, (7, 7)))
     grad = torch.randn(inputs[0].shape).double()
     exact = outputs_and_grads(block(reference), inputs, grad)
     before = torch.get_float32_matmul_precision()
