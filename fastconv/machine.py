@@ -9,6 +9,7 @@ import torch
 
 
 def package_version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -16,12 +17,13 @@ def package_version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions that results depend on, by package."""
     packages = ("fastconv", "torch", "triton", "torchvision")
     return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
 
 
 def available_devices() -> dict[str, str]:
-    """The devices that PyTorch can use, with their names."""
+    """Return the devices that PyTorch can use, with their names."""
     devices = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
         devices["mps"] = "mps"
@@ -33,7 +35,7 @@ def gpu_name(device: torch.device) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """That for which kernels are compiled, as "sm_90" or "gfx942"; of what is no GPU of CUDA, its type."""
+    """Return what a GPU's kernels are compiled for, such as "sm_90" or "gfx942"; else the device's type."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -43,7 +45,11 @@ def architecture(device: torch.device) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises ValueError if there is no such device."""
+    """Return the device of that name, or for "auto" a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     devices = available_devices()
     if name == "auto":
         return torch.device(next(iter(devices)))

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress(console: Console, total: int, otherwise_lines: bool = False) -> Iterator[Callable[[str], None]]:
-    """Yield a function that is told of each step that is done.
+    """Yield a function to call, with a description, after each step.
 
-    On a terminal a bar shows it, and the time that is left; elsewhere, if `otherwise_lines`, a line.
+    On a terminal a bar shows the steps and the time that is left; elsewhere, if `otherwise_lines`, each is a line.
     """
     bar = Progress(
         BarColumn(),

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") and INTERPRETED:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests of the other way to run kernels: nobody can do something about their skips."""
+    """Leave out the tests of the other way to run kernels: a skip is for what a reader could install."""
     other = "gpu" if INTERPRETED else "interpreted"
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(other)])
     items[:] = [item for item in items if not item.get_closest_marker(other)]

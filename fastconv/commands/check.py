@@ -10,11 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fastconv import machine
 from fastconv.checking import display, runner
 from fastconv.checking.cases import all_cases
-from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, usage_errors
-from fastconv.operations import backends
+from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, choose
 from fastconv.progress import progress
 
 
@@ -23,18 +21,16 @@ def check(
     backend: BackendOption = "auto",
     json_output: JsonOption = False,
     out: Annotated[
-        Path | None, typer.Option(help="Keep each result here as soon as it is there, as a line of JSON.")
+        Path | None, typer.Option(help="Write each result to this file at once, as a line of JSON.")
     ] = None,
 ) -> None:
-    """Tell whether all results are right on this machine; the exit code is 0 if they are, else 1.
+    """Report whether all results are right on this machine; the exit code is 0 if they are, else 1.
 
     Every operation and module, forward and each gradient, is compared with float64, and PyTorch's own with it: an
     error is right up to twice PyTorch's. Then the fused and the reference classifier are trained for 50 steps.
     [bold]TRITON_INTERPRET=1 fastconv check --backend triton[/bold] checks the kernels on a CPU, in minutes.
     """
-    with usage_errors():
-        place = machine.choose_device(device)
-        backends.force(backend, place)
+    place = choose(device, backend)
     console = Console(stderr=json_output)
     cases = all_cases()
     with (

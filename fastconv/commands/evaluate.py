@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 
-from fastconv import machine
 from fastconv.commands.options import (
     BackendOption,
     CheckpointOption,
     DataOption,
     DeviceOption,
     JsonOption,
-    usage_errors,
+    choose,
 )
-from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
 from fastconv.training.recipe import Recipe
 
@@ -27,9 +25,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint's loss and accuracy on its validation images and on the test images."""
     state = checkpoint.load(checkpoint_path)
-    with usage_errors():
-        place = machine.choose_device(device)
-        backends.force(backend, place)
+    place = choose(device, backend)
     model = prediction.load_model(state, place)
     dataset, recipe = data.load(data_directory), Recipe(**state.recipe)
     sets = loop.make_sets(dataset, recipe, place)

@@ -15,7 +15,7 @@ from fastconv.operations import backends, selftest
 
 
 def info(json_output: JsonOption = False) -> None:
-    """Tell the versions, the devices, which backend runs each operation, why, and which kernels are right."""
+    """Report versions, devices, which backend runs each operation and why, and which kernels are right."""
     facts = describe()
     facts["kernels"] = {
         name: selftest.describe(torch.device(name)) for name in facts["devices"] if name.startswith("cuda")
@@ -46,7 +46,7 @@ def info(json_output: JsonOption = False) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Everything that `fastconv info` tells, as JSON can hold it."""
+    """Return everything that `fastconv info` reports but the kernels, as JSON can hold it."""
     devices = machine.available_devices()
     return {
         "versions": machine.versions(),

@@ -1,4 +1,4 @@
-"""The program `fastconv`: its commands are the modules beside this one, and what packages register as such."""
+"""The program `fastconv`: the commands in the modules beside this one, and those that packages register."""
 
 from __future__ import annotations
 
@@ -49,13 +49,16 @@ def callback(
         raise typer.Exit
 
 
-app.command()(train.train)
-app.command()(evaluate.evaluate)
-app.command()(predict.predict)
-app.command()(summary.summary)
-app.command()(check.check)
-app.command()(swap_report.swap_report)
-app.command()(info.info)
-# Those of packages that build on this one, as fastconv.bench: pyproject.toml names them.
-for command in entry_points(group="fastconv.commands"):
-    app.command(command.name)(command.load())
+for command in (
+    train.train,
+    evaluate.evaluate,
+    predict.predict,
+    summary.summary,
+    check.check,
+    swap_report.swap_report,
+    info.info,
+):
+    app.command()(command)
+# Commands of packages that build on this one, such as fastconv.bench: pyproject.toml names them.
+for entry in entry_points(group="fastconv.commands"):
+    app.command(entry.name)(entry.load())

@@ -1,4 +1,4 @@
-"""Options that several commands have, and errors of their values."""
+"""Options that several commands have, and what is done with them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
+from fastconv import machine
+from fastconv.operations import backends
 from fastconv.training.recipe import Recipe
 
 DEFAULTS = Recipe()
@@ -48,3 +51,11 @@ def usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def choose(device: str, backend: str) -> torch.device:
+    """Return the device of that name, and run the operations on that backend."""
+    with usage_errors():
+        place = machine.choose_device(device)
+        backends.force(backend, place)
+    return place

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastconv import machine
-from fastconv.commands.options import BackendOption, CheckpointOption, DeviceOption, JsonOption, usage_errors
-from fastconv.operations import backends
+from fastconv.commands.options import BackendOption, CheckpointOption, DeviceOption, JsonOption, choose
 from fastconv.training import checkpoint, prediction
 
 
@@ -30,9 +28,7 @@ def predict(
     image goes through the model by itself: what else is in the call does not change its answer.
     """
     state = checkpoint.load(checkpoint_path)
-    with usage_errors():
-        place = machine.choose_device(device)
-        backends.force(backend, place)
+    place = choose(device, backend)
     model = prediction.load_model(state, place)
     # All are read before any is answered: a wrong name is found at once.
     inputs = [prediction.read_input(path, state.image_size) for path in images]

@@ -15,11 +15,11 @@ from fastconv.commands.options import JsonOption, usage_errors
 
 def swap_report(
     model: Annotated[
-        str, typer.Argument(help="Of torchvision or timm, for example convnext_tiny, timm/convnext_tiny.")
+        str, typer.Argument(help="A name of torchvision or timm, for example convnext_tiny, timm/convnext_tiny.")
     ],
     json_output: JsonOption = False,
 ) -> None:
-    """Tell which modules of a model fastconv.swap takes, which it leaves, and why; with random weights."""
+    """Report which modules of a model fastconv.swap takes, which it leaves, and why; with random weights."""
     with usage_errors():
         network = zoo.create_model(model)
     with warnings.catch_warnings():

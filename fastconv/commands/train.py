@@ -24,6 +24,7 @@ from fastconv.commands.options import (
     JsonOption,
     PatchOption,
     WidthOption,
+    choose,
     usage_errors,
 )
 from fastconv.extras import import_extra
@@ -64,10 +65,10 @@ def train(
         float, typer.Option(help="AdamW's weight decay.", rich_help_panel="Recipe")
     ] = DEFAULTS.weight_decay,
     seed: Annotated[
-        int, typer.Option(help="Of the initial weights and the order of images.", rich_help_panel="Recipe")
+        int, typer.Option(help="Decides the initial weights and the order of images.", rich_help_panel="Recipe")
     ] = DEFAULTS.seed,
     split_seed: Annotated[
-        int, typer.Option(help="Of the split into training and validation images.", rich_help_panel="Recipe")
+        int, typer.Option(help="Decides the split into training and validation images.", rich_help_panel="Recipe")
     ] = DEFAULTS.split_seed,
     precision: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="bf16 uses torch.autocast.", rich_help_panel="Recipe")
@@ -116,8 +117,7 @@ def train(
             recipe = Recipe(**{field.name: context.params[field.name] for field in fields(Recipe)})
         else:
             recipe = resumed_recipe(context, resumed)
-        place = machine.choose_device(device)
-        backends.force(backend, place)
+    place = choose(device, backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -162,7 +162,7 @@ def train(
 
 
 def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Recipe:
-    """The recipe of a checkpoint, with the number of epochs that was typed.
+    """Return the recipe of a checkpoint, with the number of epochs that was typed.
 
     Raises:
         ValueError: another option was typed that contradicts it, or the epochs are done.

@@ -18,7 +18,7 @@ class UnknownModel(ValueError):
 
 
 def create_model(name: str) -> nn.Module:
-    """A classifier of torchvision or, if that has none of this name or the name begins with "timm/", of timm.
+    """Create a classifier of torchvision, or of timm if that has none of this name or it begins with "timm/".
 
     Raises:
         UnknownModel: neither has it.

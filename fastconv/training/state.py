@@ -114,7 +114,7 @@ class State:
             raise NonFiniteLoss(f"a weight is not finite in epoch {self.epoch + 1}, after step {self.step}")
 
     def rest_of_epoch(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of the epoch that are still to be trained on."""
+        """Return the batches of the epoch that are still to be trained on."""
         order = epoch_order(len(images), self.recipe.seed, self.epoch).to(self.device)
         batch_size = self.recipe.batch_size
         return images.batches(batch_size, order[self.step * batch_size :])

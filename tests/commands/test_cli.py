@@ -56,7 +56,7 @@ def refused(result, message):
     assert re.search(message, " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())), err
 
 
-def test_train_saves_and_tells(run, folder, tmp_path):
+def test_train_saves_and_reports(run, folder, tmp_path):
     code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
     assert (code, err) == (0, "")
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]

@@ -223,8 +223,9 @@ def test_autocast(device):
     ("precision", "least", "most"), [("highest", 1e-8, 2e-6), ("high", 5e-5, 5e-3), ("medium", 5e-4, 2e-2)]
 )
 def test_float32_products_are_as_precise_as_pytorch_is_told(precision, least, most, device):
-    """Of float32 tf32 keeps 10 bits of the mantissa, bfloat16 7."""
-    inputs = random_block(SHAPES["lecture 8x8"])
+    """tf32 keeps 10 bits of float32's mantissa, bfloat16 7."""
+    # With fewer channels the gradient of the first bias is nearly zero, and its relative error large.
+    inputs = random_block((16, 4, 8, 8, 4, (7, 7)))
     grad = torch.randn(inputs[0].shape).double()
     exact = outputs_and_grads(block(reference), inputs, grad)
     before = torch.get_float32_matmul_precision()
