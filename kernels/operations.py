@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
-from .common.values import Convolution, Norm, check_approximate, map_tensors
+from .common.values import Convolution, Norm, check_approximate
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
 from .stencil import operators as stencil_operators
@@ -30,16 +30,16 @@ def convnext_block(
         y = pointwise_conv_gelu(y, pointwise, approximate)
         return x + _pointwise_conv(y, projection)
     # Contiguous first: a matrix product may round otherwise for other strides.
-    depthwise, pointwise, projection, norm = map_tensors(Tensor.contiguous, depthwise, pointwise, projection, norm)
-    return block_operator.convnext_block(
-        x, *depthwise, *norm.fold_into(pointwise), *projection, norm.over, norm.eps, approximate
-    )
+    pointwise = norm.contiguous().fold_into(pointwise.contiguous())
+    parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
+    return block_operator.convnext_block(x, *parameters, norm.over, norm.eps, approximate)
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     form = decisions.depthwise_conv_layer_norm(x, depthwise, norm)
-    depthwise, norm = map_tensors(Tensor.contiguous, depthwise, norm)
+    depthwise = depthwise.contiguous()
     if form == "stencil channel norm":
+        norm = norm.contiguous()
         parameters = *depthwise, norm.weight, norm.bias
         keep = _needs_grad(x, *parameters)
         return stencil_operators.depthwise_conv_channel_norm(x, *parameters, norm.eps, keep)
@@ -52,14 +52,14 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
     check_approximate(approximate)
     if decisions.pointwise_conv_gelu(conv) == "pytorch":
         return F.gelu(_pointwise_conv(x, conv), approximate=approximate)
-    (conv,) = map_tensors(Tensor.contiguous, conv)
+    conv = conv.contiguous()
     return pointwise_operator.pointwise_conv_gelu(x, *conv, approximate, _needs_grad(x, *conv))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
     if form == "channel norm":
-        (norm,) = map_tensors(Tensor.contiguous, norm)
+        norm = norm.contiguous()
         return channel_norm_operators.channel_layer_norm(x, norm.weight, norm.bias, norm.eps)
     if form == "pytorch":
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)

@@ -20,6 +20,9 @@ class Convolution(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def contiguous(self) -> Convolution:
+        return Convolution(self.weight.contiguous(), None if self.bias is None else self.bias.contiguous())
+
 
 class Norm(NamedTuple):
     """A layer norm of maps (N, C, H, W), as Ba et al., arXiv:1607.06450, define it.
@@ -34,6 +37,11 @@ class Norm(NamedTuple):
     eps: float
     weight: Tensor | None
     bias: Tensor | None
+
+    def contiguous(self) -> Norm:
+        over, eps, weight, bias = self
+        weight = None if weight is None else weight.contiguous()
+        return Norm(over, eps, weight, None if bias is None else bias.contiguous())
 
     def affine(self, x: Tensor) -> Tensor:
         """Normalised maps x (N, C, H, W), scaled and shifted."""
