@@ -9,10 +9,11 @@ from cases import NAMES, SHAPES, block, depthwise, norm_alone, random_block
 from oracle import assert_accurate
 
 import fastconv
+from fastconv import accuracy
 from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
 from fastconv.operations import functional, reference
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from fastconv.kernels import decisions, operations
 from fastconv.kernels.common import launch, registration
 
@@ -20,7 +21,7 @@ from fastconv.kernels.common import launch, registration
 NORMS = ("tensor", "sample")
 SMALL_MAPS = [name for name, shape in SHAPES.items() if shape[2] * shape[3] <= 256]
 # The interpreter takes up to a second for a sample. In float32 one will do: the floor is far above its rounding.
-ONE = functools.partial(assert_accurate, samples=1)
+ONE = functools.partial(assert_accurate, samples=1 if triton.knobs.runtime.interpret else accuracy.SAMPLES)
 
 
 @pytest.fixture(
