@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
+from .common.rules import gelu
 from .common.values import Convolution, Norm, check_approximate
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
@@ -51,7 +52,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
     check_approximate(approximate)
     if decisions.pointwise_conv_gelu(conv) == "pytorch":
-        return F.gelu(_pointwise_conv(x, conv), approximate=approximate)
+        return gelu(_pointwise_conv(x, conv), approximate)
     conv = conv.contiguous()
     return pointwise_operator.pointwise_conv_gelu(x, *conv, approximate, _needs_grad(x, *conv))
 

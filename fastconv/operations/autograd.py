@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import check_differentiated_once
+from fastconv.kernels.common.rules import check_differentiated_once, gelu, gelu_backward
 from fastconv.operations.columns import (
     convolve,
     convolve_backward,
@@ -158,7 +157,7 @@ class ConvNextBlock(torch.autograd.Function):
         h, matrix = convolve(columns, depthwise, geometry)
         scale = centre(h, depthwise_bias, dims, eps, geometry)
         product = mix_channels(pointwise, h, geometry)
-        activation = F.gelu(scale_and_shift(product, scale, pointwise_bias), approximate=approximate)
+        activation = gelu(scale_and_shift(product, scale, pointwise_bias), approximate)
         branch = mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
         ctx.save_for_backward(
@@ -178,11 +177,9 @@ class ConvNextBlock(torch.autograd.Function):
         grad_branch = grad.to(columns.dtype)
         grad_projection = grad_branch.flatten(1) @ activation.flatten(1).t() if needs_projection else None
         grad_projection_bias = grad_branch.sum((1, 2)) if needs_projection_bias else None
-        grad_z = torch.ops.aten.gelu_backward(
-            mix_channels(projection.t(), grad_branch, geometry),
-            scale_and_shift(product, scale, pointwise_bias),
-            approximate=ctx.approximate,
-        )
+        grad_activation = mix_channels(projection.t(), grad_branch, geometry)
+        z = scale_and_shift(product, scale, pointwise_bias)
+        grad_z = gelu_backward(grad_activation, z, ctx.approximate)
         grad_pointwise_bias = grad_z.sum((1, 2)) if needs_pointwise_bias else None
         # The norm's backward needs the means over K channels of W^T dz and of x^ * (W^T dz). They are taken
         # on the narrow side of W, its O channels: sum_k (W^T dz)_k = sum_o dz_o sum_k W_ok, and

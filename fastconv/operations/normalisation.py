@@ -6,24 +6,16 @@ import torch
 from torch import Tensor
 
 from fastconv.kernels.common.rules import accumulator
-from fastconv.kernels.common.values import NORMS
+from fastconv.kernels.common.values import span
 from fastconv.operations.columns import Geometry, in_memory_order
 
 
 def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
-    """The dimensions of columns [K, A, B] over which a norm takes its mean and variance.
-
-    Raises:
-        ValueError: there is no such norm.
-    """
-    match norm:
-        case "tensor":
-            return (0, 1, 2)
-        case "sample":
-            return (0, 1) if geometry.batch_last else (0, 2)
-        case "channel":
-            return (0,)
-    raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    """The dimensions of columns [K, A, B] over which a norm takes its mean and variance."""
+    images, pixels = (2, 1) if geometry.batch_last else (1, 2)
+    # Where each dimension of maps (N, C, H, W) lies in columns.
+    columns = images, 0, pixels, pixels
+    return tuple(sorted({columns[dim] for dim in span(norm)}))
 
 
 def mean_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:

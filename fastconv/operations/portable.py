@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv.kernels.common.rules import gelu
 from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.operations import autograd, decisions, definition, reference
 from fastconv.operations.columns import (
@@ -70,7 +71,7 @@ def convnext_block(
             return restore_format(definition.call("convnext_block", x, *values), x)
         case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x.to(depthwise.weight.dtype), depthwise, norm, form)
-            y = F.gelu(F.linear(y, pointwise.weight.flatten(1), pointwise.bias), approximate=approximate)
+            y = gelu(F.linear(y, pointwise.weight.flatten(1), pointwise.bias), approximate)
             y = F.linear(y, projection.weight.flatten(1), projection.bias)
             return restore_format(y.permute(0, 3, 1, 2) + x, x)
         case "batch last" | "channels last":
@@ -97,7 +98,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
         return reference.pointwise_conv_gelu(x, *conv, approximate=approximate)
     geometry = geometry_of(x, form == "batch last")
     columns = mix_channels(conv.weight.flatten(1), to_columns(x, geometry), geometry, conv.bias)
-    return restore_format(from_columns(F.gelu(columns, approximate=approximate), geometry), x)
+    return restore_format(from_columns(gelu(columns, approximate), geometry), x)
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:

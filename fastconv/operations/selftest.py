@@ -20,7 +20,7 @@ from torch import Tensor
 from fastconv import accuracy, machine
 from fastconv.accuracy import Error
 from fastconv.kernels.common.errors import KernelError
-from fastconv.kernels.common.values import Convolution, Norm, Value, map_tensors, tensors_in
+from fastconv.kernels.common.values import Convolution, Norm, Value, map_tensors, span, tensors_in
 from fastconv.operations import backends, definition, fallback, verdicts
 from fastconv.operations.verdicts import Verdict
 
@@ -249,8 +249,8 @@ def sizes_of(subject: Subject, x: Tensor, values: tuple[Value, ...]) -> Sizes:
     width = min(width, pixels)
     height = min(height, max(1, pixels // width))
     images = max(1, min(MOST_IMAGES, MOST_ELEMENTS // (widest * height * width)))
-    normed = {"channel": wide, "sample": wide * height * width, "tensor": images * wide * height * width}
-    if subject.norm is not None and normed[subject.norm] < FEWEST_NORMED:
+    normed = images, wide, height, width
+    if subject.norm is not None and math.prod(normed[dim] for dim in span(subject.norm)) < FEWEST_NORMED:
         return usual_sizes(subject)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return Sizes((images, channels, height, width), values, channels_last)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
+from fastconv.kernels.common.rules import gelu
 from fastconv.operations import backends, decisions, functional
 from fastconv.swapping.configuration import Snapshot, is_within
 
@@ -232,7 +233,7 @@ class ConvNeXtBlock(Block):
             return functional.pointwise_conv_gelu(y, weight, bias, approximate=self.approximate).permute(
                 0, 2, 3, 1
             )
-        return F.gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), approximate=self.approximate)
+        return gelu(F.linear(y.permute(0, 2, 3, 1), weight, bias), self.approximate)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastconv.kernels.common import rules
 from fastconv.operations import functional
 
 DROPOUTS = nn.modules.dropout._DropoutNd
@@ -59,7 +59,7 @@ def gelu(module: nn.Module) -> str | None:
         # A layer for inputs of another shape or type.
         return None
     for approximate in functional.APPROXIMATIONS:
-        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, F.gelu(x, approximate=approximate)):
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, rules.gelu(x, approximate)):
             return approximate
     return None
 

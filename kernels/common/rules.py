@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype to sum in: float32, or float64 if `x` is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gelu(z: Tensor, approximate: str) -> Tensor:
+    """The activation, where PyTorch computes it; `common/activation.py` is that of the kernels."""
+    return F.gelu(z, approximate=approximate)
+
+
+def gelu_backward(grad: Tensor, z: Tensor, approximate: str) -> Tensor:
+    """The gradient of z, from that of gelu(z)."""
+    return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
 
 
 def check_differentiated_once() -> None:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-NORMS = ("tensor", "sample", "channel")
+# The norms, and the dimensions of maps (N, C, H, W) over which each takes its mean and variance.
+SPANS = {"tensor": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (1,)}
+NORMS = tuple(SPANS)
 APPROXIMATIONS = ("none", "tanh")
 
 
@@ -80,10 +82,20 @@ def tensors_in(*values: Value) -> list[Tensor]:
     return [field for value in values for field in value if isinstance(field, Tensor)]
 
 
+def span(norm: str) -> tuple[int, ...]:
+    """The dimensions of maps (N, C, H, W) that a norm spans.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    if norm not in SPANS:
+        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    return SPANS[norm]
+
+
 def check_norm(norm: str, eps: float) -> None:
     """Raise ValueError unless `norm` is one of NORMS and `eps` at least 0."""
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    span(norm)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; expected at least 0")
 
