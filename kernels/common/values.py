@@ -42,6 +42,8 @@ class Norm(NamedTuple):
 
     def contiguous(self) -> Norm:
         over, eps, weight, bias = self
+        if weight is None and bias is None:
+            return self
         weight = None if weight is None else weight.contiguous()
         return Norm(over, eps, weight, None if bias is None else bias.contiguous())
 
@@ -53,6 +55,8 @@ class Norm(NamedTuple):
 
     def fold_into(self, pointwise: Convolution) -> Convolution:
         """The pointwise convolution of maps without scale and shift: W (g x + s) + b = (W g) x + (W s + b)."""
+        if self.weight is None and self.bias is None:
+            return pointwise
         weight, bias = pointwise
         if self.bias is not None:
             shift = weight.flatten(1) @ self.bias
