@@ -1,8 +1,9 @@
 """Triton kernels, installed as `fastconv.kernels`. Nothing here imports the rest of fastconv.
 
-| room | what it computes |
+| room | what it does |
 |---|---|
-| `operations.py` | the public operations: chooses a room by norm and size |
+| `decisions.py` | which room computes an operation, by norm and size |
+| `operations.py` | the public operations, each run by the room that was decided on |
 | `block` | a whole ConvNextBlock on maps of up to 256 pixels |
 | `toeplitz` | depthwise convolution + norm over a tensor or its images, on maps of up to 256 pixels |
 | `stencil` | depthwise convolution on maps of any size, alone or with the norm of each pixel |

@@ -114,7 +114,7 @@ def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Make torch.cuda tell of a GPU with a compute capability."""
+    """Make torch.cuda report a GPU of a compute capability."""
     monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.version, "hip", None)
     backends._gpu_refuses.cache_clear()

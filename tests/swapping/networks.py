@@ -64,7 +64,7 @@ def _of_huggingface(name, depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)):
 
 CREATE = {"lecture": _of_lecture, "torchvision": _of_torchvision, "timm": _of_timm, "huggingface": _of_huggingface}
 
-# Of the networks that differ in sizes alone, one is whole: timm's convnext_atto.
+# Networks that differ in sizes alone are cut short, but for one: timm's convnext_atto.
 SHORT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
 
 

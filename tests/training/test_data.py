@@ -349,7 +349,7 @@ def cut_short(server: SimpleNamespace) -> None:
     [
         (not_found, r"CIFAR-10 cannot be downloaded into .*404.*; check the network and the disk"),
         (alter, r"the downloaded CIFAR-10 archive is corrupt \(File not found or corrupted\.\); try again"),
-        # Some versions of Python notice that the answer is cut short; for the others the checksum tells.
+        # Some versions of Python notice that the answer is cut short; for the others the checksum shows it.
         (cut_short, r"CIFAR-10 (cannot be downloaded|archive is corrupt)"),
     ],
 )
