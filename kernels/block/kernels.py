@@ -114,7 +114,7 @@ def norm_mlp_residual_backward(
     weight,  # [O, K]
     projection,  # [C, O]
     g,  # [N, K, P]: the gradient of the normalised tensor
-    sums,  # [groups, 2, sum_parts]: of g, and of g * normalised
+    sums,  # [groups, 2, sum_parts]: sums of g, and of g * normalised
     partials,  # [programs, O * K + C * O + O + C]: gradients of weight, projection, and their biases
     images,
     blocks,

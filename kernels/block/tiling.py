@@ -17,9 +17,9 @@ class MlpTiling:
     """A program takes a block of some pixels of some images, and all channels of them.
 
     Args:
-        toeplitz: of the convolution before.
+        toeplitz: the tiling of the convolution before.
         weight: (O, K, 1, 1)
-        approximate: of GELU.
+        approximate: GELU's `approximate`.
     """
 
     def __init__(self, toeplitz: ToeplitzTiling, weight: Tensor, approximate: str) -> None:

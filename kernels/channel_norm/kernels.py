@@ -119,7 +119,7 @@ def channel_norm_backward(
         slope = tl.sum(values * normalised, 1, keep_dims=True) / CHANNELS
         values = scales * (values - average - normalised * slope)
         if CHANNELS == 1:
-            # The norm of one value is constant. A product fused with a subtraction keeps what should cancel.
+            # The norm of one value is constant, but a product fused with a subtraction leaves a remainder.
             values *= 0.0
         offset = (n * grad_x_image_stride + p * grad_x_pixel_stride) * STRIDE_UNIT + c * grad_x_channel_stride
         tl.store(grad_x + offset, values.to(grad_x.dtype.element_ty), mask=inside)

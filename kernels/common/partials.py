@@ -33,10 +33,10 @@ class PartialSums:
     The parts are summed in a fixed order: results repeat bit for bit.
 
     Args:
-        launch: of the kernel, whose last tensor is the partial gradients, [parts, *size].
+        launch: launches the kernel, whose last tensor is the partial gradients, [parts, *size].
         parts: how many there are.
-        size: of the gradient.
-        dtype: of the gradient and its parts.
+        size: the gradient's size.
+        dtype: the dtype of the gradient and of its parts.
         needed: if not, the kernel is given None for the parts, and the result is empty, [0, ...].
     """
 

@@ -35,7 +35,7 @@ Plan = Callable[[Inputs], Results]
 # All that a plan depends on: each tensor's shape, strides and dtype; the other arguments; and what is current.
 Key = tuple[Any, ...]
 
-# Types of inputs that want nothing of their own.
+# Types of inputs that need no special handling.
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
 _HERE = nullcontext()
 _OPERATORS: list[Operator[Any]] = []
@@ -89,7 +89,7 @@ class Operator(Generic[Inputs]):
     def _run_plan(self, key: Key, inputs: Inputs, needs_grad: tuple[bool, ...] = ()) -> Results:
         """
         Args:
-            key: of the plan; there may be several for one layout, but no two layouts of one key.
+            key: the plan's key; there may be several for one layout, but no two layouts of one key.
             needs_grad: which inputs need a gradient, if any: part of the key.
         """
         with _on_device_of(inputs[0]):

@@ -92,7 +92,7 @@ def part_range(first, BLOCK_PARTS: tl.constexpr, EACH_ROW: tl.constexpr):
 
 @triton.jit
 def merge_moments(
-    start,  # of the moments of a group, [3, parts]: a pointer, or those of several groups, [GROUPS, 1]
+    start,  # where the moments of a group start, [3, parts]: a pointer, or those of several groups, [GROUPS, 1]
     parts,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -173,7 +173,7 @@ def store_sums(
 
 @triton.jit
 def merge_sums(
-    start,  # of the sums of a group, [2, parts]: a pointer, or those of several groups, [GROUPS, 1]
+    start,  # where the sums of a group start, [2, parts]: a pointer, or those of several groups, [GROUPS, 1]
     parts,
     BLOCK_PARTS: tl.constexpr,
 ):

@@ -86,10 +86,10 @@ def normalise(
 
 @triton.jit
 def norm_sums(
-    grad,  # (N, K, P), of any strides: of the normalised tensor
+    grad,  # (N, K, P), of any strides: gradient of the normalised tensor
     x,  # (N, K, P), of any strides
     moments,  # [groups, 3, parts]
-    sums,  # [groups, 2, sum_parts]: of grad, and of grad * normalised
+    sums,  # [groups, 2, sum_parts]: sums of grad, and of grad * normalised
     images,
     parts,
     sum_parts,
@@ -118,10 +118,10 @@ def norm_sums(
 
 @triton.jit
 def norm_backward(
-    grad,  # (N, K, P), of any strides: of the normalised tensor
+    grad,  # (N, K, P), of any strides: gradient of the normalised tensor
     x,  # (N, K, P), of any strides
     moments,  # [groups, 3, parts]
-    sums,  # [groups, 2, sum_parts]: of grad, and of grad * normalised
+    sums,  # [groups, 2, sum_parts]: sums of grad, and of grad * normalised
     grad_x,  # (N, K, P), of any strides
     images,
     parts,

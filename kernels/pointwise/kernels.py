@@ -182,6 +182,6 @@ def pointwise_gelu_backward_weight(
     target = partials + part * (OUTPUTS * INPUTS + OUTPUTS)
     w_mask = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
     tl.store(target + (o[:, None] * INPUTS + i[None, :]), values, mask=w_mask)
-    # The programs of other inputs have summed the same.
+    # One program stores it: those of other inputs have the same sum.
     if tile % INPUT_BLOCKS == 0:
         tl.store(target + OUTPUTS * INPUTS + o, bias, mask=o < OUTPUTS)

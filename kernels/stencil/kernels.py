@@ -69,7 +69,7 @@ def convolve_strip(
     taps,  # [kh * kw, outputs of the convolution], as the sums: float32, or float64
     line,  # [BLOCK_LINES, 1]: rows of the result, n * H + row
     lines,  # N * H
-    first_column,  # of the strip
+    first_column,  # the strip's first column
     k,  # [BLOCK_LINES, BLOCK_CHANNELS]: channels of the result
     height,
     width,
@@ -77,7 +77,7 @@ def convolve_strip(
     x_row_stride,  # in units of STRIDE_UNIT
     STRIDE_UNIT: tl.constexpr,
     X_COLUMN_STRIDE: tl.constexpr,
-    OUTPUTS: tl.constexpr,  # of the convolution
+    OUTPUTS: tl.constexpr,  # outputs of the convolution
     MULTIPLIER: tl.constexpr,  # outputs of each input channel
     TRANSPOSED: tl.constexpr,  # the gradient of x: x is the gradient of the outputs, the result that of the inputs
     KERNEL_HEIGHT: tl.constexpr,
@@ -357,6 +357,6 @@ def stencil_backward_taps(
         tl.store(
             target + number * CHANNELS, tl.sum(sums[tap], 0), mask=channels_if(number < TAPS, channel, CHANNELS)
         )
-    # The programs of other rows of taps have summed the same.
+    # One program stores it: those of other rows of taps have the same sum.
     if first_tap_row == 0:
         tl.store(target + TAPS * CHANNELS, tl.sum(bias, 0), mask=channel < CHANNELS)

@@ -92,7 +92,7 @@ class StencilTiling:
     def _convolution(self, x: Tensor, channels: int, has_bias: bool, transposed: bool) -> Launch:
         """
         Args:
-            channels: of the result.
+            channels: channels of the result.
         """
         block = block_of(channels)
         blocks = ceil_div(channels, block)
@@ -161,7 +161,7 @@ class StencilTiling:
         """For the gradient of y and x: the gradients of the taps, then of the bias, [kh * kw + 1, K].
 
         Args:
-            dtype: of sums.
+            dtype: the dtype in which sums are kept.
         """
         of_warp = 32 * CHANNELS_OF_THREAD_OF_TAPS
         block = min(block_of(self._outputs), of_warp)

@@ -103,7 +103,7 @@ def depthwise_backward(
     residual,  # (N, C, P), of any strides: added to grad_x
     weight,  # [K, KERNEL_HEIGHT * KERNEL_WIDTH]
     moments,  # [groups, 3, parts]
-    sums,  # [groups, 2, sum_parts]: of g, and of g * normalised
+    sums,  # [groups, 2, sum_parts]: sums of g, and of g * normalised
     grad_x,  # (N, C, P), of any strides
     grad_matrix,  # [image programs, K, P, P]
     grad_bias,  # [image programs, K]

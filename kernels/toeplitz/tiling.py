@@ -25,7 +25,7 @@ class ToeplitzTiling(NormGroups):
     Args:
         x: (N, C, H, W)
         weight: (K, 1, kh, kw)
-        norm: of the convolution's result.
+        norm: the norm of the convolution's result.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, norm: str) -> None:
@@ -156,7 +156,7 @@ class ToeplitzBackward:
         """
         Args:
             g: the gradient of the normalised tensor.
-            sums: of g and of g * normalised, [groups, 2, parts].
+            sums: sums of g and of g * normalised, [groups, 2, parts].
 
         Returns:
             [partials, K, P, P] and [partials, K]
