@@ -60,7 +60,7 @@ def assert_operation_accurate(
 
 
 def assert_gradcheck(operation, sizes, norm="tensor", **options):
-    """PyTorch's difference quotients agree with our gradients in float64; `norm` is for operations that have one."""
+    """Our gradients in float64 agree with difference quotients; `norm` is for operations that have one."""
     leaves = draw_leaves(operation, sizes, dtype=torch.float64)
     fixed = {"norm": norm} if operation in NORMED else {}
     function = getattr(functional, operation)
