@@ -32,14 +32,16 @@ class Contender(NamedTuple):
         return self.graph or self.compile_mode == "reduce-overhead"
 
 
+EAGER = Contender(BASELINE)
+FASTCONV = Contender("fastconv", fused=True)
 CONTENDERS = (
-    Contender(BASELINE),
+    EAGER,
     Contender("eager channels_last", channels_last=True),
     Contender("compile", compile_mode="default"),
     # Without CUDA graphs, to compare kernels.
     Contender("compile max-autotune", compile_mode="max-autotune-no-cudagraphs"),
     Contender("compile reduce-overhead", compile_mode="reduce-overhead", gpu_only=True),
-    Contender("fastconv", fused=True),
+    FASTCONV,
     Contender("fastconv compiled", fused=True, compile_mode="default"),
     Contender("fastconv in a CUDA graph", fused=True, graph=True, gpu_only=True),
 )

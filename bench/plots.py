@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from fastconv.extras import import_extra
 from fastconv.files import write_atomically
@@ -35,19 +36,12 @@ def write_all(rows: list[Row], results: Path) -> list[Path]:
         MissingPackage: matplotlib is not installed.
     """
     written = []
-    for suffix, chosen, draw in (
-        ("speedups", lecture_batch(rows), draw_speedups),
-        ("batches", growing(rows), draw_batches),
-    ):
-        if chosen:
+    for suffix, picture in PICTURES.items():
+        if chosen := picture.choose(rows):
             path = results.with_name(f"{results.stem}-{suffix}.png")
-            write_atomically(path, painter(draw, chosen))
+            write_atomically(path, partial(picture.draw, chosen))
             written.append(path)
     return written
-
-
-def painter(draw: Callable[[list[Row], BinaryIO], None], rows: list[Row]) -> Callable[[BinaryIO], None]:
-    return lambda file: draw(rows, file)
 
 
 def digest(rows: list[Row]) -> str:
@@ -140,3 +134,18 @@ def draw_batches(rows: list[Row], file: BinaryIO) -> None:
 
 def save(figure: Any, rows: list[Row], file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=120, metadata={SOURCE: digest(rows)})
+
+
+class Picture(NamedTuple):
+    """What a picture is called in words, which rows it shows, and the function that draws them."""
+
+    title: str
+    choose: Callable[[list[Row]], list[Row]]
+    draw: Callable[[list[Row], BinaryIO], None]
+
+
+# By the ending of the file's name.
+PICTURES = {
+    "speedups": Picture("Speed-ups over eager PyTorch", lecture_batch, draw_speedups),
+    "batches": Picture("Time of a block against the batch", growing, draw_batches),
+}

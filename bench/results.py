@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ FOLDER = Path(__file__).resolve().with_name("results")
 # The environment variable that may hold what `git describe --always --exclude='*' --abbrev=40 --dirty` prints.
 COMMIT, CHANGED = "FASTCONV_COMMIT", "-dirty"
 # The fields that identify a row; the others are measured.
-KEY = ("level", "images", "channels", "side", "direction", "dtype", "contender")
+WORKLOAD_KEY = ("level", "images", "channels", "side", "direction", "dtype")
+KEY = (*WORKLOAD_KEY, "contender")
 
 
 class ResultsError(ValueError):
@@ -71,14 +73,11 @@ def commit() -> dict[str, Any]:
 
     For a copy, whose .git may be missing or belong to another commit, FASTCONV_COMMIT states both.
     """
-    described = os.environ.get(COMMIT) or git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+    describe = ("git", "-C", str(FOLDER.parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+    described = os.environ.get(COMMIT) or output_of(*describe)
     if not described:
         return {"commit": None, "dirty": None}
     return {"commit": described.removesuffix(CHANGED), "dirty": described.endswith(CHANGED)}
-
-
-def git(*arguments: str) -> str | None:
-    return output_of("git", "-C", str(FOLDER.parent), *arguments)
 
 
 def nvidia_smi(query: str, device: torch.device) -> str | None:
@@ -149,8 +148,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ResultsError(f"{path} holds no results; expected a file that `fastconv bench` wrote") from error
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+workload_key, key = itemgetter(*WORKLOAD_KEY), itemgetter(*KEY)
 
 
 class Move(NamedTuple):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastconv.training.data import ImageSet
 
-from .contenders import CONTENDERS, Contender
+from .contenders import EAGER, Contender
 from .timing import Call
 from .workloads import CLASSES, EPOCH_IMAGES, Workload
 
@@ -130,7 +130,11 @@ class Runner:
         If a step is a CUDA graph, a smaller last batch runs without it.
         """
         x, labels = self.inputs[0], self.labels[0]
-        images, step = self.epoch_images(), self.stepper()
+        generator = torch.Generator().manual_seed(2)
+        size = (EPOCH_IMAGES, *self.workload.input_shape[1:])
+        pixels = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+        images = ImageSet(pixels, torch.randint(CLASSES, size[:1], generator=generator)).to(self.device)
+        step = self.stepper()
         replay = capture(step, 1) if self.contender.graph else None
 
         def call(_: int) -> None:
@@ -147,12 +151,12 @@ class Runner:
 
         return call
 
-    def epoch_images(self) -> ImageSet:
-        generator = torch.Generator().manual_seed(2)
-        size = (EPOCH_IMAGES, *self.workload.input_shape[1:])
-        images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
-        labels = torch.randint(CLASSES, (EPOCH_IMAGES,), generator=generator)
-        return ImageSet(images, labels).to(self.device)
+    def warm_up(self) -> None:
+        """Run all that is judged and timed once, so that it is compiled."""
+        self.results()
+        for direction in self.workload.directions:
+            if self.can_run(direction):
+                self.call(direction)(0)
 
     def results(self) -> list[Tensor]:
         """The output and each gradient for the first inputs, as float64 on the CPU, to be judged."""
@@ -164,7 +168,7 @@ class Runner:
 
 def exact_results(workload: Workload, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """What `Runner.results` should be, by the reference in float64 on numbers rounded to `dtype`."""
-    return Runner(CONTENDERS[0], workload, device, dtype, exact=True).results()
+    return Runner(EAGER, workload, device, dtype, exact=True).results()
 
 
 def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:

@@ -25,8 +25,6 @@ from .workloads import Workload
 
 Row = dict[str, Any]
 
-# "tf32" means float32 tensors whose products and convolutions are tf32, for all contenders.
-DTYPES = ("float32", "tf32", "float16", "bfloat16")
 # Bounds on the rounds that fill the seconds of a direction.
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
@@ -42,7 +40,7 @@ def run(
     """Yield the rows of each workload.
 
     Args:
-        dtype_name: one of DTYPES.
+        dtype_name: of the tensors; "tf32" means float32, with products and convolutions in tf32.
         seconds: to spend on timing each direction of a workload; compiling and judging come on top.
         advanced: called after each direction of a workload, with the names of both.
     """
@@ -76,7 +74,7 @@ def measure(
     seconds: float,
     advanced: Callable[[str], None],
 ) -> Iterator[Row]:
-    dtype, floor = PRECISIONS[dtype_name].dtype, PRECISIONS[dtype_name].floor
+    dtype = PRECISIONS[dtype_name].dtype
     exact = exact_results(workload, device, dtype)
     errors: dict[str, Errors] = {}
     runners: dict[str, Runner] = {}
@@ -110,7 +108,7 @@ def measure(
                 row |= resources(calls[name], workload, device)
                 row |= {"in_l2": runners[name].fits_in_l2()}
                 row |= {"output_error": errors[name].output, "gradients_error": errors[name].gradients}
-                yield row | {"right": errors[name].right(errors.get(BASELINE), floor)}
+                yield row | {"right": errors[name].right(errors.get(BASELINE), PRECISIONS[dtype_name].floor)}
         advanced(f"{workload}, {direction}")
 
 

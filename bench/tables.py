@@ -8,7 +8,7 @@ from typing import Any
 
 from . import workloads
 from .contenders import BASELINE
-from .results import Move
+from .results import Move, workload_key
 from .suite import Row
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -34,10 +34,6 @@ def machine(about: dict[str, Any]) -> str:
     parts.insert(1, f"driver {about['driver']}" if about["driver"] else f"{about['threads']} threads")
     commit = f"commit {about['commit'][:10]}{', changed' if about['dirty'] else ''}" if about["commit"] else ""
     return ", ".join([*parts, about["system"], *([commit] if commit else []), about["date"]])
-
-
-def workload_of(row: Row) -> tuple[Any, ...]:
-    return row["level"], row["channels"], row["side"], row["images"], row["direction"], row["dtype"]
 
 
 def title(row: Row) -> str:
@@ -79,7 +75,7 @@ def speedup(row: Row) -> str:
 def every_row(about: dict[str, Any], rows: list[Row]) -> str:
     """All rows, in a table for each workload and direction."""
     parts = [machine(about)]
-    for _, group in groupby(rows, key=workload_of):
+    for _, group in groupby(rows, key=workload_key):
         members = list(group)
         floor = milliseconds(members[0]["floor_ms"])
         measured = [row for row in members if "failed" not in row]
@@ -94,7 +90,7 @@ def speedups(rows: list[Row]) -> str:
     """A row for each task, all of one size: eager milliseconds, and the speed-up of each contender."""
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     lines = []
-    for _, group in groupby(rows, key=workload_of):
+    for _, group in groupby(rows, key=workload_key):
         members = {row["contender"]: row for row in group}
         baseline = members[BASELINE]
         cells = [task(baseline), milliseconds(baseline["ms"][1])]
@@ -110,7 +106,6 @@ def moved(moves: list[Move], count: int) -> str:
     found = f"{len(moves)} of {count} rows moved beyond the noise of both runs"
     if not moves:
         return found + "\n"
-    ordered = sorted(moves, key=lambda move: move.factor)
     lines = [
         [
             title(move.after),
@@ -119,7 +114,7 @@ def moved(moves: list[Move], count: int) -> str:
             milliseconds(move.after["ms"][1]),
             f"{100 * (move.factor - 1):+.0f} %",
         ]
-        for move in ordered
+        for move in sorted(moves, key=lambda move: move.factor)
     ]
     return f"{found}:\n\n{table(['', 'contender', 'before, ms', 'after, ms', 'change'], lines)}\n"
 

@@ -32,7 +32,7 @@ def errors(workload, contender):
 @pytest.mark.parametrize("contender", contenders.choose(DEVICE, quick=True), ids=lambda contender: contender.name)
 @pytest.mark.parametrize(("workload", "direction"), TIMED, ids=str)
 def test_workload(benchmark, workload, direction, contender):
-    baseline = errors(workload, contenders.CONTENDERS[0])
+    baseline = errors(workload, contenders.EAGER)
     assert errors(workload, contender).right(baseline, accuracy.FLOOR[torch.float32])
     keep_freed_memory()
     suite.start_compiling()

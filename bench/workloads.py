@@ -191,11 +191,6 @@ class Network(Workload):
 
     classifies = True
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a call that trains."""
-        return 1
-
     @abstractmethod
     def pass_cost(self, direction: str) -> Cost:
         """The least that the network itself costs, without an optimizer."""
@@ -204,7 +199,7 @@ class Network(Workload):
         if not self.trains:
             return self.pass_cost(direction)
         parameters = sum(p.numel() for p in self.modules()[0].parameters())
-        return (self.pass_cost(direction) + Cost(OPTIMIZER_ACCESSES * parameters, 0)).times(self.steps)
+        return self.pass_cost(direction) + Cost(OPTIMIZER_ACCESSES * parameters, 0)
 
 
 class Classifier(Network):
@@ -246,9 +241,8 @@ class Epoch(TrainingStep):
     level = "epoch"
     is_epoch = True
 
-    @property
-    def steps(self) -> int:
-        return -(-EPOCH_IMAGES // self.images)
+    def cost(self, direction: str) -> Cost:
+        return super().cost(direction).times(-(-EPOCH_IMAGES // self.images))
 
 
 class ConvNextTiny(Network):

@@ -54,6 +54,30 @@ def stop_after_fault(request):
         os._exit(1)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def device(request, monkeypatch):
+    """Where Triton's kernels run; they are forced."""
+    import fastconv
+
+    # What PyTorch computes in float32 is to be float32.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with fastconv.backend("triton"):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def nothing_small(monkeypatch):
     """Keep small inputs, as those of tests are, on the portable path's own code."""

@@ -54,6 +54,8 @@ ROUNDS: dict[str, Callable[[dict[str, Any]], int]] = {
 }
 
 Row = dict[str, Any]
+# What identifies a row; the rest is what the launch costs.
+LABELS = ("operation", "shape", "kernel", "dtype", "architecture")
 
 
 class Gpu(NamedTuple):
@@ -147,9 +149,6 @@ def stage(channels: int, side: int) -> Inputs:
 
 
 LECTURE = [block_of(32, 8), block_of(64, 4)]
-WIDEST_BLOCK = block_of(128, 4)
-# An awkward number of pixels, and a norm of each image by itself.
-ODD_MAPS = Inputs("layer_norm", Sizes(3, 5, 7, 11, 1, KERNEL))
 
 Call = Callable[[dict[str, Any]], Tensor]
 
@@ -191,9 +190,10 @@ PARTS: dict[str, list[tuple[Call, Inputs]]] = {
     "lecture": [
         *((convnext_block, shape) for shape in LECTURE),
         *((call, LECTURE[0]) for call in (depthwise_conv_layer_norm, pointwise_conv_gelu, layer_norm)),
-        (sample_norm, ODD_MAPS),
+        # An awkward number of pixels, and a norm of each image by itself.
+        (sample_norm, Inputs("layer_norm", Sizes(3, 5, 7, 11, 1, KERNEL))),
     ],
-    "widest block": [(convnext_block, WIDEST_BLOCK)],
+    "widest block": [(convnext_block, block_of(128, 4))],
     "first stage": [(depthwise_conv_channel_norm, stage(96, 56))],
     "last stage": [(depthwise_conv_channel_norm, stage(768, 7))],
 }
@@ -218,15 +218,9 @@ def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
             y = call(tensors)
             torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
         for launch in launches:
-            labels = {
-                "operation": call.__name__,
-                "shape": str(shape),
-                "kernel": launch.kernel,
-                "dtype": precision_name,
-                "architecture": architecture,
-            }
+            values = call.__name__, str(shape), launch.kernel, precision_name, architecture
             flops = shape.flops(launch.kernel) * precision.cost
-            rows.append(labels | describe(launch, architecture, flops))
+            rows.append(dict(zip(LABELS, values, strict=True)) | describe(launch, architecture, flops))
     return rows
 
 
@@ -296,7 +290,7 @@ def print_table(rows: list[Row]) -> None:
     for row in rows:
         wide, narrow = row["wide_accesses"], row["narrow_accesses"]
         table.add_row(
-            *(row[key] for key in ("operation", "shape", "kernel", "dtype", "architecture")),
+            *(row[key] for key in LABELS),
             *(str(row[key]) for key in ("warps", "registers", "spills", "shared_memory", "instructions")),
             " ".join(f"{name} {count}" for name, count in row["tensor"].items()),
             f"{wide} of {wide + narrow}",

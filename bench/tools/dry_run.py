@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -18,15 +19,11 @@ from triton.backends.compiler import GPUTarget
 
 from fastconv.kernels.common import launch, registration
 
-# Each GPU, by the name of NVIDIA's or AMD's compiler, and the shared memory that a program can have, in bytes.
+# NVIDIA's GPUs, and the shared memory that a program can have, in KiB.
+_NVIDIA = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# Each GPU, by the name of NVIDIA's or AMD's compiler, and that memory in bytes.
 TARGETS = {
-    "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024),
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
-    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    **{f"sm_{number}": (GPUTarget("cuda", number, 32), memory * 1024) for number, memory in _NVIDIA.items()},
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
@@ -98,7 +95,10 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
     """Compile for `architecture` whatever is launched meanwhile, and yield the list that launches go to."""
     launches: list[Launch] = []
     target = TARGETS[architecture][0]
-    call, version, capability = launch.Launch.__call__, torch.version.hip, launch.capability
+    call = launch.Launch.__call__
+    # How kernels multiply depends on the GPU, and on the vendor for whose GPUs PyTorch is built.
+    on_amd = target.backend == "hip"
+    capability = launch.capability if on_amd else lambda: divmod(target.arch, 10)
 
     def record(self: launch.Launch, *tensors: Tensor | None) -> None:
         call(self, *tensors)
@@ -107,14 +107,10 @@ def dry_run(architecture: str) -> Iterator[list[Launch]]:
             compiled = self.compile(*tensors)
             launches.append(Launch(self.kernel.fn.__name__, compiled, self.programs, values | self.constants))
 
-    with active(lambda: DryDriver(architecture)):
-        try:
-            # How kernels multiply depends on the GPU, and on the vendor for whose GPUs PyTorch is built.
-            torch.version.hip = "of the target" if target.backend == "hip" else None
-            if target.backend == "cuda":
-                launch.capability = lambda: divmod(target.arch, 10)
-            launch.Launch.__call__ = record  # type: ignore[method-assign]
-            yield launches
-        finally:
-            launch.Launch.__call__ = call  # type: ignore[method-assign]
-            torch.version.hip, launch.capability = version, capability
+    with (
+        active(lambda: DryDriver(architecture)),
+        mock.patch.object(torch.version, "hip", "of the target" if on_amd else None),
+        mock.patch.object(launch, "capability", capability),
+        mock.patch.object(launch.Launch, "__call__", record),
+    ):
+        yield launches

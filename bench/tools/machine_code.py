@@ -32,10 +32,10 @@ class MachineCode(NamedTuple):
     wide_accesses: int
     narrow_accesses: int
     # Cycles for which the instructions of one warp occupy the path to memory, 128 bytes wide.
-    memory_cycles: int
+    memory_cycles: int = 0
     # How many of these instructions, and of these cycles, are within a loop.
-    looped_instructions: int
-    looped_memory_cycles: int
+    looped_instructions: int = 0
+    looped_memory_cycles: int = 0
 
 
 # The same kernel serves several operations.
@@ -110,7 +110,4 @@ def _read_amd(assembly: str) -> MachineCode:
         tensor={"MFMA": products} if products else {},
         wide_accesses=sum("dwordx4" in code for code in accesses),
         narrow_accesses=sum("dwordx4" not in code for code in accesses),
-        memory_cycles=0,
-        looped_instructions=0,
-        looped_memory_cycles=0,
     )

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -50,19 +51,11 @@ def null_gpu() -> Iterator[ctypes.CDLL]:
     """
     # Now PyTorch finds no GPU, and does not look again once there is a libcuda.
     torch.cuda.is_available()
-    previous = os.environ.get("TRITON_LIBCUDA_PATH")
     with tempfile.TemporaryDirectory() as folder:
         library = _build(Path(folder))
-        try:
-            # Triton links what it builds with the library that it finds there.
-            os.environ["TRITON_LIBCUDA_PATH"] = folder
-            with active(NullDriver):
-                yield library
-        finally:
-            if previous is None:
-                os.environ.pop("TRITON_LIBCUDA_PATH", None)
-            else:
-                os.environ["TRITON_LIBCUDA_PATH"] = previous
+        # Triton links what it builds with the library that it finds there.
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder), active(NullDriver):
+            yield library
 
 
 def _build(folder: Path) -> ctypes.CDLL:

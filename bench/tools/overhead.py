@@ -9,9 +9,10 @@ row "nothing" shows.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -68,12 +69,7 @@ def one_launch(x: Tensor, weight: Tensor) -> Callable[[], object]:
 
 def median_time(call: Callable[[], object], count: int) -> float:
     """The median time of a call, in microseconds."""
-    samples = []
-    for _ in range(count):
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
-    return torch.tensor(samples, dtype=torch.float64).median().item() * 1e6
+    return 1e6 * median(timeit.repeat(call, number=1, repeat=count))
 
 
 def main(count: Annotated[int, typer.Option(min=1, help="How often each call is timed in a round.")] = 60) -> None:
@@ -91,9 +87,8 @@ def main(count: Annotated[int, typer.Option(min=1, help="How often each call is 
         rounds = [[median_time(call, count) for *_, call in timed] for _ in range(ROUNDS)]
     print(f"{tables.machine(results.provenance(torch.device('cpu')))}\n")
     print("| operation | direction | launches | us |\n|---|---|---:|---:|")
-    medians = torch.tensor(rounds, dtype=torch.float64).median(dim=0).values.tolist()
-    for (name, direction, _), number, microseconds in zip(timed, launches, medians, strict=True):
-        print(f"| {name} | {direction} | {number} | {microseconds:.0f} |")
+    for (name, direction, _), number, *times in zip(timed, launches, *rounds, strict=True):
+        print(f"| {name} | {direction} | {number} | {median(times):.0f} |")
 
 
 def count_launches(library: Any, call: Callable[[], object]) -> int:

@@ -43,13 +43,10 @@ def section(machine: str) -> str:
     about, rows = results.read(path)
     # Results of a GPU go on with other dtypes.
     chosen = [row for row in shown(rows) if row["dtype"] == rows[0]["dtype"]]
-    parts = [f"{tables.machine(about)}:", tables.speedups(chosen)]
-    for suffix, alt in (
-        ("speedups", "Speed-ups over eager PyTorch"),
-        ("batches", "Time of a block against the batch"),
-    ):
-        parts.append(f"![{alt}](bench/results/{path.stem}-{suffix}.png)")
-    return "\n\n".join(parts) + "\n"
+    pictures = [
+        f"![{picture.title}](bench/results/{path.stem}-{suffix}.png)" for suffix, picture in plots.PICTURES.items()
+    ]
+    return "\n\n".join([f"{tables.machine(about)}:", tables.speedups(chosen), *pictures]) + "\n"
 
 
 def rewritten(text: str) -> str:

@@ -103,7 +103,7 @@ def test_contenders_compute_the_same(workload, name):
 
 @pytest.mark.parametrize("direction", workloads.DIRECTIONS)
 def test_calls_rotate_through_their_inputs(direction):
-    runner = Runner(contenders.CONTENDERS[5], SMALL[2], CPU, torch.float32)
+    runner = Runner(contenders.FASTCONV, SMALL[2], CPU, torch.float32)
     call = runner.call(direction)
     found = [call(i) for i in range(BATCHES + 1)]
     last = [tensors[-1] if isinstance(tensors, tuple) else tensors for tensors in found]
@@ -121,7 +121,7 @@ def test_cuda_graphs_do_not_part_a_backward_from_its_forward():
 
 def test_a_training_step_trains_and_an_epoch_sees_all_images(monkeypatch):
     monkeypatch.setattr("fastconv.bench.runner.EPOCH_IMAGES", 7)
-    runner = Runner(contenders.CONTENDERS[5], workloads.Epoch(3, 2, 4), CPU, torch.float32)
+    runner = Runner(contenders.FASTCONV, workloads.Epoch(3, 2, 4), CPU, torch.float32)
     before = [p.detach().clone() for p in runner.parameters]
     seen = []
     run = runner.run
@@ -131,15 +131,21 @@ def test_a_training_step_trains_and_an_epoch_sees_all_images(monkeypatch):
     assert all(not torch.equal(p, old) for p, old in zip(runner.parameters, before, strict=True))
 
 
+def run_pointwise(monkeypatch, advanced=lambda _: None):
+    """The rows of a small workload, by eager PyTorch and by ours."""
+    monkeypatch.setattr(suite, "MOST_ROUNDS", 5)
+    chosen = [contenders.EAGER, contenders.FASTCONV]
+    (rows,) = suite.run(SMALL[1:2], chosen, CPU, "float32", 0.0, advanced)
+    return rows
+
+
 def test_what_is_wrong_has_no_speedup(monkeypatch):
     monkeypatch.setattr(
         fastconv.PointwiseConvGELU,
         "forward",
         lambda self, x: reference.pointwise_conv_gelu(x, self.weight, 0.99 * self.bias),
     )
-    chosen = [contenders.CONTENDERS[0], contenders.CONTENDERS[5]]
-    monkeypatch.setattr(suite, "MOST_ROUNDS", 5)
-    (rows,) = suite.run(SMALL[1:2], chosen, CPU, "float32", 0.0, lambda _: None)
+    rows = run_pointwise(monkeypatch)
     assert {(row["contender"], row["right"]) for row in rows} == {("eager", True), ("fastconv", False)}
     assert tables.speedups(rows).count("| wrong result |") == 3
     shape = {"channels": 32, "side": 8}
@@ -151,10 +157,8 @@ def test_a_contender_that_fails_is_a_row_and_the_rest_goes_on(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(fastconv.PointwiseConvGELU, "forward", fail)
-    monkeypatch.setattr(suite, "MOST_ROUNDS", 5)
     advances = []
-    chosen = [contenders.CONTENDERS[0], contenders.CONTENDERS[5]]
-    (rows,) = suite.run(SMALL[1:2], chosen, CPU, "float32", 0.0, advances.append)
+    rows = run_pointwise(monkeypatch, advances.append)
     assert len(advances) == suite.steps(SMALL[1:2]) == 3
     failed = [row for row in rows if "failed" in row]
     assert {(row["contender"], row["failed"]) for row in failed} == {("fastconv", "ZeroDivisionError:")}
@@ -190,9 +194,7 @@ def test_an_overflow_in_pytorch_excuses_nothing(monkeypatch, tensor):
         return found
 
     monkeypatch.setattr(Runner, "results", faulty)
-    monkeypatch.setattr(suite, "MOST_ROUNDS", 5)
-    chosen = [contenders.CONTENDERS[0], contenders.CONTENDERS[5]]
-    (rows,) = suite.run(SMALL[1:2], chosen, CPU, "float32", 0.0, lambda _: None)
+    rows = run_pointwise(monkeypatch)
     assert {(row["contender"], row["right"]) for row in rows} == {("eager", False), ("fastconv", False)}
 
 
@@ -343,15 +345,15 @@ def test_the_command_times_keeps_and_draws(run, tmp_path, monkeypatch):
         assert 0 < row["ms"][0] <= row["ms"][1] <= row["ms"][2]
         assert (row["contender"] == "eager") == (row["speedup"] == [1, 1, 1])
     assert out.count("| fastconv |") == 9
-    for suffix, chosen in (("speedups", plots.lecture_batch(rows)), ("batches", plots.growing(rows))):
-        assert drawn_from(tmp_path / f"r-{suffix}.png") == plots.digest(chosen)
+    assert_pictures_are_of(rows, path)
 
 
-def drawn_from(picture):
-    """What a picture says that it was drawn from."""
-    image = pytest.importorskip("PIL.Image").open(picture)
-    assert min(image.size) > 200
-    return image.text[plots.SOURCE]
+def assert_pictures_are_of(rows, path):
+    """The pictures beside a file of results say that they were drawn from its rows."""
+    for suffix, picture in plots.PICTURES.items():
+        image = pytest.importorskip("PIL.Image").open(path.with_name(f"{path.stem}-{suffix}.png"))
+        assert min(image.size) > 200
+        assert image.text[plots.SOURCE] == plots.digest(picture.choose(rows))
 
 
 def test_the_readme_shows_the_committed_results():
@@ -359,9 +361,7 @@ def test_the_readme_shows_the_committed_results():
     assert readme.rewritten(text) == text, "run python -m bench.tools.readme"
     for machine in readme.BEGINS:
         path = readme.committed(machine)
-        _, rows = results.read(path)
-        for suffix, chosen in (("speedups", plots.lecture_batch(rows)), ("batches", plots.growing(rows))):
-            assert drawn_from(path.with_name(f"{path.stem}-{suffix}.png")) == plots.digest(chosen)
+        assert_pictures_are_of(results.read(path)[1], path)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

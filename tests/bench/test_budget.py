@@ -15,7 +15,6 @@ from fastconv.bench.tools import budget, dry_run
 
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "bench/tools/budget.json").read_text())
-LABELS = ("operation", "shape", "kernel", "dtype", "architecture")
 # Accesses of global memory are narrow if they are of less than 128 bits.
 COSTS = ("registers", "spills", "shared_memory", "instructions", "narrow_accesses")
 REWRITE = "if that is on purpose, rewrite the table with python -m bench.tools.budget --write"
@@ -23,21 +22,21 @@ REWRITE = "if that is on purpose, rewrite the table with python -m bench.tools.b
 
 def worsened(rows, table):
     """Lines that say what costs more than the table allows; a launch that is not in it is one."""
-    budget = {}
+    allowed = {}
     for row in table:
         # If an operation launches a kernel twice, the costlier launch sets the budget.
-        known = budget.setdefault(tuple(row[label] for label in LABELS), dict(row))
+        known = allowed.setdefault(tuple(row[label] for label in budget.LABELS), dict(row))
         known.update({cost: max(known[cost], row[cost]) for cost in COSTS})
     lines = []
     for row in rows:
-        name = tuple(row[label] for label in LABELS)
-        if name not in budget:
+        name = tuple(row[label] for label in budget.LABELS)
+        if name not in allowed:
             lines.append(f"{', '.join(name)} is not in the table")
             continue
         for cost in COSTS:
-            if row[cost] > budget[name][cost]:
-                lines.append(f"{', '.join(name)}: {cost} rose from {budget[name][cost]} to {row[cost]}")
-        if budget[name]["tensor"] and not row["tensor"]:
+            if row[cost] > allowed[name][cost]:
+                lines.append(f"{', '.join(name)}: {cost} rose from {allowed[name][cost]} to {row[cost]}")
+        if allowed[name]["tensor"] and not row["tensor"]:
             lines.append(f"{', '.join(name)}: no tensor core instructions any more")
     return lines
 

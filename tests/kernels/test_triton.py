@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 import torch
-from cases import NAMES, SHAPES, block, depthwise, norm_alone, random_block
+from cases import NORMED, SHAPES, assert_gradcheck, assert_operation_accurate, draw, draw_leaves, results
 from oracle import assert_accurate
 
 import fastconv
 from fastconv import accuracy
-from fastconv.accuracy import FORMATS, as_dtype, compare, in_format, outputs_and_grads
+from fastconv.accuracy import FORMATS, compare, outputs_and_grads
+from fastconv.checking.inputs import Sizes
 from fastconv.operations import functional, reference
 
 pytest.importorskip("triton")
@@ -23,68 +24,25 @@ from fastconv.kernels.common import launch, registration
 NORMS = ("tensor", "sample")
 SMALL_MAPS = [name for name, shape in SHAPES.items() if shape[2] * shape[3] <= 256]
 # The interpreter takes up to a second for a sample. In float32 one will do: the floor is far above its rounding.
-ONE = functools.partial(assert_accurate, samples=1 if triton.knobs.runtime.interpret else accuracy.SAMPLES)
+SAMPLES = 1 if triton.knobs.runtime.interpret else accuracy.SAMPLES
+assert_one_accurate = functools.partial(assert_operation_accurate, samples=SAMPLES)
 
-
-@pytest.fixture(
-    autouse=True,
-    params=[
-        pytest.param("cpu", marks=pytest.mark.interpreted),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
-def device(request, monkeypatch):
-    # What PyTorch computes in float32 is to be float32.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with fastconv.backend("triton"):
-        yield request.param
-
-
-@pytest.fixture
-def poisoned():
-    """New memory holds NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def on(device, tensors):
-    return [None if x is None else x.to(device) for x in tensors]
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", SMALL_MAPS)
-def test_convnext_block(name, norm, device, poisoned):
-    def sample():
-        inputs = random_block(SHAPES[name], affine=norm == "sample")
-        return compare(block(functional, norm), block(reference, norm), inputs, NAMES, device=device)
-
-    ONE(sample)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", SMALL_MAPS)
-def test_depthwise_conv_layer_norm(name, norm, device, poisoned):
-    def sample():
-        x, weight, bias, *_, norm_weight, norm_bias = random_block(SHAPES[name], affine=norm == "tensor")
-        inputs = [x, weight, bias, norm_weight, norm_bias]
-        names = ["x", "weight", "bias", "norm_weight", "norm_bias"]
-        return compare(depthwise(functional, norm), depthwise(reference, norm), inputs, names, device=device)
-
-    ONE(sample)
+@pytest.mark.parametrize("operation", ["convnext_block", "depthwise_conv_layer_norm"])
+def test_convolution_and_norm(operation, name, norm, device, poisoned):
+    # Each operation has each norm, with an affine map and without.
+    affine = (norm == "sample") == (operation == "convnext_block")
+    assert_one_accurate(operation, SHAPES[name], affine=affine, norm=norm, device=device)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_layer_norm(name, norm, device, poisoned):
-    images, channels, height, width, _, _ = SHAPES[name]
-
-    def sample():
-        inputs = [torch.randn(images, channels, height, width), *torch.randn(2, channels)]
-        names = ["x", "norm_weight", "norm_bias"]
-        return compare(norm_alone(functional, norm), norm_alone(reference, norm), inputs, names, device=device)
-
-    ONE(sample)
+    assert_one_accurate("layer_norm", SHAPES[name], norm=norm, device=device)
 
 
 # images, inputs, height, width, outputs: in one tile and in several, of odd and even sizes
@@ -105,31 +63,31 @@ def pointwise_inputs(shape, bias=True):
     return inputs if bias else [*inputs[:2], None]
 
 
-def pointwise(module, approximate="none"):
-    return functools.partial(module.pointwise_conv_gelu, approximate=approximate)
+def assert_pointwise_accurate(
+    shape, device, layout="contiguous", bias=True, dtype=torch.float32, samples=SAMPLES, **options
+):
+    ours, definition = (
+        functools.partial(module.pointwise_conv_gelu, **options) for module in (functional, reference)
+    )
+    assert_accurate(
+        lambda: compare(
+            ours, definition, pointwise_inputs(shape, bias), ["x", "weight", "bias"], layout, dtype, device=device
+        ),
+        dtype,
+        samples,
+    )
 
 
 @pytest.mark.parametrize("approximate", functional.APPROXIMATIONS)
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise_conv_gelu(name, approximate, device, poisoned):
-    def sample():
-        inputs = pointwise_inputs(POINTWISE[name], bias=approximate == "none")
-        names = ["x", "weight", "bias"]
-        ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
-        return compare(ours, definition, inputs, names, device=device)
-
-    ONE(sample)
+    assert_pointwise_accurate(POINTWISE[name], device, bias=approximate == "none", approximate=approximate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_pointwise_conv_gelu_in_half_precision(layout, dtype, device):
-    def sample():
-        inputs, names = pointwise_inputs(POINTWISE["odd and prime"]), ["x", "weight", "bias"]
-        ours, definition = pointwise(functional), pointwise(reference)
-        return compare(ours, definition, inputs, names, layout, dtype=dtype, device=device)
-
-    assert_accurate(sample, dtype, samples=3)
+    assert_pointwise_accurate(POINTWISE["odd and prime"], device, layout, dtype=dtype, samples=3)
 
 
 @pytest.mark.parametrize(
@@ -137,63 +95,23 @@ def test_pointwise_conv_gelu_in_half_precision(layout, dtype, device):
 )
 @pytest.mark.parametrize("name", ["lecture 4x4", "odd and prime"])
 def test_memory_formats(name, layout, approximate, device):
-    ours, definition = (block(module, approximate=approximate) for module in (functional, reference))
-    ONE(lambda: compare(ours, definition, random_block(SHAPES[name]), NAMES, layout, device=device))
-
-    def sample():
-        x, weight, bias, *_ = random_block(SHAPES[name])
-        inputs = [x, weight, bias, None, None]
-        names = ["x", "weight", "bias", "norm_weight", "norm_bias"]
-        return compare(depthwise(functional), depthwise(reference), inputs, names, layout, device=device)
-
-    def sample_pointwise():
-        inputs, names = pointwise_inputs(SHAPES[name][:5]), ["x", "weight", "bias"]
-        ours, definition = pointwise(functional, approximate), pointwise(reference, approximate)
-        return compare(ours, definition, inputs, names, layout, device=device)
-
-    ONE(sample)
-    ONE(sample_pointwise)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_output_has_the_memory_format_of_the_input(layout, device):
-    x, *parameters = on(device, random_block(SHAPES["lecture 8x8"], dtype=torch.float32))
-    x = in_format(x, layout)
-    for y in (
-        block(functional)(x, *parameters),
-        depthwise(functional)(x, *parameters[:2], *parameters[-2:]),
-        functional.layer_norm(x),
-        functional.pointwise_conv_gelu(x, parameters[4]),
-    ):
-        assert y.is_contiguous() == (layout == "contiguous")
-        assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+    assert_one_accurate("convnext_block", SHAPES[name], layout, approximate=approximate, device=device)
+    assert_one_accurate("depthwise_conv_layer_norm", SHAPES[name], layout, affine=False, device=device)
+    assert_pointwise_accurate(SHAPES[name][:5], device, layout, approximate=approximate)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_without_biases(norm, device, poisoned):
-    def sample():
-        inputs = random_block(SHAPES["lecture 4x4"], affine=False, bias=False)
-        return compare(block(functional, norm), block(reference, norm), inputs, NAMES, device=device)
-
-    ONE(sample)
+    assert_one_accurate(
+        "convnext_block", SHAPES["lecture 4x4"], affine=False, bias=False, norm=norm, device=device
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["lecture 8x8", "odd and prime"])
 def test_mean_a_thousand_times_the_standard_deviation(name, norm, device):
-    def sample_block():
-        x, weight, bias, *rest = random_block(SHAPES[name], affine=False)
-        inputs = [x, weight * 0.1, bias + 1000, *rest]
-        return compare(block(functional, norm), block(reference, norm), inputs, NAMES, device=device)
-
-    def sample_norm():
-        x = torch.randn(SHAPES[name][:4]) + 1000
-        names = ["x", "norm_weight", "norm_bias"]
-        ours, definition = norm_alone(functional, norm), norm_alone(reference, norm)
-        return compare(ours, definition, [x, None, None], names, device=device)
-
-    ONE(sample_block)
-    ONE(sample_norm)
+    for operation in ("convnext_block", "layer_norm"):
+        assert_one_accurate(operation, SHAPES[name], affine=False, mean=1000.0, norm=norm, device=device)
 
 
 @pytest.mark.parametrize(
@@ -207,19 +125,11 @@ def test_mean_a_thousand_times_the_standard_deviation(name, norm, device):
     ids=str,
 )
 def test_half_precision(name, norm, dtype, device):
-    def sample():
-        inputs = random_block(SHAPES[name])
-        return compare(block(functional, norm), block(reference, norm), inputs, NAMES, dtype=dtype, device=device)
-
-    assert_accurate(sample, dtype)
+    assert_operation_accurate("convnext_block", SHAPES[name], dtype=dtype, norm=norm, device=device)
 
 
 def test_autocast(device):
-    def sample():
-        inputs = random_block(SHAPES["lecture 4x4"])
-        return compare(block(functional), block(reference), inputs, NAMES, autocast=True, device=device)
-
-    assert_accurate(sample, torch.bfloat16)
+    assert_operation_accurate("convnext_block", SHAPES["lecture 4x4"], autocast=True, device=device)
 
 
 @pytest.mark.parametrize(
@@ -228,19 +138,22 @@ def test_autocast(device):
 def test_float32_products_are_as_precise_as_pytorch_is_told(precision, least, most, device):
     """tf32 keeps 10 bits of float32's mantissa, bfloat16 7."""
     # With fewer channels the gradient of the first bias is nearly zero, and its relative error large.
-    inputs = random_block((16, 4, 8, 8, 4, (7, 7)))
-    grad = torch.randn(inputs[0].shape).double()
-    exact = outputs_and_grads(block(reference), inputs, grad)
+    tensors = draw("convnext_block", Sizes(16, 4, 8, 8, 4, (7, 7)))
+    grad = torch.randn(tensors["x"].shape)
+
+    def computed(function, **place):
+        leaves = {name: x.to(**place).requires_grad_() for name, x in tensors.items()}
+        return results(function, leaves, grad.to(**place))
+
+    exact = computed(reference.convnext_block, dtype=torch.float64)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = outputs_and_grads(
-            block(functional), on(device, as_dtype(inputs, torch.float32)), grad.float().to(device)
-        )
+        found = computed(functional.convnext_block, device=device)
     finally:
         torch.set_float32_matmul_precision(before)
     # But for the gradient of the last bias, which takes no product.
-    for name, a, b in zip(["output", *NAMES], found, exact, strict=True):
+    for name, a, b in zip(["output", *tensors], found, exact, strict=True):
         if name != "projection_bias":
             assert least < (a.cpu() - b).norm() / b.norm() < most, name
 
@@ -253,70 +166,15 @@ def test_more_images_than_programs_keep_partial_sums_for(norm, device, monkeypat
     monkeypatch.setattr("fastconv.kernels.block.tiling.MAX_PARTIALS", 3)
     monkeypatch.setattr("fastconv.kernels.pointwise.tiling.MAX_PARTIALS", 3)
     registration.forget_plans()
-    shape = (140, 3, 2, 3, 2, (3, 3))
-
-    def sample_block():
-        return compare(block(functional, norm), block(reference, norm), random_block(shape), NAMES, device=device)
-
-    def sample_norm():
-        names = ["x", "norm_weight", "norm_bias"]
-        inputs = [torch.randn(shape[:4]), None, None]
-        return compare(norm_alone(functional, norm), norm_alone(reference, norm), inputs, names, device=device)
-
-    def sample_pointwise():
-        names = ["x", "weight", "bias"]
-        inputs = pointwise_inputs((260, 3, 1, 3, 2))
-        return compare(pointwise(functional), pointwise(reference), inputs, names, device=device)
-
-    ONE(sample_block)
-    ONE(sample_norm)
-    ONE(sample_pointwise)
+    sizes = Sizes(140, 3, 2, 3, 2, (3, 3))
+    assert_one_accurate("convnext_block", sizes, norm=norm, device=device)
+    assert_one_accurate("layer_norm", sizes, affine=False, norm=norm, device=device)
+    assert_pointwise_accurate((260, 3, 1, 3, 2), device)
 
 
 def test_blocks_too_wide_for_one_kernel_are_composed(device, monkeypatch):
     monkeypatch.setattr(decisions, "WIDEST_BLOCK", 3)
-    ONE(
-        lambda: compare(
-            block(functional), block(reference), random_block(SHAPES["lecture 4x4"]), NAMES, device=device
-        )
-    )
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_expanded_gradient(norm, device):
-    leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))]
-    for operation, arguments in [
-        (block(functional, norm), leaves),
-        (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]]),
-        (norm_alone(functional, norm), [leaves[0], *torch.randn(2, 3, device=device)]),
-        (pointwise(functional), [leaves[0], leaves[5], leaves[6]]),
-    ]:
-        y = operation(*arguments)
-        wanted = [x for x in arguments if x.requires_grad]
-        weights = torch.randn(y.shape[1], device=device)[:, None, None].expand(y.shape)
-        dense = torch.autograd.grad(y, wanted, weights.clone())
-        expanded = torch.autograd.grad(operation(*arguments), wanted, weights)
-        for a, b in zip(expanded, dense, strict=True):
-            torch.testing.assert_close(a, b)
-        torch.autograd.grad(operation(*arguments).sum(), wanted)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_empty_batch(norm, device):
-    shape = (0, 3, 8, 8, 4, (7, 7))
-    leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(shape), torch.float32))]
-    for operation, arguments, channels in [
-        (block(functional, norm), leaves, 3),
-        (depthwise(functional, norm), [*leaves[:3], *leaves[-2:]], 12),
-        (norm_alone(functional, norm), [leaves[0], None, None], 3),
-        (pointwise(functional), [leaves[0], leaves[5], leaves[6]], 3),
-    ]:
-        y = operation(*arguments)
-        assert y.shape == (0, channels, 8, 8)
-        wanted = [x for x in arguments if x is not None]
-        for x, grad in zip(wanted, torch.autograd.grad(y.sum(), wanted), strict=True):
-            assert grad.shape == x.shape
-            assert not grad.any()
+    assert_one_accurate("convnext_block", SHAPES["lecture 4x4"], device=device)
 
 
 @pytest.mark.interpreted
@@ -324,22 +182,8 @@ def test_empty_batch(norm, device):
 def test_gradcheck(norm, device):
     if device != "cpu":
         pytest.skip("the kernels take float64 in the interpreter only")
-    leaves = [x.requires_grad_() for x in random_block((2, 2, 2, 3, 2, (3, 3)))]
-    check = functools.partial(torch.autograd.gradcheck, fast_mode=True)
-    assert check(block(functional, norm), leaves)
-    assert check(depthwise(functional, norm), [*leaves[:3], *leaves[-2:]])
-    assert check(norm_alone(functional, norm), [leaves[0], *torch.randn(2, 2).double()])
-    assert check(functional.pointwise_conv_gelu, [leaves[0], leaves[5], leaves[6]])
-
-
-def test_each_gradient_by_itself(device):
-    inputs = on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))
-    grad = torch.randn(inputs[0].shape, device=device)
-    all_at_once = outputs_and_grads(block(functional), inputs, grad)[1:]
-    for i, expected in enumerate(all_at_once):
-        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
-        (found,) = torch.autograd.grad(block(functional)(*alone), [alone[i]], grad)
-        torch.testing.assert_close(found, expected)
+    for operation in (*NORMED, "pointwise_conv_gelu"):
+        assert_gradcheck(operation, Sizes(2, 2, 2, 3, 2, (3, 3)), norm, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +196,7 @@ def test_each_gradient_by_itself(device):
     ids=["x", "weight", "bias"],
 )
 def test_each_gradient_of_the_pointwise_convolution_takes_its_kernels_only(index, kernels, device, monkeypatch):
-    inputs = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
+    inputs = [x.to(device) for x in pointwise_inputs((3, 7, 5, 7, 4))]
     y = functional.pointwise_conv_gelu(*(x.requires_grad_(i == index) for i, x in enumerate(inputs)))
     launched = record_launches(monkeypatch)
     torch.autograd.grad(y.sum(), inputs[index])
@@ -374,7 +218,7 @@ def record_launches(monkeypatch):
 
 
 def test_without_gradients_the_slope_of_gelu_is_not_kept(device, monkeypatch):
-    x, *parameters = on(device, pointwise_inputs((3, 7, 5, 7, 4)))
+    x, *parameters = (x.to(device) for x in pointwise_inputs((3, 7, 5, 7, 4)))
     launched = record_launches(monkeypatch)
     functional.pointwise_conv_gelu(x.requires_grad_(), *parameters)
     assert launched["pointwise_gelu"]["KEEP_SLOPE"]
@@ -385,94 +229,65 @@ def test_without_gradients_the_slope_of_gelu_is_not_kept(device, monkeypatch):
     assert not launched["pointwise_gelu"]["KEEP_SLOPE"]
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(norm, device):
-    leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(SHAPES["lecture 8x8"]), torch.float32))]
-    grad = torch.randn(leaves[0].shape, device=device)
-    before = grad.clone()
-    first, second = (
-        [y, *torch.autograd.grad(y, leaves, grad)] for y in (block(functional, norm)(*leaves) for _ in range(2))
-    )
-    assert torch.equal(grad, before)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_parameters_of_any_strides(device):
-    inputs = on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))
-    strided = [inputs[0], *(torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in inputs[1:])]
-    assert not any(x.is_contiguous() for x in strided[1:])
-    assert torch.equal(block(functional)(*strided), block(functional)(*inputs))
-    for operation, which in [(depthwise(functional), (0, 1, 2, 7, 8)), (pointwise(functional), (0, 5, 6))]:
-        assert torch.equal(operation(*(strided[i] for i in which)), operation(*(inputs[i] for i in which)))
+    for operation in ("convnext_block", "depthwise_conv_layer_norm", "pointwise_conv_gelu"):
+        tensors = draw(operation, SHAPES["lecture 4x4"], device)
+        strided = {
+            name: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for name, x in tensors.items()
+        }
+        assert not any(x.is_contiguous() for x in strided.values())
+        function = getattr(functional, operation)
+        assert torch.equal(function(**strided | {"x": tensors["x"]}), function(**tensors))
 
 
-@pytest.mark.parametrize("strides", [(1, 2**30, 2, 2), (1, 2, 2**30, 2**30)], ids=["channels", "pixels"])
-def test_elements_2_31_apart(strides, device):
+@pytest.mark.parametrize(
+    ("norm", "kernel", "strides"),
+    [
+        ("tensor", (3, 3), (1, 2**30, 2, 2)),
+        ("tensor", (3, 3), (1, 2, 2**30, 2**30)),
+        ("channel", (3, 3), (2**31, 1, 6, 3)),
+        # The left edge of a kernel lies further from them than 32 bits reach.
+        ("channel", (7, 7), (6, 1, 3, 2**30)),
+    ],
+    ids=["channels", "pixels", "images, norm of each pixel", "pixels, norm of each pixel"],
+)
+def test_elements_2_31_apart(norm, kernel, strides, device):
     """Only the pages that the few elements lie on are ever touched."""
-    far = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device).as_strided((2, 3, 1, 3), strides)
-    x, *parameters = on(device, as_dtype(random_block((2, 3, 1, 3, 2, (3, 3))), torch.float16))
-    with torch.no_grad():
-        far.copy_(x)
-    for operation, arguments in [
-        (block(functional), parameters),
-        (depthwise(functional), [*parameters[:2], *parameters[-2:]]),
-        (norm_alone(functional), [None, None]),
-        (pointwise(functional), [parameters[4]]),
-    ]:
-        y = operation(x, *arguments)
-        grad = torch.empty_like(far).copy_(torch.randn_like(y)) if y.shape == x.shape else torch.randn_like(y)
-        expected = outputs_and_grads(lambda x, f=operation, a=arguments: f(x, *a), [x], grad)
-        found = outputs_and_grads(lambda x, f=operation, a=arguments: f(x, *a), [far], grad)
+    sizes = Sizes(2, 3, 1, 3, 2, kernel)
+    far = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device).as_strided(sizes[:4], strides)
+    for operation in (*NORMED, "pointwise_conv_gelu"):
+        x, *parameters = draw(operation, sizes, device, torch.float16).items()
+        parameters, near = dict(parameters), x[1]
+        with torch.no_grad():
+            far.copy_(near)
+        options = {"norm": norm} if operation in NORMED else {}
+        function = functools.partial(getattr(functional, operation), **parameters, **options)
+        y = function(near)
+        grad = torch.empty_like(far).copy_(torch.randn_like(y)) if y.shape == near.shape else torch.randn_like(y)
+        expected, found = (outputs_and_grads(function, [maps], grad) for maps in (near, far))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_double_backward_raises(device):
-    leaves = [x.requires_grad_() for x in on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))]
-    for loss in (torch.sum, torch.linalg.vector_norm):
-        with pytest.raises(RuntimeError, match="differentiated once"):
-            torch.autograd.grad(loss(block(functional)(*leaves)), leaves[:1], create_graph=True)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_values_are_the_same(mode, device):
-    inputs = on(device, as_dtype(random_block(SHAPES["lecture 8x8"]), torch.float32))
-    expected = block(functional)(*[x.detach().requires_grad_() for x in inputs])
-    with mode():
-        y = block(functional)(*inputs)
-    assert not y.requires_grad
-    assert torch.equal(y, expected)
-
-
-def test_results_may_be_changed_in_place(device):
-    parameters = on(device, as_dtype(random_block(SHAPES["lecture 4x4"]), torch.float32))
-    grads = []
-    for change in (torch.relu_, torch.relu):
-        x = parameters[0].detach().requires_grad_()
-        y = block(functional)(x, *parameters[1:])
-        grads.append(torch.autograd.grad(change(y).square().sum(), x)[0])
-    assert torch.equal(*grads)
-
-
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", functional.NORMS)
 def test_compile_without_graph_breaks(norm, device):
     torch.compiler.reset()
-    compiled = torch.compile(block(functional, norm), fullgraph=True, backend="aot_eager")
+    eager = functools.partial(functional.convnext_block, norm=norm)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for images in (4, 6, 9):
-        inputs = on(device, as_dtype(random_block((images, 2, 2, 3, 2, (3, 3))), torch.float32))
-        grad = torch.randn(inputs[0].shape, device=device)
-        expected = outputs_and_grads(block(functional, norm), inputs, grad)
+        leaves = draw_leaves("convnext_block", Sizes(images, 2, 2, 3, 2, (3, 3)), device)
+        grad = torch.randn(leaves["x"].shape, device=device)
+        expected = results(eager, leaves, grad)
         # The second batch size is compiled with the size as a symbol; the third is not compiled any more.
         with torch.compiler.set_stance("fail_on_recompile" if images == 9 else "default"):
-            found = outputs_and_grads(compiled, inputs, grad)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            found = results(compiled, leaves, grad)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def registered(device):
     """Each registered operator with arguments."""
-    x, weight, bias, pointwise, pointwise_bias, projection, projection_bias, *_ = on(
-        device, as_dtype(random_block((4, 2, 2, 3, 2, (3, 3))), torch.float32)
-    )
+    x, weight, bias, pointwise, pointwise_bias, projection, projection_bias, *_ = draw(
+        "convnext_block", Sizes(4, 2, 2, 3, 2, (3, 3)), device
+    ).values()
     rest = pointwise.flatten(1), pointwise_bias, projection.flatten(1), projection_bias
     return {
         "layer_norm": (x, "tensor", 1e-5),

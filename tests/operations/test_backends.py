@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastconv
-from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.operations import backends, dispatch, functional, portable, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,21 +38,6 @@ def test_forced_backends_run(monkeypatch):
     with fastconv.backend("portable"):
         functional.layer_norm(torch.zeros(1, 1, 1, 1))
     assert called == [reference, portable]
-
-
-# Maps on each side of the portable path's decisions: PyTorch's own operations, and both layouts of columns.
-@pytest.mark.parametrize("shape", [(1, 4, 7, 7), (64, 4, 4, 4), (16, 64, 20, 20)])
-def test_an_unknown_norm_is_refused_below_functional_too(shape):
-    x, (weight, bias) = torch.zeros(shape), (torch.zeros(4 * shape[1], 1, 3, 3), None)
-    norm = Norm("batch", 1e-5, None, None)
-    for call in (
-        lambda: portable.layer_norm(x, norm),
-        lambda: portable.depthwise_conv_layer_norm(x, Convolution(weight, bias), norm),
-        lambda: reference.layer_norm(x, norm="batch"),
-        lambda: reference.depthwise_conv_layer_norm(x, weight, bias, norm="batch"),
-    ):
-        with pytest.raises(ValueError, match="norm is 'batch'; expected one of tensor, sample, channel"):
-            call()
 
 
 def test_the_context_manager_restores_and_the_function_stays():

@@ -10,22 +10,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from fastconv.checking import runner
 from fastconv.checking.cases import all_cases
 
 from . import compilations
+from .stage import DEVICE, ON_GPU
 
 
 def main() -> None:
     folder, shard, shards = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     compilations.count()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with (folder / f"check-{shard}.jsonl").open("w") as kept:
         # A rehearsal without a GPU tries the first of them only.
-        cases = all_cases()[: None if device.type == "cuda" else 30]
-        runner.run(device, cases[shard::shards], lambda _: None, kept)
+        cases = all_cases()[: None if ON_GPU else 30]
+        runner.run(DEVICE, cases[shard::shards], lambda _: None, kept)
 
 
 if __name__ == "__main__":

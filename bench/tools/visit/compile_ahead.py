@@ -29,11 +29,7 @@ def main() -> None:
             suite.start_compiling()
             for way in ways:
                 if way.compile_mode is not None:
-                    runner = Runner(way, workload, DEVICE, precision.dtype)
-                    runner.results()
-                    for direction in workload.directions:
-                        if runner.can_run(direction):
-                            runner.call(direction)(0)
+                    Runner(way, workload, DEVICE, precision.dtype).warm_up()
 
 
 if __name__ == "__main__":

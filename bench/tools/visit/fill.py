@@ -26,7 +26,6 @@ CACHE = FOLDER / "triton"
 # Above these a kernel is to have a reason.
 MOST_INSTRUCTIONS, MOST_SPILLS = 4000, 64
 INSTRUCTION_BYTES = 16
-SUITE = ("kernels", "swapping/test_swapped_networks.py")
 # More than any of them takes.
 SECONDS = 7200
 
@@ -59,9 +58,8 @@ def main() -> None:
 
 def fill_for_tests(processes: int, scratch: Path) -> None:
     """Run the tests that a GPU runs, with assertions that Python and pytest leave out."""
-    suite = [parts.ROOT / "tests" / place for place in SUITE]
     tests = parts.pytest_part(
-        "tests", scratch / "outcomes.jsonl", processes, "--assert=plain", "-m", parts.GPU_TESTS, *suite
+        "tests", scratch / "outcomes.jsonl", processes, "--assert=plain", "-m", parts.GPU_TESTS, *parts.SUITE
     )
     plugin = {"PYTEST_PLUGINS": f"{parts.MODULES}.pytest_kernels", "PYTHONOPTIMIZE": "1"}
     parts.run([tests._replace(environment={**tests.environment, **plugin})], SECONDS, FOLDER)

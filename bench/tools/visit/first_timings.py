@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ... import timing
-from ...contenders import Contender
+from ...contenders import FASTCONV, Contender
 from ...runner import Runner, capture
 from ...timing import Call
 from ...workloads import LECTURE, ConvNextBlock
@@ -24,7 +24,7 @@ from . import compilations
 from .stage import DEVICE, ON_GPU
 
 IMAGES = 128 if ON_GPU else 2
-WAYS = {"fastconv": Contender("fastconv", fused=True), "PyTorch": Contender("PyTorch")}
+WAYS = {"fastconv": FASTCONV, "PyTorch": Contender("PyTorch")}
 # A CPU takes seconds for bfloat16.
 DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
 ROUNDS = 20
@@ -68,8 +68,8 @@ def host_microseconds(call: Callable[[int], object]) -> float:
         start = time.perf_counter()
         for i in range(HOST_CALLS):
             call(i)
-        samples.append((time.perf_counter() - start) / HOST_CALLS * 1e3)
-    return 1e3 * timing.percentiles(samples).p50
+        samples.append((time.perf_counter() - start) / HOST_CALLS)
+    return 1e6 * timing.percentiles(samples).p50
 
 
 if __name__ == "__main__":

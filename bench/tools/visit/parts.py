@@ -24,6 +24,11 @@ GRACE = 5.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # What pytest selects.
 GPU_TESTS = "gpu and not slow"
+# Where the tests are that a GPU runs. Networks first: they take longest.
+SUITE = tuple(
+    ROOT / "tests" / place
+    for place in ("swapping/test_swapped_networks.py", "kernels", "operations/test_properties.py")
+)
 MODULES = "fastconv.bench.tools.visit"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...contenders import Contender
+from ...contenders import FASTCONV
 from ...runner import Runner
 from ...workloads import LECTURE, ConvNextBlock
 from .stage import DEVICE
@@ -12,8 +12,7 @@ from .stage import DEVICE
 
 def main() -> None:
     for shape in LECTURE:
-        block = ConvNextBlock(128, *shape)
-        runner = Runner(Contender("fastconv", fused=True), block, DEVICE, torch.bfloat16)
+        runner = Runner(FASTCONV, ConvNextBlock(128, *shape), DEVICE, torch.bfloat16)
         runner.both(0)
         torch.cuda.profiler.start()
         runner.both(1)

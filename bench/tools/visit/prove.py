@@ -16,8 +16,6 @@ from .stage import HOW_TO_TEST, ON_GPU, PROCESSES, stage
 
 # Processes that share `fastconv check`, which runs beside the tests.
 SHARDS = 5 if ON_GPU else 1
-# Networks first: they take longest.
-SUITE = ("swapping/test_swapped_networks.py", "kernels")
 TOGETHER_SECONDS, TIMINGS_SECONDS = 95, 35
 
 
@@ -31,18 +29,16 @@ def main() -> None:
 
 
 def prove(out: Path, scratch: Path) -> None:
-    folder = parts.ROOT / "tests"
-    suite = [folder / place for place in SUITE]
     selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row or auto and pairs")
     together = [
-        parts.pytest_part("tests", out / "outcomes.jsonl", PROCESSES, *selected, *suite, **HOW_TO_TEST),
+        parts.pytest_part("tests", out / "outcomes.jsonl", PROCESSES, *selected, *parts.SUITE, **HOW_TO_TEST),
         parts.pytest_part(
             "sanitizer",
             scratch / "sanitizer.jsonl",
             2,
             "-k",
             "sanitizer",
-            folder / "kernels/test_gpu.py",
+            parts.ROOT / "tests/kernels/test_gpu.py",
             seconds_each=TOGETHER_SECONDS,
             **HOW_TO_TEST,
         ),

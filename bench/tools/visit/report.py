@@ -74,8 +74,7 @@ def timings(rows: Sequence[Row]) -> list[str]:
     """A line for each direction of a workload: each contender's microseconds and speed-up."""
     lines: dict[str, list[str]] = {}
     for row in rows:
-        what = f"{tables.task(row)}, {tables.size(row)}"
-        lines.setdefault(what, []).append(figure(row))
+        lines.setdefault(tables.title(row), []).append(figure(row))
     return [f"{what}: {'; '.join(figures)}" for what, figures in lines.items()]
 
 

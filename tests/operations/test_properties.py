@@ -1,0 +1,139 @@
+"""What every operation keeps, whichever backend runs it: layouts, and what each gradient depends on."""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+from cases import NORMED, SHAPES, draw_leaves
+
+import fastconv
+from fastconv.accuracy import FORMATS, in_format
+from fastconv.checking.inputs import Sizes
+from fastconv.operations import functional
+
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+# The portable path has two forms of the convolution. The interpreter is slow.
+pytestmark = pytest.mark.parametrize(
+    ("backend", "device", "sizes"),
+    [
+        pytest.param("portable", "cpu", SHAPES["lecture 8x8"], id="portable, batch last"),
+        pytest.param("portable", "cpu", SHAPES["odd and prime"], id="portable, channels last"),
+        pytest.param(
+            "triton",
+            "cpu",
+            Sizes(2, 3, 2, 3, 2, (3, 3)),
+            id="interpreted",
+            marks=[pytest.mark.interpreted, NEEDS_TRITON],
+        ),
+        pytest.param("triton", "cuda", SHAPES["lecture 8x8"], id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+each_operation = pytest.mark.parametrize(
+    "operation", [*(f"{name}, {norm}" for name in NORMED for norm in functional.NORMS), "pointwise_conv_gelu"]
+)
+
+
+@pytest.fixture(autouse=True)
+def _backend(backend, nothing_small):
+    with fastconv.backend(backend):
+        yield
+
+
+@pytest.fixture
+def call(operation):
+    """The operation, with its norm, as a function of its tensors by their names."""
+    name, *norm = operation.split(", ")
+    return functools.partial(getattr(functional, name), **({"norm": norm[0]} if norm else {}))
+
+
+@pytest.fixture
+def leaves(operation, sizes, device):
+    return draw_leaves(operation.split(", ")[0], sizes, device)
+
+
+def gradients(y, leaves, grad, **options):
+    return torch.autograd.grad(y, list(leaves.values()), grad, **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_operation
+def test_the_output_has_the_memory_format_of_the_input(call, leaves, layout):
+    y = call(in_format(leaves.pop("x"), layout), **leaves)
+    assert y.is_contiguous() == (layout == "contiguous")
+    assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+@each_operation
+def test_gradients_of_any_layout(call, leaves, device):
+    y = call(**leaves)
+    grad = torch.randn(y.shape, device=device)
+    expected = gradients(y, leaves, grad, retain_graph=True)
+    for layout in FORMATS[1:]:
+        found = gradients(y, leaves, in_format(grad, layout), retain_graph=True)
+        # Not bit by bit: products of another layout are summed in another order.
+        torch.testing.assert_close(found, expected)
+    # The gradient of a sum has strides of 0.
+    for weights in (torch.randn(y.shape[1], device=device)[:, None, None], torch.ones((), device=device)):
+        expanded = weights.expand(y.shape)
+        dense = gradients(y, leaves, expanded.clone(), retain_graph=True)
+        torch.testing.assert_close(gradients(y, leaves, expanded, retain_graph=True), dense)
+
+
+@pytest.mark.parametrize(
+    "operation", ["convnext_block, tensor", "depthwise_conv_layer_norm, channel", "pointwise_conv_gelu"]
+)
+def test_each_gradient_by_itself(call, leaves, device):
+    y = call(**leaves)
+    grad = torch.randn(y.shape, device=device)
+    for name, expected in zip(leaves, gradients(y, leaves, grad), strict=True):
+        alone = {other: x.detach().requires_grad_(other == name) for other, x in leaves.items()}
+        (found,) = torch.autograd.grad(call(**alone), alone[name], grad)
+        torch.testing.assert_close(found, expected)
+
+
+@each_operation
+def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(call, leaves, device):
+    results = [call(**leaves) for _ in range(2)]
+    grad = torch.randn(results[0].shape, device=device)
+    before = grad.clone()
+    first, second, again = ([y, *gradients(y, leaves, grad, retain_graph=True)] for y in (*results, results[0]))
+    assert torch.equal(grad, before)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, again, strict=True))
+
+
+@each_operation
+def test_empty_batch(call, leaves):
+    channels = call(**leaves).shape[1]
+    leaves["x"] = leaves["x"][:0].detach().requires_grad_()
+    y = call(**leaves)
+    assert y.shape == (0, channels, *leaves["x"].shape[2:])
+    for x, grad in zip(leaves.values(), gradients(y.sum(), leaves, None), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("operation", [f"{name}, tensor" for name in NORMED])
+def test_double_backward_raises(call, leaves, loss):
+    with pytest.raises(RuntimeError, match=r"differentiated once.*create_graph=True"):
+        torch.autograd.grad(loss(call(**leaves)), leaves["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("operation", [f"{name}, tensor" for name in NORMED])
+def test_results_may_be_changed_in_place(call, leaves, layout):
+    x = in_format(leaves.pop("x"), layout)
+    grads = [
+        torch.autograd.grad(change(call(x, **leaves)).square().sum(), x)[0] for change in (torch.relu_, torch.relu)
+    ]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each_operation
+def test_without_gradients_the_values_are_the_same(call, leaves, mode):
+    expected = call(**leaves)
+    with mode():
+        y = call(**leaves)
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
