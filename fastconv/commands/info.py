@@ -23,12 +23,12 @@ def info(json_output: JsonOption = False) -> None:
     if json_output:
         print(json.dumps(facts, indent=2))
         return
-    console = Console()
+    console = Console(highlight=False)
     for name, found in facts["versions"].items():
-        console.print(f"{name:<12}{found}", highlight=False)
+        console.print(f"{name:<12}{found}")
     devices = ", ".join(facts["devices"].values())
-    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads", highlight=False)
-    console.print(f"{'backend':<12}{backends.current()}\n", highlight=False)
+    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads")
+    console.print(f"{'backend':<12}{backends.current()}\n")
     table = Table("device", "operation", "runs on", "because")
     for device, operations in facts["operations"].items():
         for operation, choice in operations.items():
@@ -36,13 +36,11 @@ def info(json_output: JsonOption = False) -> None:
             table.add_row(device, operation, choice["runs"] or "nothing", reasons)
     console.print(table)
     for device, kernels in facts["kernels"].items():
-        console.print(
-            f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}", highlight=False
-        )
+        console.print(f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}")
         for subject in kernels["right"]:
-            console.print(f"  right: {subject}", highlight=False)
+            console.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():
-            console.print(f"  wrong: {subject}: {reason}; auto takes portable", highlight=False, markup=False)
+            console.print(f"  wrong: {subject}: {reason}; auto takes portable", markup=False)
 
 
 def describe() -> dict[str, Any]:
