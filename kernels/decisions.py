@@ -74,5 +74,5 @@ def pointwise_conv_gelu(conv: Convolution) -> Form:
 
 
 def _norms_pixels(norm: Norm) -> bool:
-    """Whether each pixel is normalised by itself; an unknown norm raises ValueError, and is not taken for another."""
+    """Whether each pixel is normalised by itself; an unknown norm is not taken for another, but a ValueError."""
     return span(norm.over) == (1,)
