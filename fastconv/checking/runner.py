@@ -81,17 +81,10 @@ def examine(case: Case, device: torch.device) -> Result:
     precision = PRECISIONS[case.precision]
 
     def sample() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        problem = problems.pose(case)
-        return accuracy.compare(
-            problem.ours,
-            problem.definition,
-            list(problem.tensors.values()),
-            list(problem.tensors),
-            case.input.layout,
-            precision.dtype,
-            precision.autocast,
-            device,
-        )
+        ours, definition, tensors = problems.pose(case)
+        names, inputs = list(tensors), list(tensors.values())
+        where = case.input.layout, precision.dtype, precision.autocast, device
+        return accuracy.compare(ours, definition, inputs, names, *where)
 
     samples = INTERPRETED_SAMPLES if interprets(backend, device) else accuracy.SAMPLES
     try:

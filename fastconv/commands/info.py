@@ -16,9 +16,15 @@ from fastconv.operations import backends, selftest
 
 def info(json_output: JsonOption = False) -> None:
     """Report versions, devices, which backend runs each operation and why, and which kernels are right."""
-    facts = describe()
-    facts["kernels"] = {
-        name: selftest.describe(torch.device(name)) for name in facts["devices"] if name.startswith("cuda")
+    devices = machine.available_devices()
+    gpus = [name for name in devices if name.startswith("cuda")]
+    facts: dict[str, Any] = {
+        "versions": machine.versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "forced_backend": backends.current(),
+        "operations": {device: backends.choices(torch.device(device)) for device in devices},
+        "kernels": {name: selftest.describe(torch.device(name)) for name in gpus},
     }
     if json_output:
         print(json.dumps(facts, indent=2))
@@ -26,8 +32,7 @@ def info(json_output: JsonOption = False) -> None:
     console = Console(highlight=False)
     for name, found in facts["versions"].items():
         console.print(f"{name:<12}{found}")
-    devices = ", ".join(facts["devices"].values())
-    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads")
+    console.print(f"{'devices':<12}{', '.join(devices.values())}; {facts['threads']} threads")
     console.print(f"{'backend':<12}{backends.current()}\n")
     table = Table("device", "operation", "runs on", "because")
     for device, operations in facts["operations"].items():
@@ -41,15 +46,3 @@ def info(json_output: JsonOption = False) -> None:
             console.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():
             console.print(f"  wrong: {subject}: {reason}; auto takes portable", markup=False)
-
-
-def describe() -> dict[str, Any]:
-    """Return everything that `fastconv info` reports but the kernels, as JSON can hold it."""
-    devices = machine.available_devices()
-    return {
-        "versions": machine.versions(),
-        "devices": devices,
-        "threads": torch.get_num_threads(),
-        "forced_backend": backends.current(),
-        "operations": {device: backends.choices(torch.device(device)) for device in devices},
-    }

@@ -133,13 +133,12 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         recipe = Recipe(**resumed.recipe)
     except TypeError as error:
         raise checkpoint.CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
-    typed = {name for name in context.params if is_typed(context, name)}
     for name, trained_with in asdict(recipe).items():
         given = context.params[name]
-        if name in typed and name != "epochs" and given != trained_with:
+        if is_typed(context, name) and name != "epochs" and given != trained_with:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"the run was started with {option} {trained_with}; got {given}: leave {option} out")
-    if "epochs" not in typed:
+    if not is_typed(context, "epochs"):
         return recipe
     if context.params["epochs"] < resumed.epoch:
         raise ValueError(f"the run has done {resumed.epoch} epochs; got --epochs {context.params['epochs']}")

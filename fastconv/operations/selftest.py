@@ -190,14 +190,10 @@ def _compare(
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """{name: (ours, PyTorch's, exact)} of the output, without gradients and with them, and of each gradient."""
-    shapes = [sizes.maps, *(parameter.shape for parameter in tensors_in(*sizes.values))]
-    dtypes = [subject.maps, *[subject.dtype] * (len(shapes) - 1)]
-    # Rounded to the dtype, and in float64.
-    exact_inputs = [
-        _draw(shape, generator, is_maps=i == 0).to(dtype).double()
-        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
-    ]
-    inputs = [x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
+    drawn = [_draw(sizes.maps, generator, is_maps=True).to(subject.maps)]
+    for parameter in tensors_in(*sizes.values):
+        drawn.append(_draw(parameter.shape, generator, is_maps=False).to(subject.dtype))
+    exact_inputs, inputs = [x.double() for x in drawn], [x.to(device) for x in drawn]
 
     def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         def call(x: Tensor, *parameters: Tensor) -> Tensor:
