@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .common.values import Convolution, Norm, check_norm
+from .common.values import Convolution, Norm, span
 
 # How the Triton backend computes an operation.
 Form = Literal[
@@ -53,24 +53,26 @@ def is_large(x: Tensor) -> bool:
 
 
 def convnext_block(x: Tensor, pointwise: Convolution, norm: Norm) -> Form:
-    check_norm(norm.over, norm.eps)
-    too_wide = max(x.shape[1], pointwise.weight.shape[0]) > WIDEST_BLOCK
-    return "parts" if norm.over == "channel" or too_wide or is_large(x) else "block"
+    too_wide = x.shape[1] > WIDEST_BLOCK or pointwise.weight.shape[0] > WIDEST_BLOCK
+    return "parts" if _norms_pixels(norm) or too_wide or is_large(x) else "block"
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:
-    check_norm(norm.over, norm.eps)
-    if norm.over == "channel" and depthwise.weight.shape[0] <= WIDEST_CHANNEL_NORM:
-        return "stencil channel norm"
-    return "stencil" if norm.over == "channel" or is_large(x) else "toeplitz"
+    if not _norms_pixels(norm):
+        return "stencil" if is_large(x) else "toeplitz"
+    return "stencil channel norm" if depthwise.weight.shape[0] <= WIDEST_CHANNEL_NORM else "stencil"
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:
-    check_norm(norm.over, norm.eps)
-    if norm.over != "channel":
+    if not _norms_pixels(norm):
         return "moments"
     return "channel norm" if x.shape[1] <= WIDEST_CHANNEL_NORM else "pytorch"
 
 
 def pointwise_conv_gelu(conv: Convolution) -> Form:
     return "pytorch" if conv.weight.numel() > LARGEST_POINTWISE else "pointwise"
+
+
+def _norms_pixels(norm: Norm) -> bool:
+    """Whether each pixel is normalised by itself; an unknown norm is not taken for another, but a ValueError."""
+    return span(norm.over) == (1,)

@@ -10,7 +10,7 @@ from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
 from .common.rules import gelu
-from .common.values import Convolution, Norm, check_approximate
+from .common.values import Convolution, Norm
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
 from .stencil import operators as stencil_operators
@@ -25,7 +25,6 @@ def convnext_block(
     norm: Norm,
     approximate: str,
 ) -> Tensor:
-    check_approximate(approximate)
     if decisions.convnext_block(x, pointwise, norm) == "parts":
         y = depthwise_conv_layer_norm(x.to(pointwise.weight.dtype), depthwise, norm)
         y = pointwise_conv_gelu(y, pointwise, approximate)
@@ -50,7 +49,6 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
-    check_approximate(approximate)
     if decisions.pointwise_conv_gelu(conv) == "pytorch":
         return gelu(_pointwise_conv(x, conv), approximate)
     conv = conv.contiguous()

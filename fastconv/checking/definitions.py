@@ -5,6 +5,8 @@ They share no code with `fastconv.modules`. The lecture's classifier is `fastcon
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,17 +58,10 @@ class PointwiseConvGELU(nn.Conv2d):
 
 class ConvNextBlock(nn.Module):
     def __init__(
-        self,
-        in_channels: int,
-        multiplier: int,
-        kernel_size: int,
-        norm: str = "tensor",
-        eps: float = 1e-5,
-        affine: bool = False,
-        device: str | None = None,
+        self, in_channels: int, multiplier: int, kernel_size: int, device: str | None = None, **norm: Any
     ) -> None:
         super().__init__()
-        self.conv1 = DepthwiseConvLayerNorm(in_channels, multiplier, kernel_size, norm, eps, affine, device)
+        self.conv1 = DepthwiseConvLayerNorm(in_channels, multiplier, kernel_size, device=device, **norm)
         self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels, device=device)
         self.conv3 = nn.Conv2d(in_channels, in_channels, 1, device=device)
 

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastconv import machine
+from fastconv.accuracy import worst
 from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
-from fastconv.checking.report import Report, Result
+from fastconv.checking.report import VERDICTS, Report, Result
 
 STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
 # The least width of a terminal, in characters, for all columns.
@@ -43,22 +44,18 @@ def kind(result: Result) -> tuple[str, str, str]:
 
 def worst_of(group: Sequence[Result]) -> Result:
     """A case that raised an error; if none did, the one whose error is farthest beyond or closest to its bound."""
-    return max(group, key=lambda r: (r.verdict == "wrong", r.worst()[1].excess if r.errors else float("inf")))
+    return max(
+        group, key=lambda r: (r.verdict == "wrong", worst(r.errors)[1].excess if r.errors else float("inf"))
+    )
 
 
 def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
     """The worst of each group; if `narrow`, in 80 characters, without the names of input and tensor."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0 if narrow else (0, 1))
-    for name in ("tried", "with", "in"):
-        table.add_column(name)
-    if not narrow:
-        table.add_column("on")
-        table.add_column("worst of", justify="right")
-        table.add_column("input")
-        table.add_column("tensor")
-    for name in ("error", "PyTorch's", "ratio"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    which = [] if narrow else ["on", "worst of", "input", "tensor"]
+    for name in ("tried", "with", "in", *which, "error", "PyTorch's", "ratio", "verdict"):
+        numbers = name in ("worst of", "error", "PyTorch's", "ratio")
+        table.add_column(name, justify="right" if numbers else "left")
     previous = ""
     for group in groups:
         tried = [result for result in group if result.verdict != "skipped"]
@@ -67,15 +64,15 @@ def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
         subject, options, precision = kind(group[0])
         if previous and subject != previous:
             table.add_section()
-        worst = worst_of(tried)
+        shown = worst_of(tried)
         name, figures = "-", ["-", "-", "-"]
-        if worst.errors:
-            name, error = worst.worst()
+        if shown.errors:
+            name, error = worst(shown.errors)
             ratio = f"{error.ours / error.pytorch:.2f}" if error.pytorch else "-"
             figures = [f"{error.ours:.1e}", f"{error.pytorch:.1e}", ratio]
-        which = [] if narrow else [worst.backend or "", str(len(tried)), worst.case.given, name]
+        which = [] if narrow else [shown.backend or "", str(len(tried)), shown.case.given, name]
         cells = [options, precision, *which, *figures]
-        table.add_row("" if subject == previous else subject, *cells, Text(worst.verdict, STYLES[worst.verdict]))
+        table.add_row("" if subject == previous else subject, *cells, Text(shown.verdict, STYLES[shown.verdict]))
         previous = subject
     return table
 
@@ -88,8 +85,8 @@ def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Co
     for group in groups:
         wrong = [result for result in group if result.verdict == "wrong"]
         if wrong:
-            worst = worst_of(wrong)
-            text = f"WRONG {worst.case}: {worst.reason}"
+            shown = worst_of(wrong)
+            text = f"WRONG {shown.case}: {shown.reason}"
             if len(wrong) > 1:
                 text += f"; and {len(wrong) - 1} other inputs"
             console.print(Text(text, STYLES["wrong"]))
@@ -118,7 +115,7 @@ def show_divergence(found: Divergence, console: Console) -> None:
 
 
 def summary(report: Report) -> Text:
-    counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in ("right", "wrong", "skipped"))
+    counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
     outcome = f"{counts} in {report.seconds:.0f} s"
     if report.right:
         return Text(f"fastconv check: {outcome}", STYLES["right"])

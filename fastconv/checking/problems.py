@@ -14,7 +14,7 @@ from fastconv import modules
 from fastconv.checking import definitions, inputs
 from fastconv.checking.cases import MODULES, Case
 from fastconv.checking.inputs import Input
-from fastconv.operations import functional, reference
+from fastconv.operations import backends, functional, reference
 
 
 class Problem(NamedTuple):
@@ -78,5 +78,4 @@ def make_modules(subject: str, given: Input, options: dict[str, Any]) -> tuple[n
 
 def to_autocast_dtype(_module: nn.Module, _inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
     """A forward hook: under autocast PyTorch's layer norm may return float32, but our module returns its dtype."""
-    device = y.device.type
-    return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+    return y.to(backends.autocast_dtype(y) or y.dtype)

@@ -14,6 +14,8 @@ from fastconv.checking.cases import Case
 from fastconv.checking.divergence import Divergence
 from fastconv.operations import backends
 
+VERDICTS = ("right", "wrong", "skipped")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -21,7 +23,7 @@ class Result:
 
     Args:
         backend: the one that ran it, or None if none can.
-        verdict: "right", "wrong" or "skipped".
+        verdict: one of VERDICTS.
         reason: why it was skipped, or is wrong.
         errors: those of the output and of each gradient.
     """
@@ -31,10 +33,6 @@ class Result:
     verdict: str
     reason: str = ""
     errors: dict[str, Error] = field(default_factory=dict)
-
-    def worst(self) -> tuple[str, Error]:
-        """The tensor whose error is closest to its bound, or farthest beyond."""
-        return max(self.errors.items(), key=lambda item: item[1].excess)
 
     def as_json(self) -> dict[str, Any]:
         errors = {
@@ -80,9 +78,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "verdict": "right" if self.right else "wrong",
-            "right": self.count("right"),
-            "wrong": self.count("wrong"),
-            "skipped": self.count("skipped"),
+            **{verdict: self.count(verdict) for verdict in VERDICTS},
             "seconds": self.seconds,
             "versions": machine.versions(),
             "device": str(self.device),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import IO
 
 import torch
@@ -21,9 +20,6 @@ from fastconv.operations import backends, functional
 INTERPRETED_SAMPLES = 2
 # Rows of all images of a stencil: the interpreter takes a second and a half for each, forward and backward.
 MOST_INTERPRETED_ROWS = 8
-# An error of up to NEAR bounds may be chance, as in one of some hundreds of cases. Then NEAR_SAMPLES times as many
-# samples decide.
-NEAR, NEAR_SAMPLES = 2.0, 8
 
 
 def run(
@@ -85,33 +81,22 @@ def examine(case: Case, device: torch.device) -> Result:
     precision = PRECISIONS[case.precision]
 
     def sample() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        problem = problems.pose(case)
-        return accuracy.compare(
-            problem.ours,
-            problem.definition,
-            list(problem.tensors.values()),
-            list(problem.tensors),
-            case.input.layout,
-            precision.dtype,
-            precision.autocast,
-            device,
-        )
+        ours, definition, tensors = problems.pose(case)
+        names, inputs = list(tensors), list(tensors.values())
+        where = case.input.layout, precision.dtype, precision.autocast, device
+        return accuracy.compare(ours, definition, inputs, names, *where)
 
     samples = INTERPRETED_SAMPLES if interprets(backend, device) else accuracy.SAMPLES
     try:
         torch.manual_seed(0)
         with float32_products(precision.matmul), backends.backend(backend):
-            result = Result(case, backend, "right", errors=accuracy.measure(sample, precision.floor, samples))
-            if 1 < result.worst()[1].excess < NEAR:
-                errors = accuracy.measure(sample, precision.floor, NEAR_SAMPLES * samples)
-                result = Result(case, backend, "right", errors=errors)
+            errors = accuracy.judge(sample, precision.floor, samples)
     except Exception as error:
         return Result(case, backend, "wrong", describe(error))
-    name, worst = result.worst()
+    name, worst = accuracy.worst(errors)
     if worst.right:
-        return result
-    reason = f"{name}: error {worst.ours:.1e}, PyTorch's {worst.pytorch:.1e}; at most {worst.bound:.1e} is right"
-    return replace(result, verdict="wrong", reason=reason)
+        return Result(case, backend, "right", errors=errors)
+    return Result(case, backend, "wrong", f"{name}: {worst}", errors)
 
 
 def examine_training(device: torch.device, stepped: Callable[[], None]) -> Training:

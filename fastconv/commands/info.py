@@ -16,19 +16,24 @@ from fastconv.operations import backends, selftest
 
 def info(json_output: JsonOption = False) -> None:
     """Report versions, devices, which backend runs each operation and why, and which kernels are right."""
-    facts = describe()
-    facts["kernels"] = {
-        name: selftest.describe(torch.device(name)) for name in facts["devices"] if name.startswith("cuda")
+    devices = machine.available_devices()
+    gpus = [name for name in devices if name.startswith("cuda")]
+    facts: dict[str, Any] = {
+        "versions": machine.versions(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "forced_backend": backends.current(),
+        "operations": {device: backends.choices(torch.device(device)) for device in devices},
+        "kernels": {name: selftest.describe(torch.device(name)) for name in gpus},
     }
     if json_output:
         print(json.dumps(facts, indent=2))
         return
-    console = Console()
+    console = Console(highlight=False)
     for name, found in facts["versions"].items():
-        console.print(f"{name:<12}{found}", highlight=False)
-    devices = ", ".join(facts["devices"].values())
-    console.print(f"{'devices':<12}{devices}; {facts['threads']} threads", highlight=False)
-    console.print(f"{'backend':<12}{backends.current()}\n", highlight=False)
+        console.print(f"{name:<12}{found}")
+    console.print(f"{'devices':<12}{', '.join(devices.values())}; {facts['threads']} threads")
+    console.print(f"{'backend':<12}{backends.current()}\n")
     table = Table("device", "operation", "runs on", "because")
     for device, operations in facts["operations"].items():
         for operation, choice in operations.items():
@@ -36,22 +41,8 @@ def info(json_output: JsonOption = False) -> None:
             table.add_row(device, operation, choice["runs"] or "nothing", reasons)
     console.print(table)
     for device, kernels in facts["kernels"].items():
-        console.print(
-            f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}", highlight=False
-        )
+        console.print(f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}")
         for subject in kernels["right"]:
-            console.print(f"  right: {subject}", highlight=False)
+            console.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():
-            console.print(f"  wrong: {subject}: {reason}; auto takes portable", highlight=False, markup=False)
-
-
-def describe() -> dict[str, Any]:
-    """Return everything that `fastconv info` reports but the kernels, as JSON can hold it."""
-    devices = machine.available_devices()
-    return {
-        "versions": machine.versions(),
-        "devices": devices,
-        "threads": torch.get_num_threads(),
-        "forced_backend": backends.current(),
-        "operations": {device: backends.choices(torch.device(device)) for device in devices},
-    }
+            console.print(f"  wrong: {subject}: {reason}; auto takes portable", markup=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 import typer
@@ -14,7 +15,7 @@ from fastconv import machine
 from fastconv.operations import backends
 from fastconv.training.recipe import Recipe
 
-DEFAULTS = Recipe()
+Command = TypeVar("Command", bound=Callable[..., None])
 
 DataOption = Annotated[
     Path | None,
@@ -39,9 +40,31 @@ JsonOption = Annotated[
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="checkpoint.pt of a training run.", show_default=False)
 ]
-WidthOption = Annotated[int, typer.Option(help="Channels of the first stage.", rich_help_panel="Model")]
-DepthOption = Annotated[int, typer.Option(help="Blocks in each of the two stages.", rich_help_panel="Model")]
-PatchOption = Annotated[int, typer.Option(help="Side of the stem's patches, pixels.", rich_help_panel="Model")]
+# The fields of Recipe that are the classifier's.
+MODEL = ("width", "depth", "patch")
+
+
+def recipe_options(*names: str) -> Callable[[Command], Command]:
+    """Give a command an option for each of these fields of Recipe; it takes their values as `**keywords`."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        parameters = [*map(_option, names), *(each.replace(kind=each.KEYWORD_ONLY) for each in own)]
+        # Typer reads a command's options from its signature.
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter:
+    hint: Any = get_type_hints(Recipe, include_extras=True)[name]
+    option = typer.Option(help=hint.__metadata__[0], rich_help_panel="Model" if name in MODEL else "Recipe")
+    annotation = Annotated[hint.__origin__, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Recipe, name), annotation=annotation
+    )
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import json
 import os
 import shlex
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,15 +16,12 @@ from rich.console import Console
 
 from fastconv import machine
 from fastconv.commands.options import (
-    DEFAULTS,
     BackendOption,
     DataOption,
-    DepthOption,
     DeviceOption,
     JsonOption,
-    PatchOption,
-    WidthOption,
     choose,
+    recipe_options,
     usage_errors,
 )
 from fastconv.extras import import_extra
@@ -41,6 +38,7 @@ INTERRUPTED = 130
 RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
 
 
+@recipe_options(*(field.name for field in fields(Recipe)))
 def train(
     context: typer.Context,
     data_directory: DataOption = None,
@@ -50,40 +48,6 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
     json_output: JsonOption = False,
-    epochs: Annotated[
-        int, typer.Option(help="Passes over the training images.", rich_help_panel="Recipe")
-    ] = DEFAULTS.epochs,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            help="Images per step, and in evaluation: the layer norm spans the batch.",
-            rich_help_panel="Recipe",
-        ),
-    ] = DEFAULTS.batch_size,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.", rich_help_panel="Recipe")] = DEFAULTS.lr,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's weight decay.", rich_help_panel="Recipe")
-    ] = DEFAULTS.weight_decay,
-    seed: Annotated[
-        int, typer.Option(help="Decides the initial weights and the order of images.", rich_help_panel="Recipe")
-    ] = DEFAULTS.seed,
-    split_seed: Annotated[
-        int, typer.Option(help="Decides the split into training and validation images.", rich_help_panel="Recipe")
-    ] = DEFAULTS.split_seed,
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="bf16 uses torch.autocast.", rich_help_panel="Recipe")
-    ] = "fp32",
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="For a quick try: use only the first so many training, validation and test images.",
-            show_default=False,
-            rich_help_panel="Recipe",
-        ),
-    ] = DEFAULTS.limit,
-    width: WidthOption = DEFAULTS.width,
-    depth: DepthOption = DEFAULTS.depth,
-    patch: PatchOption = DEFAULTS.patch,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     deterministic: Annotated[
@@ -94,6 +58,7 @@ def train(
             rich_help_panel="Machine",
         ),
     ] = False,
+    **options: Any,
 ) -> None:
     """Train the classifier by the lecture's recipe; with no options, on CIFAR-10, for five epochs.
 
@@ -113,10 +78,7 @@ def train(
     if resumed is None and path.exists():
         raise typer.BadParameter(f"{out} holds a run; go on with it by --resume, or give another --out")
     with usage_errors():
-        if resumed is None:
-            recipe = Recipe(**{field.name: context.params[field.name] for field in fields(Recipe)})
-        else:
-            recipe = resumed_recipe(context, resumed)
+        recipe = Recipe(**options) if resumed is None else resumed_recipe(context, resumed)
     place = choose(device, backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -142,7 +104,7 @@ def train(
 
     display = Display(console, recipe.epochs, out / "metrics.jsonl", json_output)
     try:
-        with display:
+        with display.bar:
             final = loop.train(recipe, dataset, place, path, display, resumed)
     except (loop.Interrupted, KeyboardInterrupt) as error:
         console.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
@@ -171,17 +133,16 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         recipe = Recipe(**resumed.recipe)
     except TypeError as error:
         raise checkpoint.CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
-    typed = {name for name in context.params if is_typed(context, name)}
     for name, trained_with in asdict(recipe).items():
         given = context.params[name]
-        if name in typed and name != "epochs" and given != trained_with:
+        if is_typed(context, name) and name != "epochs" and given != trained_with:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"the run was started with {option} {trained_with}; got {given}: leave {option} out")
-    if "epochs" not in typed:
+    if not is_typed(context, "epochs"):
         return recipe
     if context.params["epochs"] < resumed.epoch:
         raise ValueError(f"the run has done {resumed.epoch} epochs; got --epochs {context.params['epochs']}")
-    return Recipe(**{**resumed.recipe, "epochs": context.params["epochs"]})
+    return replace(recipe, epochs=context.params["epochs"])
 
 
 def is_typed(context: typer.Context, name: str) -> bool:

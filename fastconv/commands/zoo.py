@@ -13,21 +13,17 @@ from fastconv.extras import import_extra
 LIBRARIES = ("torchvision", "timm")
 
 
-class UnknownModel(ValueError):
-    """No library that is installed has a model of this name; the message names some that are like it."""
-
-
 def create_model(name: str) -> nn.Module:
     """Create a classifier of torchvision, or of timm if that has none of this name or it begins with "timm/".
 
     Raises:
-        UnknownModel: neither has it.
+        ValueError: neither has it; the message names some that are like it.
         MissingPackage: it is to come from timm, which is not installed.
     """
     known: list[str] = []
     library, _, model = name.rpartition("/")
     if library not in ("", *LIBRARIES):
-        raise UnknownModel(f"{name} is of {library!r}; expected a name of {' or '.join(LIBRARIES)}")
+        raise ValueError(f"{name} is of {library!r}; expected a name of {' or '.join(LIBRARIES)}")
     if library != "timm" and importlib.util.find_spec("torchvision"):
         models = import_extra("torchvision.models")
         if model in models.list_models():
@@ -45,4 +41,4 @@ def create_model(name: str) -> nn.Module:
     close = ", ".join(difflib.get_close_matches(model, sorted(set(known))))
     suggestion = f"; did you mean: {close}" if close else "; expected a name such as convnext_tiny"
     missing = "" if importlib.util.find_spec("timm") else "; for timm's models: pip install timm"
-    raise UnknownModel(f"there is no model {name!r}{suggestion}{missing}")
+    raise ValueError(f"there is no model {name!r}{suggestion}{missing}")

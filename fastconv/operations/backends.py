@@ -149,7 +149,7 @@ def select(operation: str, device: torch.device, *dtypes: torch.dtype) -> str:
     name = choose(device, *dtypes)
     if name is None:
         reasons = (can_run(_forced, device, dtype) for dtype in dtypes)
-        raise unavailable(operation, next(reason for reason in reasons if reason is not None))
+        raise unavailable(operation, next(filter(None, reasons)))
     return name
 
 
@@ -183,17 +183,14 @@ def force(name: str, device: torch.device) -> None:
     """Force a backend; raises BackendUnavailable if it cannot run on `device`."""
     if name != "auto":
         backend(name)
-    for operation in OPERATIONS:
-        select(operation, device, torch.float32)
+    select(OPERATIONS[0], device, torch.float32)
 
 
 def choices(device: torch.device) -> dict[str, dict[str, Any]]:
     """For each operation the backend that runs it on `device`, None if none can, and why not the others."""
-    found = {}
-    for operation in OPERATIONS:
-        reasons = {name: can_run(name, device, torch.float32) for name in candidates()}
-        found[operation] = {
-            "runs": next((name for name, reason in reasons.items() if reason is None), None),
-            "refused": {name: reason for name, reason in reasons.items() if reason is not None},
-        }
-    return found
+    reasons = {name: can_run(name, device, torch.float32) for name in candidates()}
+    choice = {
+        "runs": next((name for name, reason in reasons.items() if reason is None), None),
+        "refused": {name: reason for name, reason in reasons.items() if reason is not None},
+    }
+    return dict.fromkeys(OPERATIONS, choice)

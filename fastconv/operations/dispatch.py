@@ -37,8 +37,6 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     forced = backends.current()
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
-    if name != "triton":
-        return _call(name, operation, x, values)
     try:
         return _call(name, operation, x, values)
     except KernelError as error:
@@ -74,11 +72,11 @@ def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, 
 
 def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
-    operation, norm, large, maps, dtype = subject
+    operation, _, _, maps, dtype = subject
     name = backends.select(operation, device, maps, dtype)
     if name == "triton" and backends.current() == "auto":
         from fastconv.operations import tracing
 
-        if not tracing.trusts(operation, norm, large, maps, dtype, device):
+        if not tracing.trusts(device, *subject):
             return "portable"
     return name

@@ -54,8 +54,7 @@ def depthwise_conv_layer_norm(
     _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     outputs = _check_depthwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    normed = Norm(norm, eps, norm_weight, norm_bias)
-    _check_norm(normed, outputs)
+    normed = _checked_norm(norm, eps, norm_weight, norm_bias, outputs)
     return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
@@ -133,8 +132,7 @@ def convnext_block(
     )
     wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
     _check_vector("depthwise_bias", depthwise_bias, wide)
-    normed = Norm(norm, eps, norm_weight, norm_bias)
-    _check_norm(normed, wide)
+    normed = _checked_norm(norm, eps, norm_weight, norm_bias, wide)
     hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
     _check_vector("pointwise_bias", pointwise_bias, hidden)
     outputs = _check_pointwise("projection_weight", projection_weight, hidden)
@@ -173,8 +171,7 @@ def layer_norm(
     """
     _, channels, _, _ = _check_maps(x)
     _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    normed = Norm(norm, eps, norm_weight, norm_bias)
-    _check_norm(normed, channels)
+    normed = _checked_norm(norm, eps, norm_weight, norm_bias, channels)
     return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
 
 
@@ -295,10 +292,11 @@ def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
     return shape[0]
 
 
-def _check_norm(norm: Norm, channels: int) -> None:
-    check_norm(norm.over, norm.eps)
-    _check_vector("norm_weight", norm.weight, channels)
-    _check_vector("norm_bias", norm.bias, channels)
+def _checked_norm(over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int) -> Norm:
+    check_norm(over, eps)
+    _check_vector("norm_weight", weight, channels)
+    _check_vector("norm_bias", bias, channels)
+    return Norm(over, eps, weight, bias)
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

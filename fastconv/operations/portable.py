@@ -71,24 +71,12 @@ def convnext_block(
             return restore_format(definition.call("convnext_block", x, *values), x)
         case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x.to(depthwise.weight.dtype), depthwise, norm, form)
-            y = gelu(F.linear(y, pointwise.weight.flatten(1), pointwise.bias), approximate)
-            y = F.linear(y, projection.weight.flatten(1), projection.bias)
+            y = F.linear(gelu(F.linear(y, *_matrix(pointwise)), approximate), *_matrix(projection))
             return restore_format(y.permute(0, 3, 1, 2) + x, x)
         case "batch last" | "channels last":
             batch_last = form == "batch last"
-            pointwise = norm.fold_into(pointwise)
-            y = autograd.ConvNextBlock.apply(
-                x,
-                *depthwise,
-                pointwise.weight.flatten(1),
-                pointwise.bias,
-                projection.weight.flatten(1),
-                projection.bias,
-                norm.over,
-                norm.eps,
-                approximate,
-                batch_last,
-            )
+            parameters = *depthwise, *_matrix(norm.fold_into(pointwise)), *_matrix(projection)
+            y = autograd.ConvNextBlock.apply(x, *parameters, norm.over, norm.eps, approximate, batch_last)
             return _maps_like(x, y, batch_last)
 
 
@@ -127,6 +115,11 @@ def _convolve_and_norm_pixels(x: Tensor, depthwise: Convolution, norm: Norm, for
         x = x.contiguous(memory_format=torch.channels_last)
         y = F.conv2d(x, depthwise.weight, depthwise.bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
     return _norm_pixels(y, norm)
+
+
+def _matrix(pointwise: Convolution) -> tuple[Tensor, Tensor | None]:
+    """A pointwise convolution as a matrix (outputs, inputs), and its bias."""
+    return pointwise.weight.flatten(1), pointwise.bias
 
 
 def _norm_pixels(x: Tensor, norm: Norm) -> Tensor:

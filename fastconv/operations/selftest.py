@@ -32,9 +32,7 @@ MOST_ELEMENTS = 2**18
 MOST_IMAGES = 8
 # Where fewer values share a mean and a variance, gradients cancel, and their errors are a matter of chance.
 FEWEST_NORMED = 16
-# A gradient of a few numbers is rounded well or badly by chance: an error near its bound is measured again, on
-# more samples.
-SAMPLES, NEAR, NEAR_SAMPLES = 2, 2.0, 16
+SAMPLES = 2
 # Below the floor every error is right. In float32 it depends on `torch.get_float32_matmul_precision`, which
 # kernels obey.
 FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": accuracy.TF32_FLOOR, "medium": 1e-2}
@@ -166,8 +164,7 @@ def _judge(subject: Subject, device: torch.device, sizes: Sizes) -> Verdict:
             raise
         except Exception as raised:
             return Verdict(False, f"{type(raised).__name__}: {' '.join(str(raised).split())}")
-    reason = f"{name}: error {error.ours:.1e}, PyTorch's {error.pytorch:.1e}; at most {error.bound:.1e} is right"
-    return Verdict(error.right, "" if error.right else reason)
+    return Verdict(error.right, "" if error.right else f"{name}: {error}")
 
 
 def _worst(
@@ -182,12 +179,7 @@ def _worst(
     def sample() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         return _compare(operation, subject, device, sizes, generator)
 
-    def worst(samples: int) -> tuple[str, Error]:
-        errors = accuracy.measure(sample, floor, samples)
-        return max(errors.items(), key=lambda item: item[1].excess)
-
-    found = worst(SAMPLES)
-    return worst(NEAR_SAMPLES) if 1 < found[1].excess < NEAR else found
+    return accuracy.worst(accuracy.judge(sample, floor, SAMPLES))
 
 
 def _compare(
@@ -198,14 +190,10 @@ def _compare(
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """{name: (ours, PyTorch's, exact)} of the output, without gradients and with them, and of each gradient."""
-    shapes = [sizes.maps, *(parameter.shape for parameter in tensors_in(*sizes.values))]
-    dtypes = [subject.maps, *[subject.dtype] * (len(shapes) - 1)]
-    # Rounded to the dtype, and in float64.
-    exact_inputs = [
-        _draw(shape, generator, is_maps=i == 0).to(dtype).double()
-        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
-    ]
-    inputs = [x.to(device, dtype) for x, dtype in zip(exact_inputs, dtypes, strict=True)]
+    drawn = [_draw(sizes.maps, generator, is_maps=True).to(subject.maps)]
+    for parameter in tensors_in(*sizes.values):
+        drawn.append(_draw(parameter.shape, generator, is_maps=False).to(subject.dtype))
+    exact_inputs, inputs = [x.double() for x in drawn], [x.to(device) for x in drawn]
 
     def results(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         def call(x: Tensor, *parameters: Tensor) -> Tensor:

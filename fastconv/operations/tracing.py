@@ -5,6 +5,8 @@ Imported only while tracing, because it imports the compiler.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastconv.kernels.common.errors import KernelError
@@ -22,14 +24,12 @@ def first_that_can(forced: str, device: torch.device, *dtypes: torch.dtype) -> s
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def trusts(
-    operation: str, norm: str | None, large: bool, maps: torch.dtype, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """As `selftest.trusts`, but with usual sizes: a graph's own may be symbols."""
-    subject = selftest.Subject(operation, norm, large, maps, dtype)
+def trusts(device: torch.device, *fields: Any) -> bool:
+    """As `selftest.trusts`, of a Subject's fields, but with usual sizes: a graph's own may be symbols."""
+    subject = selftest.Subject(*fields)
     try:
         return selftest.trusts(subject, device, selftest.usual_sizes(subject)) is not False
     except KernelError as error:
         # Once the graph runs, nothing could take its place.
-        fallback.warn_refused(operation, error, device)
+        fallback.warn_refused(subject.operation, error, device)
         return False

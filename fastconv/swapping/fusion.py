@@ -220,9 +220,7 @@ class ConvNeXtBlock(Block):
             return False
         # In half precision the gradient of the scale, a sum of terms that cancel, would be poor if computed from
         # that of the weights. Autocast keeps weights in float32, but in float16 a product with 1e-6 vanishes.
-        device = y.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if scale.dtype in (torch.float16, torch.bfloat16) or autocast == torch.float16:
+        if scale.dtype in (torch.float16, torch.bfloat16) or backends.autocast_dtype(y) == torch.float16:
             return False
         return y.shape[0] * y.shape[2] * y.shape[3] > weight.shape[1]
 

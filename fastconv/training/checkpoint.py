@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -60,8 +60,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint to `path`, which at any moment holds either the old one or the new."""
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **vars(self)}, file))
 
     def check_data(self, classes: list[str], image_size: list[int], train_images: int) -> None:
         """Raise CheckpointError if that is not the data trained on."""
@@ -123,13 +122,12 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} has format {state['format']}; this fastconv reads {FORMAT}: use the version that wrote it"
         )
-    expected = {field.name for field in fields(Checkpoint)}
-    if missing := expected - set(state):
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; train again")
-    found = Checkpoint(**{name: state[name] for name in expected})
     hints = get_type_hints(Checkpoint)
+    if missing := hints.keys() - state.keys():
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; train again")
     if wrong := [name for name, hint in hints.items() if not isinstance(state[name], _types(hint))]:
         raise CheckpointError(f"{path} has no proper {', '.join(wrong)}; train again")
+    found = Checkpoint(**{name: state[name] for name in hints})
     if found.losses.shape != (found.step,):
         raise CheckpointError(
             f"{path} has losses of shape {tuple(found.losses.shape)}, not of its {found.step} steps"

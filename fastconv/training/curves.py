@@ -23,13 +23,8 @@ def plot(history: Sequence[dict[str, float]], file: BinaryIO) -> None:
     figure: Any = import_extra("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
     integers = import_extra("matplotlib.ticker").MaxNLocator(integer=True)
     epochs = [metrics["epoch"] for metrics in history]
-    for axes, quantity, scale, label in zip(
-        figure.subplots(1, 2),
-        ("loss", "accuracy"),
-        (1, 100),
-        ("cross-entropy loss", "accuracy, %"),
-        strict=True,
-    ):
+    panels = [("loss", 1, "cross-entropy loss"), ("accuracy", 100, "accuracy, %")]
+    for axes, (quantity, scale, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for prefix, name in SETS.items():
             values = [scale * metrics[f"{prefix}_{quantity}"] for metrics in history]
             axes.plot(epochs, values, marker="o", markersize=4, label=name)

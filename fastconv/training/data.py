@@ -24,18 +24,7 @@ from fastconv.extras import import_extra
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -180,6 +169,12 @@ def read_image(path: Path) -> Image:
     return rgb
 
 
+def pixels_of(image: Image) -> Tensor:
+    """Return the pixels of an RGB image, uint8 [3, height, width]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
 def _load_directory(directory: Path) -> Dataset:
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory; give the one that holds the data set")
@@ -277,19 +272,21 @@ def _from_torchvision(dataset: Any) -> ImageSet:
 
 
 def _load_binary_version(folder: Path) -> Dataset:
-    batches = [_read_binary_batch(folder / f"{name}.bin") for name in _TRAIN_BATCHES]
-    train = ImageSet(
-        torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
-    )
     return Dataset(
-        train=train,
-        test=_read_binary_batch(folder / f"{_TEST_BATCH}.bin"),
+        train=_read_binary_batches(folder, *_TRAIN_BATCHES),
+        test=_read_binary_batches(folder, _TEST_BATCH),
         classes=CIFAR10_CLASSES,
         source=f"CIFAR-10, binary version (no checksums), {folder}",
     )
 
 
-def _read_binary_batch(path: Path) -> ImageSet:
+def _read_binary_batches(folder: Path, *names: str) -> ImageSet:
+    records = torch.cat([_read_records(folder / f"{name}.bin") for name in names])
+    return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
+
+
+def _read_records(path: Path) -> Tensor:
+    """Return the records of a batch, uint8 [records, bytes], with labels that are all of a class."""
     if not path.is_file():
         raise DataError(f"{path} is missing; expected data_batch_1.bin to data_batch_5.bin and test_batch.bin")
     size, expected = path.stat().st_size, _BINARY_RECORDS * _BINARY_RECORD_BYTES
@@ -301,20 +298,15 @@ def _read_binary_batch(path: Path) -> ImageSet:
     # A bytearray, because a tensor over read-only bytes would be writable all the same.
     records = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     records = records.view(_BINARY_RECORDS, _BINARY_RECORD_BYTES)
-    labels = records[:, 0].long()
-    _check_binary_labels(labels, path)
-    return ImageSet(records[:, 1:].reshape(_BINARY_RECORDS, 3, 32, 32), labels)
-
-
-def _check_binary_labels(labels: Tensor, path: Path) -> None:
-    highest = len(CIFAR10_CLASSES) - 1
-    wrong = (labels > highest).nonzero().flatten()
+    labels, highest = records[:, 0], len(CIFAR10_CLASSES) - 1
+    wrong = (labels > highest).nonzero()
     if len(wrong) > 0:
         record = int(wrong[0])
         raise DataError(
             f"{path}: record {record} has label {int(labels[record])}; expected 0 to {highest}; "
             "copy or unpack it again"
         )
+    return records
 
 
 def _load_image_folder(directory: Path) -> Dataset:
@@ -357,32 +349,27 @@ def _list_images(split: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """Return the image files of a split with their labels, class by class and sorted by name."""
     samples: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        paths = sorted(path for path in (split / name).iterdir() if _is_image(path))
+        # Some systems leave hidden files beside images, under the same suffix.
+        visible = (path for path in (split / name).iterdir() if not path.name.startswith("."))
+        paths = sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
             raise DataError(f"{split / name} holds no image; expected {', '.join(IMAGE_SUFFIXES)} files")
         samples += [(path, label) for path in paths]
     return samples
 
 
-def _is_image(path: Path) -> bool:
-    # Some systems leave hidden files beside images, under the same suffix.
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
 def _read_images(paths: Sequence[Path]) -> Tensor:
     """Return images that must be of one size as uint8 [count, 3, height, width]."""
-    width, height = read_image(paths[0]).size
-    pixels = bytearray()
+    images: list[Tensor] = []
     for path in paths:
-        image = read_image(path)
-        if image.size != (width, height):
+        images.append(pixels_of(read_image(path)))
+        (_, height, width), (_, expected_height, expected_width) = images[-1].shape, images[0].shape
+        if (width, height) != (expected_width, expected_height):
             raise DataError(
-                f"{path} is {image.width} x {image.height} pixels; expected {width} x {height} "
+                f"{path} is {width} x {height} pixels; expected {expected_width} x {expected_height} "
                 f"as in {paths[0]}; resize all images to one size"
             )
-        pixels += image.tobytes()
-    images = torch.frombuffer(pixels, dtype=torch.uint8).view(len(paths), height, width, 3)
-    return images.permute(0, 3, 1, 2).contiguous()
+    return torch.stack(images).contiguous()
 
 
 def _grey_to_8_bits(image: Any) -> Any:

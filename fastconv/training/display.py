@@ -21,7 +21,7 @@ class Display:
     """Shows a run on a console, and keeps its metrics in a file of one JSON object per line and epoch.
 
     Args:
-        console: for people; a progress bar appears only if it is a terminal.
+        console: for people; the progress bar, which shows while `bar` is entered, appears only on a terminal.
         epochs: of the run.
         metrics: the file.
         json_output: also print the lines of the file, on standard output.
@@ -43,13 +43,6 @@ class Display:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("", visible=False, epoch=0, loss=0.0, speed=0.0)
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
         self.bar.update(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastconv.extras import import_extra
 from fastconv.modules import Classifier
 from fastconv.training.checkpoint import Checkpoint, CheckpointError
-from fastconv.training.data import read_image
+from fastconv.training.data import pixels_of, read_image
 from fastconv.training.recipe import Recipe, make_model
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def read_input(path: Path, image_size: list[int]) -> Tensor:
     image: Image = import_extra("PIL.ImageOps").fit(
         read_image(path), (width, height), method=import_extra("PIL.Image").Resampling.BICUBIC
     )
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
-    return pixels.permute(0, 3, 1, 2).float() / 255
+    return pixels_of(image)[None].float() / 255
 
 
 @torch.no_grad()

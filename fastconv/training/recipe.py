@@ -10,13 +10,14 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastconv.modules import Classifier
 
-PRECISIONS = ("fp32", "bf16")
+Precision = Literal["fp32", "bf16"]
 # Their product, and the first divided by 1e-3, are scalars in AdamW that must not overflow float32.
 LARGEST_LR = 1e30
 LARGEST_WEIGHT_DECAY = 1e6
@@ -24,33 +25,25 @@ LARGEST_WEIGHT_DECAY = 1e6
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults are the lecture's.
-
-    Args:
-        epochs: passes over the training images.
-        batch_size: images per step, in training and in evaluation: the layer norm spans the batch.
-        lr, weight_decay: AdamW's.
-        width, depth, patch: the classifier's.
-        seed: decides the initial weights and the order of the images.
-        split_seed: decides the split into training and validation images.
-        precision: "fp32", or "bf16" by torch.autocast.
-        limit: use only the first so many images of each of the three sets.
+    """The defaults are the lecture's; `fastconv train` has an option for each field, with its description.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    epochs: int = 5
-    batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    width: int = 32
-    depth: int = 5
-    patch: int = 4
-    seed: int = 0
-    split_seed: int = 55
-    precision: str = "fp32"
-    limit: int | None = None
+    epochs: Annotated[int, "Passes over the training images."] = 5
+    batch_size: Annotated[int, "Images per step, and in evaluation: the layer norm spans the batch."] = 128
+    lr: Annotated[float, "AdamW's learning rate."] = 1e-3
+    weight_decay: Annotated[float, "AdamW's weight decay."] = 0.01
+    width: Annotated[int, "Channels of the first stage."] = 32
+    depth: Annotated[int, "Blocks in each of the two stages."] = 5
+    patch: Annotated[int, "Side of the stem's patches, pixels."] = 4
+    seed: Annotated[int, "Decides the initial weights and the order of images."] = 0
+    split_seed: Annotated[int, "Decides the split into training and validation images."] = 55
+    precision: Annotated[Precision, "bf16 uses torch.autocast."] = "fp32"
+    limit: Annotated[
+        int | None, "For a quick try: use only the first so many training, validation and test images."
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "width", "depth", "patch", "limit"):
@@ -64,8 +57,8 @@ class Recipe:
             raise ValueError(f"lr is {self.lr}; expected a positive number, at most {LARGEST_LR:g}")
         if not 0 <= self.weight_decay <= LARGEST_WEIGHT_DECAY:
             raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 to {LARGEST_WEIGHT_DECAY:g}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(get_args(Precision))}")
 
 
 def check_patch(recipe: Recipe, image_size: Sequence[int]) -> None:

@@ -23,7 +23,11 @@ class Convolution(NamedTuple):
     bias: Tensor | None
 
     def contiguous(self) -> Convolution:
-        return Convolution(self.weight.contiguous(), None if self.bias is None else self.bias.contiguous())
+        weight, bias = self
+        # Eager calls are bound by the host, for which another value takes longer than these questions.
+        if weight.is_contiguous() and (bias is None or bias.is_contiguous()):
+            return self
+        return Convolution(weight.contiguous(), None if bias is None else bias.contiguous())
 
 
 class Norm(NamedTuple):

@@ -438,7 +438,7 @@ import interpreter
 interpreter.install()
 import torch, fastconv
 from fastconv.operations import backends, functional, selftest
-selftest.MOST_IMAGES = selftest.SAMPLES = selftest.NEAR_SAMPLES = 1
+selftest.MOST_IMAGES = selftest.SAMPLES = 1
 backends.can_run = lambda *_: None
 worst = selftest._worst
 selftest._worst = lambda *args: print("tested") or worst(*args)
