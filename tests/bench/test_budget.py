@@ -1,12 +1,10 @@
 """The kernels' machine code against bench/tools/budget.json: compiled for GPUs that need not be there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 
 pytest.importorskip("triton")
 import triton
@@ -46,12 +44,9 @@ def rows():
     if triton.__version__ != TABLE["triton"]:
         pytest.skip(f"the table is for triton {TABLE['triton']}, this is {triton.__version__}")
     # One GPU and one precision: to compile all of the table takes the cores several minutes.
-    command = [sys.executable, "-m", "bench.tools.budget", "--json", "--architecture", "sm_90", "--dtype", "bf16"]
+    arguments = "-m", "bench.tools.budget", "--json", "--architecture", "sm_90", "--dtype", "bf16"
     # Other tests interpret the kernels, and so would this process.
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(printed_by(*arguments, cwd=ROOT, TRITON_INTERPRET="0"))
 
 
 @pytest.mark.slow

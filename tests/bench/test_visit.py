@@ -1,7 +1,6 @@
 """The visit to a GPU, as far as it goes without one: its plan, its cache of kernels, and what it prints."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import torch
+from processes import printed_by
 
 pytest.importorskip("triton")
 from fastconv.bench.tools.visit import (
@@ -69,8 +69,7 @@ sys.meta_path.insert(0, Missing())
 import fastconv.bench.tools.visit.prove, fastconv.bench.tools.visit.measure, fastconv.bench.tools.visit.whole
 import fastconv.bench.tools.visit.benchmarks, fastconv.bench.tools.visit.training
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    printed_by("-c", code)
 
 
 # Launches the kernels of a layer norm, forward and backward.
@@ -87,11 +86,9 @@ with kernels_only():
 
 def launch_kernels(folder):
     """What Triton found in the cache `folder`/cache, and what it compiled into it."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_STORE_BINARY_ONLY": "1"}
+    environment = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_STORE_BINARY_ONLY": "1"}
     environment |= {compilations.VARIABLE: str(folder / "noted"), "FASTCONV_SELFTEST": "0"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    printed_by("-c", LAUNCHES, **environment, TRITON_INTERPRET=None)
     return compilations.found(folder / "noted")
 
 

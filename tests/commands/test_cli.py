@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 
 import fastconv
 from fastconv import machine
@@ -331,10 +332,7 @@ def test_info(run):
 
 def test_the_environment_forces_a_backend_and_sets_the_encoding():
     def info(*options, **environment):
-        command = [sys.executable, "-m", "fastconv", "info", *options]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, check=False, capture_output=True, text=True
-        )
+        return run_python("-m", "fastconv", "info", *options, **environment)
 
     forced = json.loads(info("--json", FASTCONV_BACKEND="reference").stdout)
     assert {choice["runs"] for choice in forced["operations"]["cpu"].values()} == {"reference"}

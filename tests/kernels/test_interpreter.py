@@ -1,8 +1,5 @@
 """The corrected interpreter, against PyTorch's rounding and float64; and the faults that it must catch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from interpreter import products, replacing
+from processes import run_python
 
 SIZE = 1024
 
@@ -539,14 +537,7 @@ def test_descriptors_are_checked_within_their_shape():
 
 def test_an_import_of_triton_that_came_too_early_is_refused():
     program = "import triton, interpreter; interpreter.install()"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", program, cwd=Path(__file__).parents[1], TRITON_INTERPRET=None)
     assert done.returncode == 1
     assert "was imported before TRITON_INTERPRET=1 was set; import tests/interpreter before" in done.stderr
 

@@ -1,12 +1,10 @@
 """Launches through Triton's own launcher, over a libcuda that runs nothing: what a GPU would be given."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
@@ -96,11 +94,7 @@ print(*seen)
 
 
 def printed(code):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return printed_by("-c", code, cwd=ROOT, TRITON_INTERPRET="0").split()
 
 
 def test_a_launch_gives_the_driver_what_the_jit_gives_it():

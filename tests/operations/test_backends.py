@@ -1,26 +1,13 @@
 """Forcing a backend, and what importing fastconv costs."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import printed_by
 
 import fastconv
 from fastconv.operations import backends, dispatch, functional, portable, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_auto_takes_the_portable_path_without_a_gpu():
@@ -165,8 +152,8 @@ def test_the_dtype_that_counts_is_that_of_autocast(monkeypatch, dtype, autocast,
 
 def test_the_environment_variable_forces_one():
     code = "from fastconv.operations import backends; print(backends.current())"
-    assert run_python(code, FASTCONV_BACKEND="reference").stdout.strip() == "reference"
-    assert run_python(code, FASTCONV_BACKEND="").stdout.strip() == "auto"
+    assert printed_by("-c", code, FASTCONV_BACKEND="reference").strip() == "reference"
+    assert printed_by("-c", code, FASTCONV_BACKEND="").strip() == "auto"
 
 
 def test_a_wrong_environment_variable_is_named_when_it_is_used(monkeypatch):
@@ -193,6 +180,6 @@ from fastconv.kernels.common.values import Convolution, Norm
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 print(torch.cuda.is_initialized())
 """
-    added, initialized = run_python(code).stdout.splitlines()
+    added, initialized = printed_by("-c", code).splitlines()
     assert added == "['fastconv']"
     assert initialized == "False"

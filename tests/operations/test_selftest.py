@@ -5,9 +5,7 @@
 
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import types
@@ -16,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import block, random_block
+from cases import draw
 from oracle import assert_accurate
+from processes import printed_by
 from torch.utils.checkpoint import checkpoint
 
 import fastconv
 from fastconv import accuracy, machine
+from fastconv.checking.inputs import Sizes
 from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, tensors_in
 from fastconv.kernels.decisions import LARGEST_TOEPLITZ_MAP
@@ -38,7 +38,6 @@ from fastconv.operations import (
 )
 
 CPU = torch.device("cpu")
-SHAPE = (3, 4, 5, 6, 2, (3, 3))
 NORM = Norm("tensor", 1e-5, None, None)
 X = torch.linspace(-1, 1, 3 * 4 * 5 * 6).view(3, 4, 5, 6)
 
@@ -179,7 +178,7 @@ def test_large_maps_and_autocast_are_tested_by_themselves(plant, silent, tmp_pat
     functional.depthwise_conv_layer_norm(X, weight)
     functional.depthwise_conv_layer_norm(torch.rand(1, 4, 17, 16), weight)
     with torch.autocast("cpu", torch.bfloat16):
-        block(functional)(*(t.float() for t in random_block(SHAPE)))
+        functional.convnext_block(**draw("convnext_block", Sizes(3, 4, 5, 6, 2, (3, 3))))
     assert list(recorded(tmp_path)) == [
         "depthwise_conv_layer_norm, tensor, float32",
         "depthwise_conv_layer_norm, tensor, float32, large maps",
@@ -203,7 +202,7 @@ def test_where_few_values_are_normalised_others_are_tested(plant, silent):
 
 
 def test_sizes_are_those_of_the_call_with_few_images():
-    *parameters, norm_weight, norm_bias = random_block((1, 64, 1, 1, 2, (5, 5)))[1:]
+    _, *parameters, norm_weight, norm_bias = draw("convnext_block", Sizes(1, 64, 1, 1, 2, (5, 5))).values()
     convolutions = [Convolution(*parameters[i : i + 2]) for i in (0, 2, 4)]
     norm = Norm("tensor", 1e-6, norm_weight, norm_bias)
     x = torch.empty(100, 64, 300, 500, device="meta").contiguous(memory_format=torch.channels_last)
@@ -451,16 +450,8 @@ def test_the_second_process_does_not_test_again(tmp_path):
     pytest.importorskip("triton")
     for expected in (["tested"], []):
         code = FIRST_USE.format(tests=str(Path(__file__).parents[1]))
-        environment = {**os.environ, "FASTCONV_SELFTEST": "1", "FASTCONV_CACHE": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == expected
+        cache = {"FASTCONV_SELFTEST": "1", "FASTCONV_CACHE": str(tmp_path)}
+        assert printed_by("-W", "error", "-c", code, **cache).split() == expected
     assert recorded(tmp_path)["layer_norm, tensor, float32"]["right"]
 
 
@@ -505,13 +496,8 @@ assert torch.equal(gradient, torch.autograd.grad(functional.layer_norm(x).sum(),
 def test_a_kernel_of_ours_that_cannot_run(tmp_path, fault, reason, setting):
     pytest.importorskip("triton")
     code = REFUSED.format(tests=str(Path(__file__).parents[1]), fault=fault)
-    environment = {**os.environ, "FASTCONV_SELFTEST": setting, "FASTCONV_CACHE": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    forced, warned = done.stdout.splitlines()
+    environment = {"FASTCONV_SELFTEST": setting, "FASTCONV_CACHE": str(tmp_path), "TRITON_INTERPRET": None}
+    forced, warned = printed_by("-c", code, **environment).splitlines()
     assert forced.startswith('backend "triton" cannot run layer_norm: kernel norm_moments: ')
     assert reason in forced
     assert warned.startswith("fastconv: Triton kernel norm_moments of layer_norm cannot run: ")
