@@ -36,7 +36,7 @@ class Error(NamedTuple):
 
     @property
     def right(self) -> bool:
-        # A NaN is never at most anything.
+        # False if ours is NaN.
         return self.ours <= self.bound
 
     @property

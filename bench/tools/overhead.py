@@ -31,7 +31,7 @@ OPERATIONS = (
     budget.pointwise_conv_gelu,
     budget.layer_norm,
 )
-# Rounds in which all calls take turns, as long as the machine's mood.
+# Rounds in which all calls take turns, because the machine's speed drifts.
 ROUNDS = 10
 
 

@@ -50,7 +50,7 @@ INPUTS = {
     "11x7 sliced, no bias": Input(Sizes(3, 5, 11, 7, 2, (5, 5)), layout="sliced", bias=False),
     "2x3 under a 9x5 kernel": Input(Sizes(7, 5, 2, 3, 3, (9, 5)), layout="batch_last"),
     "one 7x7 image": Input(Sizes(1, 4, 7, 7, 4, SQUARE), affine=True),
-    # Not small either: see fastconv.operations.portable.
+    # Not small either: see fastconv.operations.decisions.
     "17x19": Input(Sizes(8, 13, 17, 19, 3, SQUARE), affine=True),
     # E[x^2] - E[x]^2 has no digit left.
     "mean 1000 x std": Input(Sizes(16, 4, 8, 8, 4, SQUARE), mean=1000.0),

@@ -1,4 +1,4 @@
-"""The operations on columns as autograd functions, each with its backward written by hand.
+"""The portable path's operations on columns as autograd functions, each with its backward written by hand.
 
 Inputs and gradients are maps. Results are columns in memory order, and not a view: one that a Function returns may
 not be changed in place; and torch.compile expects gradients with the strides of the output, but hands over

@@ -60,7 +60,7 @@ def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, 
         try:
             trusted = selftest.trusts(subject, device, selftest.sizes_of(subject, x, values))
         except KernelError:
-            # That depends on sizes: each call meets it again.
+            # Whether a kernel compiles depends on sizes: later calls may raise this too.
             trusted = True
         if trusted is None:
             return name

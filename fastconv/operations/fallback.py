@@ -36,5 +36,5 @@ def _warn(key: tuple[str, ...], problem: str, device: torch.device) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-    # Not before: where warnings are errors each must be one.
+    # Only after the warning: where warnings are errors, every call must raise.
     _WARNED.add(key)

@@ -42,7 +42,9 @@ _TRUSTED: dict[tuple[torch.device, Subject], bool] = {}
 
 
 class Subject(NamedTuple):
-    """What one test covers: an operation, and everything that decides which kernels it runs.
+    """What one test covers: an operation with one norm, its dtypes, and small or large maps.
+
+    GELU's `approximate`, and the widths from which other kernels run, are not told apart.
 
     Args:
         norm: what the operation's norm is computed over; None if it has no norm.

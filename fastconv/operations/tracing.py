@@ -30,6 +30,6 @@ def trusts(device: torch.device, *fields: Any) -> bool:
     try:
         return selftest.trusts(subject, device, selftest.usual_sizes(subject)) is not False
     except KernelError as error:
-        # Once the graph runs, nothing could take its place.
+        # Once the graph runs, it cannot fall back.
         fallback.warn_refused(subject.operation, error, device)
         return False

@@ -46,8 +46,8 @@ def save(device: torch.device, subject: str, verdict: Verdict) -> None:
     path = _path(device)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: other processes may write at the same time. The last one wins, and what it lost is
-        # tested again.
+        # Each process writes a file of its own first, since others may write at the same time. The last one wins,
+        # and what it lost is tested again.
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)

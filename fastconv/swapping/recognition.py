@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastconv.operations import functional
 from fastconv.swapping import parts
 from fastconv.swapping.fusion import Chain, ConvNeXtBlock, Fusion, LectureBlock, LectureClassifier
 from fastconv.swapping.parts import with_article
@@ -134,7 +133,7 @@ def _of_block(block: _Block) -> Hypotheses:
     """What a block without objections may be."""
     products = block.depthwise, block.pointwise, block.projection
     if block.norm is None or block.approximate is None:
-        return Hypotheses([LectureBlock(*products, norm=norm) for norm in functional.NORMS[:2]])
+        return Hypotheses([LectureBlock(*products, norm=norm) for norm in ("tensor", "sample")])
     scale = block.scales[0] if block.scales else None
     plain = ConvNeXtBlock(*products, norm=block.norm, scale=scale, approximate=block.approximate)
     variants, otherwise = [plain], None

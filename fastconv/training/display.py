@@ -22,7 +22,7 @@ class Display:
 
     Args:
         console: for people; the progress bar, which shows while `bar` is entered, appears only on a terminal.
-        epochs: of the run.
+        epochs: the run's number of epochs.
         metrics: the file.
         json_output: also print the lines of the file, on standard output.
     """

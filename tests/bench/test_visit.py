@@ -144,7 +144,7 @@ def test_a_damaged_archive_is_an_error(tmp_path):
         kernel_cache.read_manifest(archive)
 
 
-def test_what_was_compiled_is_told_by_name(tmp_path):
+def test_what_was_compiled_is_reported_by_name(tmp_path):
     lines = [{"kernel": "a", "hit": True}, {"kernel": "b", "hit": False}, {"kernel": "b", "hit": False}]
     for process, line in enumerate(lines):
         (tmp_path / str(process)).write_text(json.dumps(line) + "\n")

@@ -135,7 +135,7 @@ def test_autocast(device):
 @pytest.mark.parametrize(
     ("precision", "least", "most"), [("highest", 1e-8, 2e-6), ("high", 5e-5, 5e-3), ("medium", 5e-4, 2e-2)]
 )
-def test_float32_products_are_as_precise_as_pytorch_is_told(precision, least, most, device):
+def test_float32_products_are_as_precise_as_pytorch_is_set_to(precision, least, most, device):
     """tf32 keeps 10 bits of float32's mantissa, bfloat16 7."""
     # With fewer channels the gradient of the first bias is nearly zero, and its relative error large.
     tensors = draw("convnext_block", Sizes(16, 4, 8, 8, 4, (7, 7)))

@@ -410,7 +410,7 @@ def test_a_forced_backend_says_which_kernel_cannot_run(plant):
     )
 
 
-def test_info_tells_the_verdicts(plant, run, monkeypatch):
+def test_info_reports_the_verdicts(plant, run, monkeypatch):
     plant(layer_norm=wrong_norm)
     functional.patch_conv(X, torch.rand(5, 4, 2, 2))
     with pytest.warns(RuntimeWarning):

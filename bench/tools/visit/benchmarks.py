@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ... import contenders, results, suite, workloads
 from ...contenders import Contender
 from ...suite import Row
-from ...workloads import LECTURE, Epoch, Workload
+from ...workloads import LECTURE, ConvNextBlock, Epoch, Workload
 from . import compilations, report
 from .stage import DEVICE, ON_GPU
 
@@ -36,15 +36,12 @@ def series(stage: str) -> list[Series]:
         ways = [way for way in ways if way.compile_mode is None]
     if not ON_GPU:
         # Where bfloat16 takes a CPU minutes.
-        chosen = {"measure": workloads.quick()[-5:-4], "whole": workloads.convnext(2)[3:4]}
+        chosen = {"measure": [ConvNextBlock(1, *LECTURE[0])], "whole": workloads.convnext(2)[3:4]}
         return [Series("float32", chosen[stage], ways)]
     if stage == "measure":
         quick = workloads.quick()
-        return [
-            Series("bfloat16", quick, ways),
-            Series("tf32", quick[:5], ways),
-            Series("float32", quick[:5], ways),
-        ]
+        of_lecture = [workload for workload in quick if workload.images == 128]
+        return [Series("bfloat16", quick, ways), *(Series(name, of_lecture, ways) for name in ("tf32", "float32"))]
     return [Series("bfloat16", [*workloads.convnext(64), Epoch(128, *LECTURE[0])], ways)]
 
 
