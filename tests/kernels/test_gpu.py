@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton kernels; `tests/test_triton.py` compares their numbers there too."""
+"""What only a GPU can show of the Triton kernels; `test_triton.py` compares their numbers there too."""
 
 import copy
 import os
