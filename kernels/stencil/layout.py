@@ -25,7 +25,9 @@ def taps_first(weight: Tensor) -> Tensor:
 
 def new_channels_last(x: Tensor, channels: int) -> Tensor:
     """Uninitialised maps like `x` but for their channels, which lie side by side."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], channels).permute(0, 3, 1, 2)
+    size = x.shape[0], channels, *x.shape[2:]
+    # Not a view of NHWC memory: autograd forbids to change a view in place that a custom function returned.
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:

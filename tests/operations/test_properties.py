@@ -112,8 +112,13 @@ def test_double_backward_raises(call, leaves, loss):
         torch.autograd.grad(loss(call(**leaves)), leaves["x"], create_graph=True)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("operation", [f"{name}, tensor" for name in NORMED])
+@pytest.mark.parametrize(
+    ("operation", "layout"),
+    [
+        *((f"{name}, tensor", layout) for name in NORMED for layout in FORMATS),
+        *((f"{name}, channel", layout) for name in NORMED for layout in ("contiguous", "channels_last")),
+    ],
+)
 def test_results_may_be_changed_in_place(call, leaves, layout):
     x = in_format(leaves.pop("x"), layout)
     grads = [
