@@ -2,7 +2,8 @@
 
     python -m bench.tools.readme
 
-rewrites the tables between two pairs of marks, for a CPU and for a GPU, and the pictures.
+rewrites what stands between pairs of marks: the picture at the top, and the tables and pictures of a CPU and of
+a GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from ..suite import Row
 from ..workloads import TrainingStep
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-BEGINS = {machine: f"<!-- python -m bench.tools.readme, {machine}: begin -->\n" for machine in ("CPU", "GPU")}
+MACHINES = ("CPU", "GPU")
+BEGINS = {name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n" for name in ("top", *MACHINES)}
 END = "<!-- end -->\n"
+# The picture at the top: whose, and which.
+TOP = ("CPU", "speedups")
 # What the tables show: the batch of the lecture, at its first stage.
 SHOWN = {"images": 128, "channels": 32, "side": 8}
 
@@ -37,31 +41,35 @@ def shown(rows: list[Row]) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in SHOWN.items())]
 
 
-def section(machine: str) -> str:
-    """What stands between the marks."""
-    path = committed(machine)
+def picture(machine: str, suffix: str) -> str:
+    return f"![{plots.PICTURES[suffix].title}](bench/results/{committed(machine).stem}-{suffix}.png)"
+
+
+def section(name: str) -> str:
+    """What stands between the marks of one of BEGINS."""
+    if name == "top":
+        return picture(*TOP) + "\n"
+    path = committed(name)
     about, rows = results.read(path)
     # Results of a GPU go on with other dtypes.
     chosen = [row for row in shown(rows) if row["dtype"] == rows[0]["dtype"]]
-    pictures = [
-        f"![{picture.title}](bench/results/{path.stem}-{suffix}.png)" for suffix, picture in plots.PICTURES.items()
-    ]
+    pictures = [picture(name, suffix) for suffix in plots.PICTURES if (name, suffix) != TOP]
     return "\n\n".join([f"{tables.machine(about)}:", tables.speedups(chosen), *pictures]) + "\n"
 
 
 def rewritten(text: str) -> str:
     """The README with its sections rewritten."""
-    for machine, mark in BEGINS.items():
+    for name, mark in BEGINS.items():
         before, begin, rest = text.partition(mark)
         _, end, after = rest.partition(END)
         if not (begin and end):
             raise results.ResultsError(f"{README.name} lacks the lines {mark.strip()} and {END.strip()}")
-        text = f"{before}{mark}\n{section(machine)}\n{END}{after}"
+        text = f"{before}{mark}\n{section(name)}\n{END}{after}"
     return text
 
 
 def main() -> None:
-    for machine in BEGINS:
+    for machine in MACHINES:
         path = committed(machine)
         plots.write_all(results.read(path)[1], path)
     README.write_text(rewritten(README.read_text()))

@@ -359,7 +359,7 @@ def assert_pictures_are_of(rows, path):
 def test_the_readme_shows_the_committed_results():
     text = readme.README.read_text()
     assert readme.rewritten(text) == text, "run python -m bench.tools.readme"
-    for machine in readme.BEGINS:
+    for machine in readme.MACHINES:
         path = readme.committed(machine)
         assert_pictures_are_of(results.read(path)[1], path)
 
