@@ -334,13 +334,13 @@ def test_the_environment_forces_a_backend_and_sets_the_encoding():
     def info(*options, **environment):
         return run_python("-m", "fastconv", "info", *options, **environment)
 
-    forced = json.loads(info("--json", FASTCONV_BACKEND="reference").stdout)
-    assert {choice["runs"] for choice in forced["operations"]["cpu"].values()} == {"reference"}
-    assert "nothing" in info(FASTCONV_BACKEND="triton", TRITON_INTERPRET="0").stdout
+    # Each process takes seconds to import torch.
+    forced = info(FASTCONV_BACKEND="triton", TRITON_INTERPRET="0", PYTHONIOENCODING="ascii")
+    assert forced.returncode == 0
+    assert "nothing" in forced.stdout
     wrong = info(FASTCONV_BACKEND="fast")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("fastconv: FASTCONV_BACKEND is 'fast'; expected one of triton")
-    assert info(PYTHONIOENCODING="ascii").returncode == 0
 
 
 def test_help_and_version(run):
@@ -419,7 +419,7 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     unbroken = loop.train(recipe, data.load(folder), torch.device("cpu"), tmp_path / "unbroken.pt", Silent(), None)
     out, rng = tmp_path / "run", random.Random(0)
     options = ["--epochs", "40", *SMALL[2:]]
-    for _ in range(3):
+    for _ in range(2):
         process = start(folder, out, *options)
         wait_for(out / "config.json", process)
         time.sleep(rng.uniform(0.02, 0.4))
