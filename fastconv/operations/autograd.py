@@ -8,6 +8,7 @@ contiguous ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(ctx: Any, grad: Tensor) -> Any:
         check_differentiated_once()
-        with torch.no_grad():
+        # A backward may run where autocast is on, which would round what it multiplies.
+        kind = grad.device.type
+        with torch.no_grad(), nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             return backward(ctx, from_memory_order(grad, ctx.geometry))
 
     return call
@@ -61,7 +64,7 @@ class LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, scale = ctx.saved_tensors
         grad_x = normalise_backward(grad, h, scale, ctx.dims)
-        return from_columns(grad_x.to(grad.dtype), ctx.geometry), None, None, None
+        return from_columns(grad_x, ctx.geometry), None, None, None
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -125,8 +128,7 @@ class DepthwiseConvLayerNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         geometry = ctx.geometry
         grad_h = normalise_backward(grad, h, scale, ctx.dims)
-        grad_bias = grad_h.sum((1, 2)).to(weight.dtype) if needs_bias else None
-        grad_h = grad_h.to(columns.dtype)
+        grad_bias = grad_h.sum((1, 2)) if needs_bias else None
         grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
         grad_x = None if grad_x is None else from_columns(grad_x, geometry)
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -192,11 +194,9 @@ class ConvNextBlock(torch.autograd.Function):
         grad_pointwise = grad_z.flatten(1) @ h.flatten(1).t() if needs_pointwise else None
         grad_x = grad_depthwise = grad_depthwise_bias = None
         if needs_x or needs_depthwise or needs_depthwise_bias:
-            grad_h = mix_channels(pointwise.t(), grad_z, geometry).to(scale.dtype)
+            grad_h = mix_channels(pointwise.t(), grad_z, geometry)
             grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
-            # A sum of terms that almost cancel, taken before they are rounded to half precision.
-            grad_depthwise_bias = grad_h.sum((1, 2)).to(h.dtype) if needs_depthwise_bias else None
-            grad_h = grad_h.to(h.dtype)
+            grad_depthwise_bias = grad_h.sum((1, 2)) if needs_depthwise_bias else None
             grad_x, grad_depthwise = convolve_backward(
                 grad_h, columns, depthwise, matrix, geometry, needs_x, needs_depthwise
             )
@@ -211,4 +211,4 @@ def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     z = product * scale
     if bias is not None:
         z.add_(bias[:, None, None])
-    return z.to(product.dtype)
+    return z

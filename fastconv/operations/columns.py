@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import accumulator
-
 # Elements from which a copy by tiles is faster: see bench/NOTES.md.
 LEAST_TILED = 2**19
 
@@ -68,15 +66,19 @@ def from_memory_order(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def restore_format(y: Tensor, x: Tensor) -> Tensor:
-    """Give `y` the memory format of `x`, so that a caller who passes plain tensors may `view` the result."""
-    if x.is_contiguous():
-        # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
-        if y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
-            return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
-        return y.contiguous()
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+    """Give `y` the memory format of `x`: contiguous, so that a caller may `view` the result, or channels_last.
+
+    Maps in batch-last come from another operation, and what follows takes the result as it is.
+    """
+    if not x.is_contiguous():
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return y.contiguous(memory_format=torch.channels_last)
+        if x.permute(1, 2, 3, 0).is_contiguous():
+            return y
+    # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
+    if y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
+        return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
+    return y.contiguous()
 
 
 def tap_index(height: int, width: int, kernel: torch.Size, device: torch.device) -> Tensor:
@@ -102,11 +104,12 @@ def toeplitz_matrix(weight: Tensor, channels: int, geometry: Geometry) -> Tensor
 
 def fold_onto_taps(matrix: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The transpose of `toeplitz_matrix`: sums the gradient of the matrix over the entries of each tap."""
-    entries = matrix.reshape(weight.shape[0], -1).to(accumulator(matrix))
+    entries = matrix.reshape(weight.shape[0], -1)
     taps = entries.new_zeros(weight.shape[0], weight.shape[2] * weight.shape[3] + 1)
     index = tap_index(geometry.height, geometry.width, weight.shape[2:], weight.device)
     taps.index_add_(1, index, entries)
-    return taps[:, :-1].reshape(weight.shape).to(weight.dtype)
+    # A gradient has the parameter's own strides, which DistributedDataParallel expects.
+    return taps[:, :-1].reshape(weight.shape).contiguous()
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +119,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Ten
         y = F.conv2d(from_columns(x, geometry), weight, padding="same", groups=channels)
         return to_columns(y, geometry), None
     matrix = toeplitz_matrix(weight, channels, geometry)
-    return torch.bmm(matrix, x).view(-1, *x.shape[1:]), matrix
+    return torch.bmm(matrix, x).view(weight.shape[0], *x.shape[1:]), matrix
 
 
 def convolve_backward(

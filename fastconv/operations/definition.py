@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastconv.kernels.common.values import Value
+from fastconv.kernels.common.values import Convolution, Value, map_tensors
 from fastconv.operations import reference
 
 # The names of each operation's arguments.
@@ -32,6 +32,10 @@ def arguments(operation: str, x: Tensor, *values: Value) -> dict[str, Any]:
 
 
 def call(operation: str, x: Tensor, *values: Value) -> Tensor:
-    """The result of an operation as `reference` defines it."""
+    """The result of an operation as `reference` defines it, computed in the dtype of its weights."""
+    first = values[0]
+    dtype = first.weight.dtype if isinstance(first, Convolution) else x.dtype
+    # Under autocast norms have parameters that are wider, which PyTorch takes on a CPU only.
+    values = map_tensors(lambda parameter: parameter.to(dtype), *values)
     result: Tensor = getattr(reference, operation)(**arguments(operation, x, *values))
     return result

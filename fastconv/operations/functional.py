@@ -215,7 +215,7 @@ def _run(
     autocast_dtype: torch.dtype | None = None,
     autocast_x: bool = True,
 ) -> Tensor:
-    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype."""
+    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype. Norms keep their parameters'."""
     dtype = backends.autocast_dtype(x)
     if dtype is None:
         return dispatch.run(operation, x, values)
@@ -225,8 +225,9 @@ def _run(
         # Autocast leaves float64 alone.
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
+    cast_values = [value if isinstance(value, Norm) else map_tensors(cast, value)[0] for value in values]
     with torch.autocast(x.device.type, enabled=False):
-        return dispatch.run(operation, cast(x) if autocast_x else x, map_tensors(cast, *values))
+        return dispatch.run(operation, cast(x) if autocast_x else x, tuple(cast_values))
 
 
 # An eager step on a GPU is bound by the host: attributes that cost a call into PyTorch are read once.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastconv.kernels.common.rules import accumulator
 from fastconv.kernels.common.values import span
 from fastconv.operations.columns import Geometry, in_memory_order
 
@@ -19,18 +18,18 @@ def statistics_dims(norm: str, geometry: Geometry) -> tuple[int, ...]:
 
 
 def mean_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.mean(dims, keepdim=True, dtype=accumulator(x))
+    return x.mean(dims, keepdim=True)
 
 
 def mean_square(x: Tensor, dims: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """The mean of squares, keeping `dims`, in float32 or better."""
+    """The mean of squares, keeping `dims`."""
     contiguous_dim = 2 if geometry.batch_last else 0
     if contiguous_dim in dims:
         # By rows: vector_norm squares and sums in one pass, but over a long row it loses digits (1e-5 in a
         # million elements), and along a dimension that is not contiguous it is slow.
-        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True, dtype=accumulator(x))
+        rows = torch.linalg.vector_norm(x, dim=contiguous_dim, keepdim=True)
         return mean_over(rows.square(), dims) / x.shape[contiguous_dim]
-    return mean_over(x.to(accumulator(x)).square(), dims)
+    return mean_over(x.square(), dims)
 
 
 def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, geometry: Geometry) -> Tensor:
@@ -40,17 +39,19 @@ def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, ge
     over_channels = mean_over(h, (0,))
     mean = mean_over(over_channels, dims)
     mean = mean + mean_over(over_channels - mean, dims)
+    # The mean of equal values is that value: a last digit beside it would be all that is left, and normalised.
+    first = h[tuple(slice(1) if dim in dims else slice(None) for dim in range(3))]
+    mean = torch.where((first - mean).abs() <= 2 * torch.finfo(h.dtype).eps * mean.abs(), first, mean)
     if bias is None:
         h.sub_(mean)
     else:
-        bias = bias.to(mean.dtype)
         bias = bias - bias.mean()
         h.add_((bias - bias.mean())[:, None, None] - mean)
     return (mean_square(h, dims, geometry) + eps).rsqrt()
 
 
 def normalised(h: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
-    return (in_memory_order(h, geometry) * in_memory_order(scale, geometry)).to(h.dtype)
+    return in_memory_order(h, geometry) * in_memory_order(scale, geometry)
 
 
 def normalise_backward(grad: Tensor, h: Tensor, scale: Tensor, dims: tuple[int, ...]) -> Tensor:

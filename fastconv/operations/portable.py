@@ -8,17 +8,23 @@ r = 1 / sqrt(mean(h^2) + eps), the normalised tensor is r h, and W (r h) = r (W 
 Subtracting the mean before the product, rather than correcting after it, keeps the result accurate when the
 mean is much larger than the standard deviation.
 
+Half precision is computed in float32 and rounded once, at the end. Its range is too small for sums of gradients,
+and processors without instructions for it take many times as long.
+
 `decisions.py` says which form an operation takes, and `autograd.py` has the gradients.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import gelu
-from fastconv.kernels.common.values import Convolution, Norm
+from fastconv.kernels.common.rules import accumulator, gelu
+from fastconv.kernels.common.values import Convolution, Norm, Value, map_tensors
 from fastconv.operations import autograd, decisions, definition, reference
 from fastconv.operations.columns import (
     Geometry,
@@ -32,6 +38,24 @@ from fastconv.operations.columns import (
 from fastconv.operations.decisions import Form
 
 
+def in_float32(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation of maps and values, which computes what is in half precision in float32."""
+
+    @functools.wraps(operation)
+    def call(x: Tensor, *values: Value) -> Tensor:
+        first = values[0]
+        # A block adds to maps that may be wider than its weights.
+        dtype = torch.promote_types(x.dtype, first.weight.dtype) if isinstance(first, Convolution) else x.dtype
+        return operation(_widened(x), *map_tensors(_widened, *values)).to(dtype)
+
+    return call
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(accumulator(x))
+
+
+@in_float32
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
     if form == "pytorch channels last":
@@ -42,6 +66,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     return norm.affine(_maps_like(x, y, batch_last))
 
 
+@in_float32
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     form = decisions.depthwise_conv_layer_norm(x, depthwise, norm)
     match form:
@@ -56,6 +81,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
             return norm.affine(_maps_like(x, y, batch_last))
 
 
+@in_float32
 def convnext_block(
     x: Tensor,
     depthwise: Convolution,
@@ -80,6 +106,7 @@ def convnext_block(
             return _maps_like(x, y, batch_last)
 
 
+@in_float32
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
     form = decisions.pointwise_conv_gelu(x)
     if form == "pytorch":
@@ -89,6 +116,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
     return restore_format(from_columns(gelu(columns, approximate), geometry), x)
 
 
+@in_float32
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     images, channels, height, width = x.shape
     outputs, _, patch_height, patch_width = conv.weight.shape

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype
+from ..common.layout import flat_pixels, in_dtype, new_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from ..toeplitz.tiling import ToeplitzTiling
@@ -40,7 +40,7 @@ class ForwardPlan:
         self.collapse = self.tiling.collapse_moments(self.tiling.parts)
         self.norm_mlp_residual = MlpTiling(self.tiling, inputs.weight, inputs.approximate).forward(
             x,
-            torch.empty_like(x),
+            new_like(x),
             self.collapse.parts,
             inputs.eps,
             inputs.bias is not None,
@@ -60,7 +60,7 @@ class ForwardPlan:
 
 def _results(x: Tensor, weight: Tensor, tiling: ToeplitzTiling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = weight.new_empty(tiling.images, weight.shape[0], tiling.pixels)
-    return torch.empty_like(x), tiling.new_h(weight), tiling.new_moments(weight), z
+    return new_like(x), tiling.new_h(weight), tiling.new_moments(weight), z
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +98,7 @@ class BackwardPlan:
             (inputs.h.stride(0), inputs.h.stride(1), 1),
             x,
             grad,
-            torch.empty_like(x),
+            new_like(x),
             self.collapse_moments.parts,
             self.collapse_sums.parts,
             inputs.eps,
@@ -108,7 +108,7 @@ class BackwardPlan:
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         grad, x, depthwise_weight, weight, projection, h, moments, z, *_ = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         if x.numel() == 0:
             return grad_x, moments.new_zeros(self.length)
         parameters = moments.new_empty(self.length)
@@ -141,7 +141,7 @@ def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     parameters = inputs.x.new_empty(sum(_gradient_sizes(inputs)), dtype=accumulator(inputs.weight))
-    return torch.empty_like(flat_pixels(inputs.x)), parameters
+    return new_like(flat_pixels(inputs.x)), parameters
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels
+from ..common.layout import flat_pixels, new_like, parameter_dtypes
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from .tiling import ChannelNormTiling
@@ -27,11 +26,11 @@ class ForwardPlan:
         x, weight, bias, eps = inputs
         x = flat_pixels(x)
         self.tiling = ChannelNormTiling(x)
-        self.launch = self.tiling.forward(x, torch.empty_like(x), weight is not None, bias is not None, eps)
+        self.launch = self.tiling.forward(x, new_like(x), weight is not None, bias is not None, eps)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         x = flat_pixels(inputs.x)
-        y, statistics = torch.empty_like(x), self.tiling.new_statistics(x)
+        y, statistics = new_like(x), self.tiling.new_statistics(x)
         if x.numel() > 0:
             self.launch(x, inputs.weight, inputs.bias, y, statistics[0], statistics[1])
         return y, statistics
@@ -39,7 +38,7 @@ class ForwardPlan:
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return torch.empty_like(x), ChannelNormTiling(x).new_statistics(x)
+    return new_like(x), ChannelNormTiling(x).new_statistics(x)
 
 
 class BackwardInputs(NamedTuple):
@@ -57,13 +56,13 @@ class BackwardPlan:
         grad, x, _, weight, needs_parameters = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
         self.backward = ChannelNormTiling(x).backward(
-            grad, x, torch.empty_like(x), True, weight is not None, needs_parameters
+            grad, x, new_like(x), True, weight is not None, needs_parameters
         )
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         grad, x, statistics, weight, needs_parameters = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         if x.numel() == 0:
             return grad_x, _parameters_like(x, needs_parameters).zero_()
         return grad_x, self.backward(grad, x, statistics[0], statistics[1], weight, grad_x)
@@ -75,11 +74,12 @@ def _parameters_like(x: Tensor, needed: bool) -> Tensor:
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return torch.empty_like(x), _parameters_like(x, inputs.needs_parameters)
+    return new_like(x), _parameters_like(x, inputs.needs_parameters)
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs.x, output[1], inputs.weight)
+    ctx.dtypes = parameter_dtypes(inputs.weight, inputs.bias)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
@@ -89,8 +89,8 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     grad_x, parameters = channel_layer_norm_backward(inputs, forward=ctx)
     return {
         "x": grad_x,
-        "weight": parameters[0].to(grad.dtype) if needs_weight else None,
-        "bias": parameters[1].to(grad.dtype) if needs_bias else None,
+        "weight": parameters[0].to(ctx.dtypes[0]) if needs_weight else None,
+        "bias": parameters[1].to(ctx.dtypes[1]) if needs_bias else None,
     }
 
 

@@ -20,6 +20,16 @@ def new_maps(x: Tensor, channels: int) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def new_like(x: Tensor) -> Tensor:
+    """Uninitialised maps like `x`, in its memory format; never with the strides of a view."""
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def parameter_dtypes(*parameters: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Those of the gradients of a norm's parameters, which under autocast are wider than the maps."""
+    return tuple(None if parameter is None else parameter.dtype for parameter in parameters)
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, which takes microseconds even where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)

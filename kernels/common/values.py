@@ -52,21 +52,26 @@ class Norm(NamedTuple):
         return Norm(over, eps, weight, None if bias is None else bias.contiguous())
 
     def affine(self, x: Tensor) -> Tensor:
-        """Normalised maps x (N, C, H, W), scaled and shifted."""
+        """Normalised maps x (N, C, H, W), scaled and shifted, in their dtype."""
+        dtype = x.dtype
         if self.weight is not None:
             x = x * self.weight[:, None, None]
-        return x if self.bias is None else x + self.bias[:, None, None]
+        if self.bias is not None:
+            x = x + self.bias[:, None, None]
+        return x.to(dtype)
 
     def fold_into(self, pointwise: Convolution) -> Convolution:
         """The pointwise convolution of maps without scale and shift: W (g x + s) + b = (W g) x + (W s + b)."""
         if self.weight is None and self.bias is None:
             return pointwise
         weight, bias = pointwise
+        dtype = weight.dtype
         if self.bias is not None:
-            shift = weight.flatten(1) @ self.bias
-            bias = shift if bias is None else bias + shift
+            # Under autocast the norm's parameters are wider.
+            shift = weight.flatten(1).to(self.bias.dtype) @ self.bias
+            bias = (shift if bias is None else bias + shift).to(dtype)
         if self.weight is not None:
-            weight = weight * self.weight[:, None, None]
+            weight = (weight * self.weight[:, None, None]).to(dtype)
         return Convolution(weight, bias)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, strides
+from ..common.layout import flat_pixels, new_like, strides
 from ..common.registration import DifferentiableOperator, Operator
 from .tiling import LayerNormTiling
 
@@ -26,11 +25,11 @@ class ForwardPlan:
         self.tiling = LayerNormTiling(x, inputs.norm)
         self.moments = self.tiling.moments(x)
         self.collapse = self.tiling.collapse_moments(self.tiling.parts)
-        self.normalise = self.tiling.normalise(strides(x), self.collapse.parts, inputs.eps, torch.empty_like(x))
+        self.normalise = self.tiling.normalise(strides(x), self.collapse.parts, inputs.eps, new_like(x))
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         x = flat_pixels(inputs.x)
-        y, moments = torch.empty_like(x), self.tiling.new_moments(x)
+        y, moments = new_like(x), self.tiling.new_moments(x)
         if x.numel() > 0:
             self.moments(x, moments)
             self.normalise(x, self.collapse(moments), y)
@@ -39,7 +38,7 @@ class ForwardPlan:
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return torch.empty_like(x), LayerNormTiling(x, inputs.norm).new_moments(x)
+    return new_like(x), LayerNormTiling(x, inputs.norm).new_moments(x)
 
 
 class BackwardInputs(NamedTuple):
@@ -60,11 +59,11 @@ class BackwardPlan:
         self.collapse_sums = tiling.collapse_sums(tiling.parts)
         moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
         self.sums = tiling.sums(grad, strides(x), moment_parts, inputs.eps)
-        self.backward = tiling.backward(grad, x, moment_parts, sum_parts, inputs.eps, torch.empty_like(x))
+        self.backward = tiling.backward(grad, x, moment_parts, sum_parts, inputs.eps, new_like(x))
 
     def __call__(self, inputs: BackwardInputs) -> Tensor:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         if x.numel() > 0:
             moments, sums = self.collapse_moments(inputs.moments), self.tiling.new_sums(inputs.moments)
             self.sums(grad, x, moments, sums)
@@ -73,7 +72,7 @@ class BackwardPlan:
 
 
 def _fake_backward(inputs: BackwardInputs) -> Tensor:
-    return torch.empty_like(flat_pixels(inputs.x))
+    return new_like(flat_pixels(inputs.x))
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:

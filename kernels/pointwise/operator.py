@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype, new_maps
+from ..common.layout import flat_pixels, in_dtype, new_like, new_maps
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from .tiling import PointwiseTiling
@@ -63,7 +63,7 @@ class BackwardPlan:
     def __init__(self, inputs: BackwardInputs) -> None:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
         tiling = PointwiseTiling(x, inputs.weight)
-        self.backward_x = tiling.backward_x(grad, inputs.slope, torch.empty_like(x))
+        self.backward_x = tiling.backward_x(grad, inputs.slope, new_like(x))
         self.backward_parameters = tiling.backward_parameters(grad, inputs.slope, x)
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class BackwardPlan:
 
 def _gradients_like(x: Tensor, weight: Tensor, needs_x: bool, needs_parameters: bool) -> tuple[Tensor, Tensor]:
     size = weight.numel() + weight.shape[0] if needs_parameters else 0
-    return torch.empty_like(x) if needs_x else x.new_empty(0), x.new_empty(size, dtype=accumulator(weight))
+    return new_like(x) if needs_x else x.new_empty(0), x.new_empty(size, dtype=accumulator(weight))
 
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..channel_norm.tiling import ChannelNormTiling
-from ..common.layout import flat_pixels, new_maps
+from ..common.layout import flat_pixels, new_maps, parameter_dtypes
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from .layout import channels_side_by_side, in_format_of, new_channels_last, taps_first
@@ -240,6 +240,7 @@ def _save_norm(ctx: Any, inputs: NormInputs, output: tuple[Tensor, Tensor, Tenso
     y, normalised, scale = output
     kept = normalised if inputs.affine else y
     ctx.save_for_backward(inputs.x, inputs.weight, inputs.norm_weight, kept, scale)
+    ctx.norm_dtypes = parameter_dtypes(inputs.norm_weight, inputs.norm_bias)
 
 
 def _norm_gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
@@ -260,8 +261,8 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     return {
         "x": grad_x,
         **_taps_and_bias(parameters, weight, needs_weight, needs_bias),
-        "norm_weight": norm[0].to(weight.dtype) if needs_norm_weight else None,
-        "norm_bias": norm[1].to(weight.dtype) if needs_norm_bias else None,
+        "norm_weight": norm[0].to(ctx.norm_dtypes[0]) if needs_norm_weight else None,
+        "norm_bias": norm[1].to(ctx.norm_dtypes[1]) if needs_norm_bias else None,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype, new_maps, strides
+from ..common.layout import flat_pixels, in_dtype, new_like, new_maps, strides
 from ..common.registration import DifferentiableOperator, Operator
 from ..layer_norm.tiling import LayerNormTiling
 from .tiling import ToeplitzTiling
@@ -81,12 +81,12 @@ class BackwardPlan:
         self.collapse_sums = self.norm.collapse_sums(self.norm.parts)
         moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
         self.sums = self.norm.sums(grad, _h_strides(h), moment_parts, eps)
-        self.convolve = tiling.backward(strides(grad), x, None, torch.empty_like(x), moment_parts, sum_parts, eps)
+        self.convolve = tiling.backward(strides(grad), x, None, new_like(x), moment_parts, sum_parts, eps)
         self.reduce = tiling.reduce(1, 0, self.convolve.partials)
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         x, grad, h, moments = flat_pixels(inputs.x), flat_pixels(inputs.grad), inputs.h, inputs.moments
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         if x.numel() == 0:
             return grad_x, moments.new_zeros(self.length)
         parameters = moments.new_empty(self.length)
@@ -105,7 +105,7 @@ def _gradient_sizes(weight: Tensor) -> list[int]:
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     parameters = inputs.moments.new_empty(sum(_gradient_sizes(inputs.weight)))
-    return torch.empty_like(flat_pixels(inputs.x)), parameters
+    return new_like(flat_pixels(inputs.x)), parameters
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
