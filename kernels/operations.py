@@ -28,7 +28,8 @@ def convnext_block(
     if decisions.convnext_block(x, pointwise, norm) == "parts":
         y = depthwise_conv_layer_norm(x.to(pointwise.weight.dtype), depthwise, norm)
         y = pointwise_conv_gelu(y, pointwise, approximate)
-        return x + _pointwise_conv(y, projection)
+        # In the memory format of the branch: that of x may be the strides of a view.
+        return _pointwise_conv(y, projection) + x
     # Contiguous first: a matrix product may round otherwise for other strides.
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()

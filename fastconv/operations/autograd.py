@@ -42,6 +42,22 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class OwnStrides(torch.autograd.Function):
+    """A weight as it is, whose gradient gets its strides: DistributedDataParallel copies, with a warning, others.
+
+    Those of a dimension of one element count, too, which differ from what PyTorch's own gradients have.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.strides = weight.stride()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
 class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(

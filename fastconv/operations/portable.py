@@ -46,9 +46,31 @@ def in_float32(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         first = values[0]
         # A block adds to maps that may be wider than its weights.
         dtype = torch.promote_types(x.dtype, first.weight.dtype) if isinstance(first, Convolution) else x.dtype
-        return operation(_widened(x), *map_tensors(_widened, *values)).to(dtype)
+        return operation(_widened(x), *map_tensors(_widened, *map(_with_own_strides, values))).to(dtype)
 
     return call
+
+
+def _with_own_strides(value: Value) -> Value:
+    """A convolution whose weight's gradient has the weight's strides."""
+    if not isinstance(value, Convolution) or not torch.is_grad_enabled() or _is_traced():
+        return value
+    weight = value.weight
+    _, inputs, height, width = weight.shape
+    plain = weight.stride() == (inputs * height * width, height * width, width, 1)
+    # PyTorch's own gradient of a depthwise convolution has other strides even so.
+    if not weight.requires_grad or (plain and inputs > 1):
+        return value
+    return Convolution(autograd.OwnStrides.apply(weight), value.bias)
+
+
+def _is_traced() -> bool:
+    """Whether others than autograd see each operation, of which some do not know a function of ours."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _widened(x: Tensor) -> Tensor:

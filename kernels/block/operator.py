@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype, new_like
+from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from ..toeplitz.tiling import ToeplitzTiling
@@ -159,11 +159,11 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = ctx.needs_input_grad
     return {
         "x": grad_x,
-        "depthwise_weight": depthwise_weight.view_as(inputs.depthwise_weight),
+        "depthwise_weight": gradient_like(inputs.depthwise_weight, depthwise_weight),
         "depthwise_bias": depthwise_bias if needs_depthwise_bias else None,
-        "weight": weight.view_as(inputs.weight),
+        "weight": gradient_like(inputs.weight, weight),
         "bias": bias if needs_bias else None,
-        "projection": projection.view_as(inputs.projection),
+        "projection": gradient_like(inputs.projection, projection),
         "projection_bias": projection_bias if needs_projection_bias else None,
     }
 

@@ -25,6 +25,15 @@ def new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
+def gradient_like(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A contiguous gradient with the shape and the strides of its contiguous weight.
+
+    The strides of dimensions of one element differ, too, where weights were converted to channels_last; and
+    DistributedDataParallel copies, with a warning, what has others than the parameter.
+    """
+    return gradient.as_strided(weight.shape, weight.stride())
+
+
 def parameter_dtypes(*parameters: Tensor | None) -> tuple[torch.dtype | None, ...]:
     """Those of the gradients of a norm's parameters, which under autocast are wider than the maps."""
     return tuple(None if parameter is None else parameter.dtype for parameter in parameters)

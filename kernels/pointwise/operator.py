@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype, new_like, new_maps
+from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like, new_maps
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from .tiling import PointwiseTiling
@@ -103,7 +103,7 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     matrix, bias = in_dtype(parameters, weight.dtype).tensor_split([weight.numel()])
     return {
         "x": grad_x,
-        "weight": matrix.view_as(weight) if needs_weight else None,
+        "weight": gradient_like(weight, matrix) if needs_weight else None,
         "bias": bias if needs_bias else None,
     }
 

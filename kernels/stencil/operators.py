@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..channel_norm.tiling import ChannelNormTiling
-from ..common.layout import flat_pixels, new_maps, parameter_dtypes
+from ..common.layout import flat_pixels, gradient_like, new_maps, parameter_dtypes
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from .layout import channels_side_by_side, in_format_of, new_channels_last, taps_first
@@ -109,7 +109,9 @@ def _taps_and_bias(
 ) -> dict[str, Tensor | None]:
     """The gradients of a weight, (K, 1, kh, kw), and a bias from [kh * kw + 1, K]."""
     return {
-        "weight": parameters[:-1].t().to(weight.dtype).reshape(weight.shape) if needs_weight else None,
+        "weight": gradient_like(weight, parameters[:-1].t().to(weight.dtype).contiguous())
+        if needs_weight
+        else None,
         "bias": parameters[-1].to(weight.dtype) if needs_bias else None,
     }
 

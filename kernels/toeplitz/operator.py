@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, in_dtype, new_like, new_maps, strides
+from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like, new_maps, strides
 from ..common.registration import DifferentiableOperator, Operator
 from ..layer_norm.tiling import LayerNormTiling
 from .tiling import ToeplitzTiling
@@ -120,7 +120,7 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     grad_x, parameters = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
     taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), _gradient_sizes(weight))
     needs_bias = ctx.needs_input_grad[2]
-    return {"x": grad_x, "weight": taps.view_as(weight), "bias": bias if needs_bias else None}
+    return {"x": grad_x, "weight": gradient_like(weight, taps), "bias": bias if needs_bias else None}
 
 
 depthwise_conv_layer_norm_backward = Operator(

@@ -38,8 +38,8 @@ class Finding(NamedTuple):
 
     @property
     def excused(self) -> bool:
-        # Where half of a result moves with the last digits of the inputs, none of its digits is right.
-        return self.error.ours <= 2 * self.cancelled or self.cancelled >= 0.5
+        # Nor has a result right digits, half of which moves with the last digits of the inputs, or overflows.
+        return self.error.ours <= 2 * self.cancelled or not self.cancelled < 0.5
 
     def __str__(self) -> str:
         return f"{self.name}: {self.error}; by cancellation {self.cancelled:.1e}"

@@ -118,6 +118,37 @@ def test_half_precision(name, norm, autocast):
     assert_operation_accurate("convnext_block", SHAPES[name], dtype=dtype, autocast=autocast, norm=norm)
 
 
+@pytest.mark.parametrize("norm", functional.NORMS)
+def test_gradients_in_float16_are_finite_where_those_of_pytorch_are(norm):
+    # 100 times 100, of which a thousand are added, is too large for float16 unless it is normalised first.
+    x, grad = (torch.randn(16, channels, 8, 8).mul(100).half() for channels in (8, 32))
+    weight = torch.randn(32, 1, 7, 7).div(7).half()
+    for name, tensors, given in (
+        ("depthwise_conv_layer_norm", (x, weight), grad),
+        ("layer_norm", (x,), grad[:, :8]),
+    ):
+        for module in (reference, functional):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            y = getattr(module, name)(*leaves, norm=norm)
+            assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(y, leaves, given)), module.__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["tensor", "sample"])
+@pytest.mark.parametrize("value", [100.7, 17893.3, 1e-6])
+def test_the_norm_of_a_constant_is_zero(value, norm, dtype):
+    # The mean of 31 x 81 of them is not this number, but for a last digit.
+    x = torch.full((3, 31, 9, 9), value, dtype=dtype)
+    assert not functional.layer_norm(x, norm=norm).any()
+
+
+def test_values_near_the_least_of_float16_are_normalised_as_by_pytorch():
+    x = torch.randn(4, 8, 8, 8).mul(1e-6).half()
+    exact = reference.layer_norm(x.double(), eps=1e-14)
+    errors = [(f(x, eps=1e-14).double() - exact).norm() for f in (functional.layer_norm, reference.layer_norm)]
+    assert errors[0] <= 2 * errors[1]
+
+
 def test_autocast_dtypes():
     tensors = {name: draw(name, SHAPES["lecture 8x8"]) for name in (*NORMED, "pointwise_conv_gelu", "patch_conv")}
     double = draw("convnext_block", SHAPES["lecture 8x8"], dtype=torch.float64)

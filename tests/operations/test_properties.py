@@ -64,6 +64,47 @@ def test_the_output_has_the_memory_format_of_the_input(call, leaves, layout):
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
 
 
+VIEWS = {
+    "half of the channels": lambda x: torch.cat([x, x], 1).chunk(2, 1)[1],
+    "a crop": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "every second image": lambda x: x.repeat_interleave(2, 0)[::2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@each_operation
+def test_results_of_views_are_contiguous(call, leaves):
+    x = leaves.pop("x").detach()
+    for name, view in VIEWS.items():
+        assert call(view(x), **leaves).is_contiguous(), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@each_operation
+def test_gradients_of_weights_have_the_strides_of_the_weights(call, leaves, layout):
+    for name, x in leaves.items():
+        if x.dim() == 4 and name != "x":
+            leaves[name] = x.detach().to(memory_format=layout).requires_grad_()
+    call(**leaves).sum().backward()
+    assert {name: x.grad.stride() for name, x in leaves.items() if name != "x"} == {
+        name: x.stride() for name, x in leaves.items() if name != "x"
+    }
+
+
+@pytest.mark.parametrize("operation", [f"{name}, {norm}" for name in NORMED for norm in functional.NORMS])
+def test_gradients_of_norms_are_not_rounded_by_autocast(operation, call, leaves, device):
+    with torch.autocast(device, torch.bfloat16):
+        y = call(**leaves)
+    grad = torch.randn(y.shape, device=device).bfloat16().to(y.dtype)
+    found = torch.autograd.grad(y, leaves["norm_bias"], grad)[0]
+    assert found.dtype == torch.float32
+    if not operation.startswith("convnext_block"):
+        torch.testing.assert_close(found, grad.double().sum((0, 2, 3)).float())
+    # Numbers that were rounded to bfloat16 stay the same if it is done again.
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 @each_operation
 def test_expanded_gradient(call, leaves, device):
     y = call(**leaves)
@@ -93,6 +134,19 @@ def test_results_repeat_bit_for_bit_and_leave_the_gradient_alone(call, leaves, d
     first, second, again = ([y, *gradients(y, leaves, grad, retain_graph=True)] for y in (*results, results[0]))
     assert torch.equal(grad, before)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, again, strict=True))
+
+
+# The portable path has a form for small maps of its own.
+@pytest.mark.parametrize("multiplier", [1, 3])
+@pytest.mark.parametrize("side", [1, 4])
+@each_operation
+def test_empty_batch_of_small_maps(operation, call, sizes, device, multiplier, side):
+    sizes = sizes._replace(images=0, height=side, width=side, multiplier=multiplier)
+    leaves = draw_leaves(operation.split(", ")[0], sizes, device)
+    y = call(**leaves)
+    assert y.shape[0] == 0
+    for x, grad in zip(leaves.values(), gradients(y.sum(), leaves, None), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 @each_operation
