@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -68,3 +69,10 @@ def keep_freed_memory() -> None:
     Its allocator adapts to the largest block ever freed, up to 32 MiB. Harmless with any other.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def memory() -> int | None:
+    """Return the bytes of main memory, or None where the system does not say, as on Windows."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
