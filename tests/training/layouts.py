@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
-from fastconv.training import data
+from fastconv.training import cifar10, data
 
 TRAIN_BATCHES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"]
 ALL_BATCHES = [*TRAIN_BATCHES, "test_batch"]
@@ -81,7 +82,7 @@ class Python2Pickler(pickle.Pickler):
 
 
 def write_python_version(folder: Path) -> list[list[str]]:
-    """Return name and MD5 of each batch."""
+    """Return name and MD5 of each batch, for `take_as_official`."""
     folder.mkdir(parents=True)
     checksums = []
     for name, (pixels, labels) in random_batches().items():
@@ -90,6 +91,13 @@ def write_python_version(folder: Path) -> list[list[str]]:
         (folder / name).write_bytes(content.getvalue())
         checksums.append([name, hashlib.md5(content.getvalue()).hexdigest()])
     return checksums
+
+
+def take_as_official(checksums: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the small versions of CIFAR-10 for the official ones."""
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", checksums[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", checksums[5:])
+    monkeypatch.setattr(cifar10, "_BINARY_RECORDS", RECORDS)
 
 
 def write_image_folder(folder: Path) -> None:
@@ -143,7 +151,7 @@ def png(
     )
 
 
-def tiff(mode: str, width: int, row: bytes) -> bytes:
+def tiff(mode: str, width: int, rows: bytes, height: int = 1) -> bytes:
     file = io.BytesIO()
-    Image.frombytes(mode, (width, 1), row).save(file, "TIFF")
+    Image.frombytes(mode, (width, height), rows).save(file, "TIFF")
     return file.getvalue()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,27 @@ def test_split_of_the_lecture() -> None:
     assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(50_000))
 
 
+@pytest.fixture
+def binary_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    layouts.take_as_official([], monkeypatch)
+    folder = tmp_path / "cifar-10-batches-bin"
+    layouts.write_binary_version(folder)
+    return folder
+
+
+@pytest.fixture
+def python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "original" / "cifar-10-batches-py"
+    layouts.take_as_official(layouts.write_python_version(folder), monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    layouts.write_image_folder(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("parent", [True, False], ids=["parent", "folder itself"])
 def test_binary_version(binary_version: Path, parent: bool) -> None:
     dataset = data.load(binary_version.parent if parent else binary_version)
@@ -189,8 +211,8 @@ def test_every_rejected_file_is_named(python_version: Path) -> None:
         data.load(python_version.parent)
 
 
-def test_python_version_comes_first(python_version: Path, binary_version: Path) -> None:
-    binary_version.rename(python_version.parent / binary_version.name)
+def test_python_version_comes_first(python_version: Path) -> None:
+    layouts.write_binary_version(python_version.parent / "cifar-10-batches-bin")
     assert "Python version" in data.load(python_version.parent).source
 
 

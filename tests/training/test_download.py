@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from layouts import assert_holds_random_batches, refused
+from layouts import assert_holds_random_batches, refused, take_as_official, write_python_version
 from torchvision import datasets
 
 from fastconv.training import data, download
@@ -26,6 +26,13 @@ from fastconv.training import data, download
 def visible(folder: Path) -> list[str]:
     """What is in a folder but for the lock, which stays."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".download.lock")
+
+
+@pytest.fixture
+def python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "original" / "cifar-10-batches-py"
+    take_as_official(write_python_version(folder), monkeypatch)
+    return folder
 
 
 @pytest.fixture
