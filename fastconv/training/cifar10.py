@@ -40,7 +40,7 @@ def read_python_version(folder: Path) -> tuple[Batch, Batch]:
         DataError: a file is missing, or its MD5 is not the official one.
         MissingPackage: torchvision, which knows the checksums, or NumPy is not installed.
     """
-    import_extra("numpy")
+    import_extra("numpy")  # The pickles import it.
     cifar10 = import_extra("torchvision.datasets").CIFAR10
     contents: dict[str, bytes] = {}
     faults = []
@@ -49,7 +49,7 @@ def read_python_version(folder: Path) -> tuple[Batch, Batch]:
             faults.append(f"{name} is {kind}")
             continue
         with open(folder / name, "rb") as file:
-            # More than the largest batch has, and not all of a file that never ends.
+            # More than a batch has; all of a file that is no batch may not fit into memory.
             contents[name] = file.read(2**25)
         if hashlib.md5(contents[name], usedforsecurity=False).hexdigest() != md5:
             faults.append(f"{name} has the wrong checksum")
@@ -64,7 +64,7 @@ def read_python_version(folder: Path) -> tuple[Batch, Batch]:
 def _unpickle(contents: Sequence[bytes]) -> Batch:
     """Unpickle batches, which runs what they say: only their checksums make that safe."""
     with warnings.catch_warnings():
-        # NumPy 2.4 warns of how NumPy 1 pickled a type.
+        # NumPy 2.4.0 warns of how these old pickles spell a type.
         warnings.simplefilter("ignore")
         batches = [pickle.loads(content, encoding="latin1") for content in contents]
     images = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])

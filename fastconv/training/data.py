@@ -92,8 +92,8 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
     Args:
         directory: holds, in order of preference, CIFAR-10's Python version (`cifar-10-batches-py`), its
             binary version (`cifar-10-batches-bin`), or images, all of one size, in `train/<class>/` and
-            `test/<class>/`. It may also be one of the two CIFAR-10 folders itself. None
-            downloads CIFAR-10, with progress on stderr, unless `cache` has it.
+            `test/<class>/`, in the formats of `images.FORMATS`. It may also be one of the two CIFAR-10 folders
+            itself. None downloads CIFAR-10, with progress on stderr, unless `cache` has it.
         cache: where downloads are kept: by default the environment's FASTCONV_CACHE, else ~/.cache/fastconv.
 
     Raises:
@@ -106,7 +106,7 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
     place = Path(os.path.expanduser(place))
     try:
         if directory is None:
-            # Not at the top: it needs rich, which a machine that is lent for its GPU may lack.
+            # Not at the top: it needs rich, which is not everywhere where kernels are measured.
             from fastconv.training.download import download
 
             download(place)
@@ -128,7 +128,7 @@ def split_indices(count: int, seed: int = 55) -> tuple[Tensor, Tensor]:
 def _load_directory(directory: Path) -> Dataset:
     classes: tuple[str, ...] = CIFAR10_CLASSES
     if directory.name in cifar10.ARCHIVES and kind_of(directory) == FILE:
-        raise DataError(_unpack(directory))
+        raise DataError(_packed(directory))
     if kind_of(directory) != FOLDER:
         raise DataError(f"{directory} is not a directory; give the one that holds the data set")
     if folder := _find_version(directory, cifar10.PYTHON_FOLDER, suffix=""):
@@ -141,7 +141,7 @@ def _load_directory(directory: Path) -> Dataset:
         train, test, classes = image_folder.read(directory)
         source = f"image folder, {directory}"
     elif archives := [directory / name for name in cifar10.ARCHIVES if (directory / name).exists()]:
-        raise DataError(_unpack(archives[0]))
+        raise DataError(_packed(archives[0]))
     else:
         raise DataError(
             f"{directory} holds no data set; expected {cifar10.PYTHON_FOLDER}/, {cifar10.BINARY_FOLDER}/, "
@@ -159,6 +159,6 @@ def _find_version(directory: Path, name: str, suffix: str) -> Path | None:
     return directory if any(kind_of(batch) != MISSING for batch in batches) else None
 
 
-def _unpack(archive: Path) -> str:
+def _packed(archive: Path) -> str:
     command = shlex.join(["tar", "-xzf", str(archive), "-C", str(archive.parent)])
     return f"{archive} is packed; unpack it with: {command}"

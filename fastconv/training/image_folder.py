@@ -14,7 +14,7 @@ from fastconv.training.images import FORMAT_NAMES, decode, open_image, pixels_of
 from fastconv.training.inputs import FILE, FOLDER, DataError, kind_of
 
 SPLITS = ("train", "test")
-# Of each image there is a second copy, once training and validation images have been drawn.
+# Drawing the training and the validation images copies them.
 LARGEST_PART_OF_MEMORY = 0.5
 
 
@@ -93,7 +93,11 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    """Return whether a file is called an image; DataError if it is called one of a format that is not read."""
+    """Return whether a file's name is that of an image.
+
+    Raises:
+        DataError: it is, of a format that is not read.
+    """
     if path.suffix.lower() in suffixes():
         return True
     type_, _ = mimetypes.guess_type(path.name, strict=False)

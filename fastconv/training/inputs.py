@@ -29,7 +29,7 @@ class DataError(Exception):
 
 
 def kind_of(path: Path) -> str:
-    """Return in words what is at `path`, and follow links: only FILE can be opened without waiting or harm.
+    """Return in words what is at `path`, following links; only a FILE can be opened without waiting or harm.
 
     Raises:
         OSError: the system does not say, because a folder on the way may not be searched for example.

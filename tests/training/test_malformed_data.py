@@ -257,12 +257,7 @@ def faults_of_the_folder() -> Iterator[Fault]:
     yield "empty Python version", "cifar-10-batches-py", Path.mkdir, "data_batch_1 is missing, data_batch_2 is"
     yield "empty binary version", "cifar-10-batches-bin", Path.mkdir, r"data_batch_1\.bin is missing; expected"
     for name in cifar10.ARCHIVES:
-        yield (
-            f"packed, {name}",
-            name,
-            Path.touch,
-            f"{name} is packed; unpack it with: tar -xzf .*{name} -C",
-        )
+        yield name, name, Path.touch, f"{name} is packed; unpack it with: tar -xzf .*/{name} -C .*/data$"
 
 
 FAULTS = [
