@@ -63,16 +63,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that a GPU, or else the machine, has; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Windows has no sysconf.
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from returning the memory of each step to the system, only to ask for it again in the next.
 
     Its allocator adapts to the largest block ever freed, up to 32 MiB. Harmless with any other.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def memory() -> int | None:
-    """Return the bytes of main memory, or None where the system does not say, as on Windows."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

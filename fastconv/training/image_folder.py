@@ -126,7 +126,7 @@ def _read_images(paths: Sequence[Path]) -> Tensor:
 
 
 def _check_memory(paths: Sequence[Path], width: int, height: int) -> None:
-    needed, available = 3 * len(paths) * width * height, memory()
+    needed, available = 3 * len(paths) * width * height, memory(torch.device("cpu"))
     if available is not None and needed > LARGEST_PART_OF_MEMORY * available:
         raise DataError(
             f"{len(paths):,} images of {width} x {height} pixels as {paths[0]} take {needed / 2**30:,.1f} GiB; "

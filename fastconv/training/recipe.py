@@ -64,8 +64,6 @@ class Recipe:
 def check_patch(recipe: Recipe, image_size: Sequence[int]) -> None:
     """Raise ValueError if images (channels, height, width) are too small for the classifier's patches."""
     _, height, width = image_size
-    if min(height, width) < 2:
-        raise ValueError(f"images are of {height} x {width} pixels; the classifier needs at least 2 x 2")
     if min(height, width) < 2 * recipe.patch:
         raise ValueError(
             f"patch is {recipe.patch}, for images of {height} x {width} pixels; "

@@ -418,7 +418,7 @@ def spoil_image(root: Path) -> None:
 def test_useless_image_folder(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], pattern: str
 ) -> None:
-    monkeypatch.setattr("fastconv.training.image_folder.memory", lambda: 2**30)
+    monkeypatch.setattr("fastconv.training.image_folder.memory", lambda device: 2**30)
     spoil(image_folder)
     with refused(pattern):
         data.load(image_folder)

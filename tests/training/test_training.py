@@ -328,5 +328,3 @@ def test_recipes_out_of_range(options, message):
 def test_images_too_small_for_the_patches():
     with pytest.raises(ValueError, match="patch is 4, for images of 6 x 8 pixels; expected at most 3"):
         make_model(Recipe(), [3, 6, 8], 10)
-    with pytest.raises(ValueError, match="images are of 1 x 9 pixels; the classifier needs at least 2 x 2"):
-        make_model(Recipe(patch=1), [3, 1, 9], 10)
