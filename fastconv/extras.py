@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,9 +20,28 @@ def import_extra(module: str) -> Any:
         MissingPackage: it cannot be imported.
     """
     try:
+        if module.partition(".")[0] == "matplotlib" and "matplotlib" not in sys.modules:
+            _import_matplotlib()
         return importlib.import_module(module)
     except ImportError as error:
         install = "timm" if module == "timm" else '"fastconv[train]"'
         raise MissingPackage(
             f"{module} cannot be imported ({error}); install it with: pip install {install}"
         ) from error
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib whatever MPLBACKEND says.
+
+    It cannot be imported where that names a backend that is not installed, such as the one that notebooks set. The
+    backend is for windows: no picture of ours needs it. Where it is installed, the user's own are shown by it.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend

@@ -7,40 +7,19 @@ no loader processes, host copies or transforms stand between two training steps.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
 
-from fastconv.extras import import_extra
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-_TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-_TEST_BATCH = "test_batch"
-_PYTHON_FOLDER = "cifar-10-batches-py"
-_BINARY_FOLDER = "cifar-10-batches-bin"
-_BINARY_RECORDS = 10_000
-# One label, then 32 x 32 pixels of red, of green and of blue.
-_BINARY_RECORD_BYTES = 1 + 3 * 32 * 32
-
-
-class DataError(Exception):
-    """A data set that cannot be used.
-
-    The message is one line: what was got, what was expected, what to do.
-    """
+from fastconv.training import cifar10, image_folder
+from fastconv.training.cifar10 import CIFAR10_CLASSES as CIFAR10_CLASSES
+from fastconv.training.inputs import FILE, FOLDER, MISSING, kind_of
+from fastconv.training.inputs import DataError as DataError
 
 
 # Tensors have no single truth value, so a generated __eq__ would raise: sets compare by identity.
@@ -112,9 +91,9 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
 
     Args:
         directory: holds, in order of preference, CIFAR-10's Python version (`cifar-10-batches-py`), its
-            binary version (`cifar-10-batches-bin`), or PNG and JPEG images, all of one size, in
-            `train/<class>/` and `test/<class>/`. It may also be one of the two CIFAR-10 folders itself. None
-            downloads CIFAR-10, with progress on stderr, unless `cache` has it.
+            binary version (`cifar-10-batches-bin`), or images, all of one size, in `train/<class>/` and
+            `test/<class>/`, in the formats of `images.FORMATS`. It may also be one of the two CIFAR-10 folders
+            itself. None downloads CIFAR-10, with progress on stderr, unless `cache` has it.
         cache: where downloads are kept: by default the environment's FASTCONV_CACHE, else ~/.cache/fastconv.
 
     Raises:
@@ -127,7 +106,10 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
     place = Path(os.path.expanduser(place))
     try:
         if directory is None:
-            _download(place)
+            # Not at the top: it needs rich, which is not everywhere where kernels are measured.
+            from fastconv.training.download import download
+
+            download(place)
         return _load_directory(place)
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error}; check its files and their permissions") from error
@@ -143,243 +125,40 @@ def split_indices(count: int, seed: int = 55) -> tuple[Tensor, Tensor]:
     return train, validation
 
 
-def read_image(path: Path) -> Image:
-    """Read an image file of any size and mode as an 8-bit RGB Pillow image.
-
-    EXIF orientation is applied, transparent pixels lie over white, and 16-bit grey is scaled down.
-
-    Raises:
-        DataError: `path` is missing, not an image, incomplete, or grey with floats or more than 16 bits.
-        MissingPackage: Pillow is not installed.
-    """
-    pillow, pillow_ops = import_extra("PIL.Image"), import_extra("PIL.ImageOps")
-    try:
-        # An open file, because a path may be mapped into memory, and then Pillow turns TIFF images wrongly.
-        with open(path, "rb") as file, pillow.open(file) as stored:
-            image = _grey_to_8_bits(pillow_ops.exif_transpose(stored)).convert("RGBA")
-    except pillow.UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image; expected a format that Pillow reads") from error
-    # Pillow's decoders raise OSError, SyntaxError, ValueError and more for files that are not what they say.
-    except Exception as error:
-        # An error of the system names the path once more; its strerror does not.
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read as an image: {reason}; expected a complete image file") from error
-    white = pillow.new("RGBA", image.size, "white")
-    rgb: Image = pillow.alpha_composite(white, image).convert("RGB")
-    return rgb
-
-
-def pixels_of(image: Image) -> Tensor:
-    """Return the pixels of an RGB image, uint8 [3, height, width]."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
 def _load_directory(directory: Path) -> Dataset:
-    if not directory.is_dir():
+    classes: tuple[str, ...] = CIFAR10_CLASSES
+    if directory.name in cifar10.ARCHIVES and kind_of(directory) == FILE:
+        raise DataError(_packed(directory))
+    if kind_of(directory) != FOLDER:
         raise DataError(f"{directory} is not a directory; give the one that holds the data set")
-    if folder := _find_version(directory, _PYTHON_FOLDER, suffix=""):
-        return _load_python_version(folder)
-    if folder := _find_version(directory, _BINARY_FOLDER, suffix=".bin"):
-        return _load_binary_version(folder)
-    if (directory / "train").is_dir() or (directory / "test").is_dir():
-        return _load_image_folder(directory)
-    raise DataError(
-        f"{directory} holds no data set; expected {_PYTHON_FOLDER}/, {_BINARY_FOLDER}/, "
-        "or images in train/<class>/ and test/<class>/"
-    )
+    if folder := _find_version(directory, cifar10.PYTHON_FOLDER, suffix=""):
+        train, test = cifar10.read_python_version(folder)
+        source = f"CIFAR-10, Python version (checksums verified), {folder}"
+    elif folder := _find_version(directory, cifar10.BINARY_FOLDER, suffix=cifar10.BINARY_SUFFIX):
+        train, test = cifar10.read_binary_version(folder)
+        source = f"CIFAR-10, binary version (no checksums), {folder}"
+    elif any(kind_of(directory / split) == FOLDER for split in image_folder.SPLITS):
+        train, test, classes = image_folder.read(directory)
+        source = f"image folder, {directory}"
+    elif archives := [directory / name for name in cifar10.ARCHIVES if (directory / name).exists()]:
+        raise DataError(_packed(archives[0]))
+    else:
+        raise DataError(
+            f"{directory} holds no data set; expected {cifar10.PYTHON_FOLDER}/, {cifar10.BINARY_FOLDER}/, "
+            "or images in train/<class>/ and test/<class>/"
+        )
+    return Dataset(ImageSet(*train), ImageSet(*test), classes, source)
 
 
 def _find_version(directory: Path, name: str, suffix: str) -> Path | None:
     """Return the folder of a CIFAR-10 version: `name` inside `directory`, or `directory` itself."""
-    if (directory / name).is_dir():
+    if kind_of(directory / name) == FOLDER:
         return directory / name
     # A single batch is enough to recognise a folder: that the others are missing is then said by name.
-    if any((directory / (batch + suffix)).is_file() for batch in (*_TRAIN_BATCHES, _TEST_BATCH)):
-        return directory
-    return None
+    batches = [directory / f"{batch}{suffix}" for batch in (*cifar10.TRAIN_BATCHES, cifar10.TEST_BATCH)]
+    return directory if any(kind_of(batch) != MISSING for batch in batches) else None
 
 
-def _download(cache: Path) -> None:
-    """Download CIFAR-10's Python version into `cache`, unless its folder is there."""
-    folder = cache / _PYTHON_FOLDER
-    if folder.is_dir():
-        return
-    cifar10 = import_extra("torchvision.datasets").CIFAR10
-    print(f"downloading CIFAR-10 (170 MB) into {cache}", file=sys.stderr)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Inside the cache, so that the rename stays on one file system and is atomic.
-        with TemporaryDirectory(prefix=".download-", dir=cache) as temporary:
-            # Checks the archive's MD5 before extracting it, and each extracted file's after.
-            cifar10(temporary, download=True)
-            _publish(Path(temporary, _PYTHON_FOLDER), folder)
-    except (OSError, HTTPException) as error:
-        raise DataError(
-            f"CIFAR-10 cannot be downloaded into {cache}: {error}; check the network and the disk, "
-            "or pass --data DIR with a copy of it"
-        ) from error
-    except RuntimeError as error:
-        raise DataError(
-            f"the downloaded CIFAR-10 archive is corrupt ({error}); try again, "
-            "or pass --data DIR with a copy of it"
-        ) from error
-
-
-def _publish(finished: Path, folder: Path) -> None:
-    try:
-        os.rename(finished, folder)
-    except OSError:
-        # Another process may have published its own, equally verified download in the meantime.
-        if not folder.is_dir():
-            raise
-
-
-def _load_python_version(folder: Path) -> Dataset:
-    cifar10 = import_extra("torchvision.datasets").CIFAR10
-    # With no base folder of its own the class reads `folder` whatever its name.
-    in_place: Any = type("CIFAR10InPlace", (cifar10,), {"base_folder": ""})
-    try:
-        # Unpickling runs what a file says. That is safe only because the class checks every MD5 first.
-        train, test = in_place(folder, train=True), in_place(folder, train=False)
-    except RuntimeError as error:
-        raise DataError(
-            f"{folder}: {_rejected_files(folder, cifar10)}; expected CIFAR-10's official Python version; "
-            "remove the folder and download it again"
-        ) from error
-    return Dataset(
-        train=_from_torchvision(train),
-        test=_from_torchvision(test),
-        classes=tuple(train.classes),
-        source=f"CIFAR-10, Python version (checksums verified), {folder}",
-    )
-
-
-def _rejected_files(folder: Path, cifar10: Any) -> str:
-    """Say which files torchvision refused and why; its own message does not."""
-    check_integrity = import_extra("torchvision.datasets.utils").check_integrity
-    expected = [*cifar10.train_list, *cifar10.test_list, (cifar10.meta["filename"], cifar10.meta["md5"])]
-    return ", ".join(
-        f"{name} has the wrong checksum" if (folder / name).is_file() else f"{name} is missing"
-        for name, md5 in expected
-        if not check_integrity(folder / name, md5)
-    )
-
-
-def _from_torchvision(dataset: Any) -> ImageSet:
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(dataset.targets))
-
-
-def _load_binary_version(folder: Path) -> Dataset:
-    return Dataset(
-        train=_read_binary_batches(folder, *_TRAIN_BATCHES),
-        test=_read_binary_batches(folder, _TEST_BATCH),
-        classes=CIFAR10_CLASSES,
-        source=f"CIFAR-10, binary version (no checksums), {folder}",
-    )
-
-
-def _read_binary_batches(folder: Path, *names: str) -> ImageSet:
-    records = torch.cat([_read_records(folder / f"{name}.bin") for name in names])
-    return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
-
-
-def _read_records(path: Path) -> Tensor:
-    """Return the records of a batch, uint8 [records, bytes], with labels that are all of a class."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; expected data_batch_1.bin to data_batch_5.bin and test_batch.bin")
-    size, expected = path.stat().st_size, _BINARY_RECORDS * _BINARY_RECORD_BYTES
-    if size != expected:
-        raise DataError(
-            f"{path} has {size:,} bytes; expected {expected:,} "
-            f"({_BINARY_RECORDS:,} records of {_BINARY_RECORD_BYTES:,}); copy or unpack it again"
-        )
-    # A bytearray, because a tensor over read-only bytes would be writable all the same.
-    records = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    records = records.view(_BINARY_RECORDS, _BINARY_RECORD_BYTES)
-    labels, highest = records[:, 0], len(CIFAR10_CLASSES) - 1
-    wrong = (labels > highest).nonzero()
-    if len(wrong) > 0:
-        record = int(wrong[0])
-        raise DataError(
-            f"{path}: record {record} has label {int(labels[record])}; expected 0 to {highest}; "
-            "copy or unpack it again"
-        )
-    return records
-
-
-def _load_image_folder(directory: Path) -> Dataset:
-    classes = _common_classes(directory / "train", directory / "test")
-    train = _list_images(directory / "train", classes)
-    test = _list_images(directory / "test", classes)
-    # Read together, so that one check of the size covers both.
-    images = _read_images([path for path, _ in train + test])
-    labels = torch.tensor([label for _, label in train + test])
-    count = len(train)
-    return Dataset(
-        train=ImageSet(images[:count], labels[:count]),
-        test=ImageSet(images[count:], labels[count:]),
-        classes=classes,
-        source=f"image folder, {directory}",
-    )
-
-
-def _common_classes(train: Path, test: Path) -> tuple[str, ...]:
-    """Return the sorted class names, which must be the same in both folders."""
-    train_classes, test_classes = _class_names(train), _class_names(test)
-    if unpaired := sorted(train_classes ^ test_classes):
-        raise DataError(
-            f"{train} and {test} hold different classes: {', '.join(unpaired)} in only one of them; "
-            "give both the same class folders"
-        )
-    return tuple(sorted(train_classes))
-
-
-def _class_names(split: Path) -> set[str]:
-    if not split.is_dir():
-        raise DataError(f"{split} is missing; expected images in train/<class>/ and test/<class>/")
-    names = {entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if not names:
-        raise DataError(f"{split} holds no class folders; expected images in {split}/<class>/")
-    return names
-
-
-def _list_images(split: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Return the image files of a split with their labels, class by class and sorted by name."""
-    samples: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        # Some systems leave hidden files beside images, under the same suffix.
-        visible = (path for path in (split / name).iterdir() if not path.name.startswith("."))
-        paths = sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise DataError(f"{split / name} holds no image; expected {', '.join(IMAGE_SUFFIXES)} files")
-        samples += [(path, label) for path in paths]
-    return samples
-
-
-def _read_images(paths: Sequence[Path]) -> Tensor:
-    """Return images that must be of one size as uint8 [count, 3, height, width]."""
-    images: list[Tensor] = []
-    for path in paths:
-        images.append(pixels_of(read_image(path)))
-        (_, height, width), (_, expected_height, expected_width) = images[-1].shape, images[0].shape
-        if (width, height) != (expected_width, expected_height):
-            raise DataError(
-                f"{path} is {width} x {height} pixels; expected {expected_width} x {expected_height} "
-                f"as in {paths[0]}; resize all images to one size"
-            )
-    return torch.stack(images).contiguous()
-
-
-def _grey_to_8_bits(image: Any) -> Any:
-    """Scale 16-bit grey down, whose levels Pillow itself would clip; return other images as they are."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    numpy = import_extra("numpy")
-    levels = numpy.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"mode {image.mode} with levels {levels.min()} to {levels.max()} is not 16-bit grey")
-    # A PNG may name one level as transparent, and scaling would merge it with its neighbours.
-    levels = numpy.where(levels == image.info.get("transparency"), 65535, levels)
-    return import_extra("PIL.Image").fromarray(numpy.rint(levels / 257).astype(numpy.uint8))
+def _packed(archive: Path) -> str:
+    command = shlex.join(["tar", "-xzf", str(archive), "-C", str(archive.parent)])
+    return f"{archive} is packed; unpack it with: {command}"

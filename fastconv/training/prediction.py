@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastconv.extras import import_extra
 from fastconv.modules import Classifier
 from fastconv.training.checkpoint import Checkpoint, CheckpointError
-from fastconv.training.data import pixels_of, read_image
+from fastconv.training.images import pixels_of, read_image
 from fastconv.training.recipe import Recipe, make_model
 
 if TYPE_CHECKING:
