@@ -215,7 +215,7 @@ def _run(
     autocast_dtype: torch.dtype | None = None,
     autocast_x: bool = True,
 ) -> Tensor:
-    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype. Norms keep their parameters'."""
+    """Run an operation; under autocast, as PyTorch's convolutions, in its dtype; norms keep theirs, if wider."""
     dtype = backends.autocast_dtype(x)
     if dtype is None:
         return dispatch.run(operation, x, values)
@@ -225,7 +225,10 @@ def _run(
         # Autocast leaves float64 alone.
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    cast_values = [value if isinstance(value, Norm) else map_tensors(cast, value)[0] for value in values]
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+    cast_values = [map_tensors(widened if isinstance(value, Norm) else cast, value)[0] for value in values]
     with torch.autocast(x.device.type, enabled=False):
         return dispatch.run(operation, cast(x) if autocast_x else x, tuple(cast_values))
 

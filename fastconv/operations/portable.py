@@ -77,12 +77,17 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(accumulator(x))
 
 
-@in_float32
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
     if form == "pytorch channels last":
+        # Half precision too: where means are large PyTorch's own gradients of it are better than those in float32.
         y = _norm_pixels(x.permute(0, 2, 3, 1), norm)
         return restore_format(y.permute(0, 3, 1, 2), x)
+    return _layer_norm_of_columns(x, norm, form)
+
+
+@in_float32
+def _layer_norm_of_columns(x: Tensor, norm: Norm, form: Form) -> Tensor:
     batch_last = form == "batch last"
     y = autograd.LayerNorm.apply(x, norm.over, norm.eps, batch_last)
     return norm.affine(_maps_like(x, y, batch_last))
