@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -60,6 +61,22 @@ def choose_device(name: str) -> torch.device:
     if name not in devices and not (name == "cuda" and "cuda:0" in devices):
         raise ValueError(f"device is {name!r}; this machine has {', '.join(devices)}")
     return device
+
+
+def memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that a GPU, or else the machine, has; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Windows has no sysconf.
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory cannot be had; on a CPU PyTorch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_freed_memory() -> None:

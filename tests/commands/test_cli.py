@@ -410,6 +410,9 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     recipe = Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
 
     class Silent:
+        def start(self, *_):
+            pass
+
         def step(self, *_):
             pass
 
