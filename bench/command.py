@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastconv import machine
+from fastconv.commands.options import path as path_option
 from fastconv.console import console
 from fastconv.progress import progress
 
@@ -37,7 +38,12 @@ def bench(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the results here.", show_default="bench/results/<device>-<torch>-<date>.json"),
+        typer.Option(
+            parser=path_option,
+            metavar="PATH",
+            help="Write the results here.",
+            show_default="bench/results/<device>-<torch>-<date>.json",
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,

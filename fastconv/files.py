@@ -23,8 +23,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     # Each process writes a file of its own. "x" refuses one that is there, and follows no link.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        # Outside of the inner try: what could not be opened is not ours to remove.
+        file = open(temporary, "xb")  # noqa: SIM115
         try:
-            with open(temporary, "xb") as file:
+            with file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

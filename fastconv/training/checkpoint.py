@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import textwrap
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ def read(path: Path) -> Any:
         # Opening a pipe would wait for a writer.
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file; give the checkpoint.pt of a training run")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            # Of formats that a file claims to have.
+            warnings.simplefilter("ignore")
             check_archive(file)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)

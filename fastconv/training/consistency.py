@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastconv.training.recipe import check_images, shape_of_model
+from fastconv.training.recipe import LARGEST, check_images, shape_of_model
 
 if TYPE_CHECKING:
     from fastconv.training.checkpoint import Checkpoint
@@ -37,15 +37,15 @@ def check_numbers(found: Checkpoint) -> None:
     for part, right in {
         "classes": len(found.classes) > 0,
         "image_size": len(found.image_size) == 3 and found.image_size[0] == 3,
-        "train_images": found.train_images > 0,
+        "train_images": 0 < found.train_images <= LARGEST["limit"],
         "epoch": 0 <= found.epoch <= recipe.epochs,
         "step": 0 <= found.step <= (0 if finished else steps),
         "losses": found.losses.shape == (found.step,)
         and found.losses.dtype == torch.float32
         and bool(found.losses.isfinite().all()),
         "correct": 0 <= found.correct <= found.step * recipe.batch_size,
-        "history": [each.get("epoch") for each in found.history] == list(range(1, found.epoch + 1))
-        and all(each.keys() == METRICS for each in found.history),
+        "history": len(found.history) == found.epoch
+        and all(each.keys() == METRICS and each["epoch"] == i for i, each in enumerate(found.history, 1)),
         "test": found.test is None or (found.test.keys() == TEST_METRICS and finished),
         # A loss is float32. Larger ones could not be drawn.
         "metrics": all(0 <= value < 3.5e38 for each in metrics for value in each.values()),
