@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastconv import machine
-from fastconv.commands.options import path as path_option
+from fastconv.commands.options import nonempty_path
 from fastconv.console import console
 from fastconv.progress import progress
 
@@ -39,7 +39,7 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=path_option,
+            parser=nonempty_path,
             metavar="PATH",
             help="Write the results here.",
             show_default="bench/results/<device>-<torch>-<date>.json",

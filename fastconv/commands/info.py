@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastconv import console, machine
+from fastconv import machine
 from fastconv.commands.options import JsonOption
+from fastconv.console import console
 from fastconv.operations import backends, selftest
 
 
@@ -28,7 +29,7 @@ def info(json_output: JsonOption = False) -> None:
     if json_output:
         print(json.dumps(facts, indent=2, allow_nan=False))
         return
-    shown = console.console()
+    shown = console()
     for name, found in facts["versions"].items():
         shown.print(f"{name:<12}{found}")
     shown.print(f"{'devices':<12}{', '.join(devices.values())}; {facts['threads']} threads")

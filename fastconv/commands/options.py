@@ -21,7 +21,7 @@ from fastconv.training.recipe import Recipe
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def path(text: str) -> Path:
+def nonempty_path(text: str) -> Path:
     """Return a path that was typed. An empty one, as an unset variable gives, would be the current folder."""
     if not text:
         raise typer.BadParameter("it is empty; give a path")
@@ -32,7 +32,7 @@ DataOption = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        parser=path,
+        parser=nonempty_path,
         metavar="PATH",
         help="Directory that holds CIFAR-10 (cifar-10-batches-py or cifar-10-batches-bin), or images of one "
         "size in train/<class>/ and test/<class>/. Without it a checkpoint's own data is used; a new run "

@@ -20,7 +20,7 @@ from fastconv.commands.options import (
     JsonOption,
     choose,
     load_data,
-    path,
+    nonempty_path,
     recipe_options,
     usage_errors,
 )
@@ -43,7 +43,7 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            parser=nonempty_path,
             metavar="PATH",
             help="Where to save the run.  \\[default: runs/<date>-<time>]",
             show_default=False,
@@ -96,7 +96,7 @@ def train(
     state, sets = loop.prepare(recipe, dataset, place, resumed)
     shown.print(model_summary(recipe, image_size, classes, depth=2), soft_wrap=True)
 
-    # All that can be refused has been: now there are writes.
+    # Nothing has been written so far.
     out = folder.make(out)
     with folder.locked(out):
         path = out / folder.CHECKPOINT
@@ -158,10 +158,10 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         return recipe
     epochs, begun = context.params["epochs"], resumed.epoch + (resumed.step > 0)
     if epochs < begun:
-        done = f"has done {resumed.epoch} epochs" + (
-            f" and {resumed.step} steps of the next" if resumed.step else ""
+        steps = f" and {resumed.step} steps of the next" if resumed.step else ""
+        raise ValueError(
+            f"the run has done {resumed.epoch} epochs{steps}; got --epochs {epochs}: give at least {begun}"
         )
-        raise ValueError(f"the run {done}; got --epochs {epochs}: give at least {begun}")
     return replace(recipe, epochs=epochs)
 
 

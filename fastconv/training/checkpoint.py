@@ -122,12 +122,12 @@ def load(path: Path) -> Checkpoint:
     state = read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} was not written by fastconv; give the checkpoint.pt of a training run")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {reprlib.repr(state['format'])}; this fastconv reads {FORMAT}: "
-            "use the version that wrote it"
-        )
     try:
+        if type(state["format"]) is not int or state["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {reprlib.repr(state['format'])}; this fastconv reads {FORMAT}: "
+                "use the version that wrote it"
+            )
         fields = {name: value for name, value in state.items() if name != "format"}
         found: Checkpoint = typed.build(Checkpoint, fields, "the checkpoint")
         consistency.check(found)

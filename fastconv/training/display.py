@@ -49,7 +49,7 @@ class Display:
         self.task = self.bar.add_task("", visible=False, epoch=0, loss=0.0, speed=0.0)
 
     def start(self, checkpoint: Checkpoint) -> None:
-        # It is of the run's start: that of a resumed run stays. A run killed at its start has none.
+        # It describes the run's start, so a resumed run keeps it. It is missing if a kill came first.
         if os.path.lexists(self.folder / CONFIG):
             return
         data = ("data_directory", "data_checksum", "classes", "image_size", "train_images")

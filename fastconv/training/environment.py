@@ -31,13 +31,13 @@ class Environment:
     def now(cls, device: torch.device) -> Environment:
         return cls(machine.gpu_name(device), backends.current(), torch.get_num_threads(), machine.versions())
 
-    def changes(self, now: Environment) -> list[str]:
-        """Return what differs from the environment `now` and can change a result, a few words for each."""
-        pairs = {"device": (self.device, now.device), "backend": (self.backend, now.backend)}
-        if self.device == now.device == "cpu":
-            pairs["threads"] = str(self.threads), str(now.threads)
-        packages = {**self.versions, **now.versions}
-        pairs |= {name: (self.versions.get(name, "-"), now.versions.get(name, "-")) for name in packages}
+    def changes(self, later: Environment) -> list[str]:
+        """Return what differs from a later environment and can change a result, a few words for each."""
+        pairs = {"device": (self.device, later.device), "backend": (self.backend, later.backend)}
+        if self.device == later.device == "cpu":
+            pairs["threads"] = str(self.threads), str(later.threads)
+        for package in {**self.versions, **later.versions}:
+            pairs[package] = self.versions.get(package, "none"), later.versions.get(package, "none")
         return [f"{name} {before}, now {after}" for name, (before, after) in pairs.items() if before != after]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import time
@@ -16,7 +15,7 @@ from fastconv.files import WriteError, remove_partial, write_atomically
 
 CHECKPOINT, CONFIG, METRICS, CURVES = FILES = ("checkpoint.pt", "config.json", "metrics.jsonl", "curves.png")
 # The lock is released by the system when its process ends, however it ends. Who holds it cannot be read from it.
-LOCK, OWNER = ".lock", ".owner"
+LOCK, OWNER = ".fastconv.lock", ".fastconv.owner"
 
 
 class FolderError(Exception):
@@ -41,13 +40,14 @@ def make(folder: Path | None) -> Path:
         return folder
     base = Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     base.parent.mkdir(exist_ok=True)
-    # Other runs may have started in this second.
-    names = itertools.chain([base.name], (f"{base.name}-{number}" for number in itertools.count(2)))
-    for new in map(base.with_name, names):
+    number, new = 1, base
+    while True:
+        # Other runs may have started in this second.
         with suppress(FileExistsError):
             new.mkdir()
             return new
-    raise AssertionError("there is no end of names")
+        number += 1
+        new = base.with_name(f"{base.name}-{number}")
 
 
 @contextmanager

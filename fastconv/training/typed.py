@@ -65,11 +65,11 @@ def _build_dataclass(kind: Any, value: Any, name: str) -> Any:
 
 
 def _is_a(kind: Any, value: Any) -> bool:
-    # True is an int to Python, and int a float to type checkers. PyTorch's integers have 64 bits.
+    # True is an int to Python, and an int is a float to type checkers. PyTorch's integers have 64 bits.
     if kind is int:
         return type(value) is int and -(2**63) <= value < 2**63
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return _is_a(int, value) or (type(value) is float and math.isfinite(value))
     if kind is Tensor:
         # A contiguous one is no larger than what is stored of it.
         return (

@@ -27,7 +27,7 @@ from fastconv.commands import main
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
 from fastconv.training import folder as run_folder
-from fastconv.training.folder import FILES
+from fastconv.training.folder import FILES, LOCK
 from fastconv.training.recipe import Recipe
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
@@ -71,7 +71,7 @@ def refused(result, message):
 def test_train_saves_and_reports(run, folder, tmp_path):
     code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
     assert (code, err) == (0, "")
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", *sorted(FILES)]
+    assert sorted(os.listdir(tmp_path / "run")) == [LOCK, *sorted(FILES)]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [1, 2]
     for m in metrics:
@@ -304,7 +304,7 @@ def test_a_full_disk(run, folder, tmp_path, monkeypatch):
         result = run("train", "--data", folder, "--out", out, *SMALL)
     refused(result, r"run/checkpoint\.pt cannot be written: No space left on device; make room on its disk")
     assert f"go on with:\n  fastconv train --out {out} --resume" in result[1]
-    assert sorted(os.listdir(out)) == [".lock", "checkpoint.pt", "config.json"]
+    assert sorted(os.listdir(out)) == [LOCK, "checkpoint.pt", "config.json"]
     assert checkpoint.load(out / "checkpoint.pt").epoch == 0
     assert run("train", "--out", out, "--resume")[0] == 0
 
@@ -568,7 +568,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(run, folder, tmp_path):
     code, printed, _ = run(*command[1:], "--epochs", begun)
     assert code == 0
     assert f"{begun} epochs in" in printed
-    assert sorted(os.listdir(out)) == [".lock", *sorted(FILES)]
+    assert sorted(os.listdir(out)) == [LOCK, *sorted(FILES)]
 
 
 @pytest.mark.slow
@@ -604,7 +604,7 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     assert all(torch.equal(final.model[name], weight) for name, weight in unbroken.model.items())
     assert final.test == unbroken.test
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 40
-    assert sorted(os.listdir(out)) == [".lock", *sorted(FILES)]
+    assert sorted(os.listdir(out)) == [LOCK, *sorted(FILES)]
 
 
 def test_names_are_printed_as_they_are(run, folder, tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def types():
         for name, value in list(samples.items())[len(field) % 2 :: 2]:
             if name not in allowed:
                 yield f"{field} is {name}", put(field, value=value)
-    yield "epoch is an int of 10,000 digits", put("epoch", value=10**9999)
+    for keys in (["format"], ["epoch"], ["seconds"], ["recipe", "lr"], ["history", 0, "train_loss"]):
+        yield f"{keys[-1]} is an int of 10,000 digits", put(*keys, value=10**9999)
     yield "history is a tuple", put("history", value=())
     for name in ("none", "float", "tensor", "list"):
         yield f"format is {name}", put("format", value=samples[name])
