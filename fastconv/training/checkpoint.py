@@ -147,7 +147,7 @@ def read(path: Path) -> Any:
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file; give the checkpoint.pt of a training run")
         with open(path, "rb") as file, warnings.catch_warnings():
-            # Of formats that a file claims to have.
+            # PyTorch warns of what a file claims to be; the user gets one line.
             warnings.simplefilter("ignore")
             check_archive(file)
             file.seek(0)

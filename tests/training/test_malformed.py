@@ -1,6 +1,7 @@
 """Whatever a checkpoint's file holds: one line that names it, exit code 2, and nothing executed or written."""
 
 import errno
+import functools
 import os
 import time
 import zipfile
@@ -8,6 +9,7 @@ import zipfile
 import malformed
 import pytest
 import torch
+import typer.main
 
 from fastconv.training import loop
 from fastconv.training.data import Dataset, ImageSet
@@ -15,6 +17,13 @@ from fastconv.training.recipe import Recipe
 
 CASES = malformed.cases()
 COMMANDS = ("evaluate", "predict", "train")
+# Typer builds its commands anew in each call, which takes longer than the call.
+built_once = functools.cache(typer.main.get_command)
+
+
+@pytest.fixture(autouse=True)
+def _commands_are_built_once(monkeypatch):
+    monkeypatch.setattr(typer.main, "get_command", built_once)
 
 
 @pytest.fixture(scope="module")
