@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from fastconv import machine
+from fastconv.commands.options import nonempty_path
+from fastconv.console import console
 from fastconv.progress import progress
 
 from . import contenders, plots, results, suite, tables, workloads
@@ -37,7 +38,12 @@ def bench(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the results here.", show_default="bench/results/<device>-<torch>-<date>.json"),
+        typer.Option(
+            parser=nonempty_path,
+            metavar="PATH",
+            help="Write the results here.",
+            show_default="bench/results/<device>-<torch>-<date>.json",
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -71,7 +77,7 @@ def bench(
     ways = contenders.choose(place, quick)
     budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
     rows: list[Row] = []
-    with progress(Console(stderr=True), suite.steps(chosen), otherwise_lines=True) as advanced:
+    with progress(console(stderr=True), suite.steps(chosen), otherwise_lines=True) as advanced:
         for found in suite.run(chosen, ways, place, dtype, budget, advanced):
             rows += found
             results.write(path, about, rows)

@@ -109,7 +109,7 @@ def default_path(about: dict[str, Any]) -> Path:
 def write(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
     """Write one row a line, so that diffs are readable."""
     lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in rows)
-    header = f'"schema": {SCHEMA}, "provenance": {json.dumps(about, indent=1)}'
+    header = f'"schema": {SCHEMA}, "provenance": {json.dumps(about, indent=1, allow_nan=False)}'
     text = f'{{{header}, "rows": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
+class WriteError(OSError):
+    """A file that cannot be written. The message is one line: which file, why not, and what to do."""
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place in one step."""
-    # Always the same name, so that a run killed while writing leaves at most one such file.
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Let `write` fill a file beside `path`, then put it in its place in one step.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written. `path` is then as it was.
+    """
+    # Each process writes a file of its own. "x" refuses one that is there, and follows no link.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        # Outside of the inner try: what could not be opened is not ours to remove.
+        file = open(temporary, "xb")  # noqa: SIM115
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own while it handles a file's OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise WriteError(
+            f"{path} cannot be written: {cause.strerror or cause}; make room on its disk, or check its folder"
+        ) from error
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a process that was killed while it wrote `path` left behind. No other may be writing it."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        partial.unlink(missing_ok=True)

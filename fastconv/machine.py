@@ -74,6 +74,11 @@ def memory(device: torch.device) -> int | None:
         return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory cannot be had; on a CPU PyTorch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from returning the memory of each step to the system, only to ask for it again in the next.
 

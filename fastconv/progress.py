@@ -19,7 +19,8 @@ def progress(console: Console, total: int, otherwise_lines: bool = False) -> Ite
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
+        # It would read markup, whatever the console does.
+        TextColumn("{task.description}", markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -30,6 +31,6 @@ def progress(console: Console, total: int, otherwise_lines: bool = False) -> Ite
         def advanced(done: str) -> None:
             bar.update(task, advance=1, description=done)
             if bar.disable and otherwise_lines:
-                console.print(done, highlight=False, soft_wrap=True)
+                console.print(done, soft_wrap=True)
 
         yield advanced

@@ -15,6 +15,7 @@ from fastconv import machine
 from fastconv.accuracy import worst
 from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
 from fastconv.checking.report import VERDICTS, Report, Result
+from fastconv.console import console as plain_console
 
 STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
 # The least width of a terminal, in characters, for all columns.
@@ -25,9 +26,9 @@ SHOWN_STEPS = (1, *range(10, STEPS + 1, 10))
 def show(report: Report, console: Console) -> None:
     if not console.is_terminal:
         # A file or a pipe has no width: nothing is wrapped or cut.
-        console = Console(file=console.file, width=200)
+        console = plain_console(file=console.file, width=200)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-    console.print(f"{report.device}; {versions}", highlight=False)
+    console.print(f"{report.device}; {versions}")
     groups = [list(group) for _, group in groupby(report.results, key=kind)]
     console.print(errors_table(groups, narrow=console.width < WIDE))
     show_reasons(report, groups, console)
@@ -81,7 +82,7 @@ def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Co
     """Print why cases were skipped, and the worst of what is wrong in each row of the table."""
     skipped = Counter(result.reason for result in report.results if result.verdict == "skipped")
     for reason, count in skipped.items():
-        console.print(f"skipped {count}: {reason}", highlight=False, style=STYLES["skipped"])
+        console.print(f"skipped {count}: {reason}", style=STYLES["skipped"])
     for group in groups:
         wrong = [result for result in group if result.verdict == "wrong"]
         if wrong:
@@ -109,8 +110,7 @@ def show_divergence(found: Divergence, console: Console) -> None:
     console.print(
         f"Fused and reference losses differ by at most {found.difference:.1e} of the loss; right is up to "
         f"{found.bound:.1e}:\n{MARGIN:.0f} times what the reference's change if each initial weight moves to a "
-        f"neighbouring float, at least {FLOOR:.0e}.",
-        highlight=False,
+        f"neighbouring float, at least {FLOOR:.0e}."
     )
 
 

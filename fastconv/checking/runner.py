@@ -52,7 +52,7 @@ def run(
 
 def keep(result: Result | Training, file: IO[str] | None) -> None:
     if file is not None:
-        print(json.dumps(result.as_json()), file=file, flush=True)
+        print(json.dumps(result.as_json(), allow_nan=False), file=file, flush=True)
 
 
 def steps(cases: Sequence[Case]) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastconv.checking import display, runner
 from fastconv.checking.cases import all_cases
 from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, choose
+from fastconv.console import console
 from fastconv.progress import progress
 
 
@@ -31,14 +31,14 @@ def check(
     [bold]TRITON_INTERPRET=1 fastconv check --backend triton[/bold] checks the kernels on a CPU, in minutes.
     """
     place = choose(device, backend)
-    console = Console(stderr=json_output)
+    shown = console(stderr=json_output)
     cases = all_cases()
     with (
         nullcontext() if out is None else out.open("w") as kept,
-        progress(console, runner.steps(cases)) as advanced,
+        progress(shown, runner.steps(cases)) as advanced,
     ):
         report = runner.run(place, cases, advanced, kept)
-    display.show(report, console)
+    display.show(report, shown)
     if json_output:
-        print(json.dumps(report.as_json()))
+        print(json.dumps(report.as_json(), allow_nan=False))
     raise typer.Exit(0 if report.right else 1)

@@ -11,9 +11,9 @@ from fastconv.commands.options import (
     DeviceOption,
     JsonOption,
     choose,
+    load_data,
 )
-from fastconv.training import checkpoint, data, loop, prediction
-from fastconv.training.recipe import Recipe
+from fastconv.training import checkpoint, loop, prediction
 
 
 def evaluate(
@@ -27,14 +27,14 @@ def evaluate(
     state = checkpoint.load(checkpoint_path)
     place = choose(device, backend)
     model = prediction.load_model(state, place)
-    dataset, recipe = data.load(data_directory), Recipe(**state.recipe)
-    sets = loop.make_sets(dataset, recipe, place)
-    state.check_data(list(dataset.classes), list(dataset.train.images.shape[1:]), len(sets.train))
+    dataset = load_data(data_directory, state)
+    sets = loop.make_sets(dataset, state.recipe, place)
+    state.check_data(dataset, len(sets.train))
     results: dict[str, float] = {}
     for name, images in [("validation", sets.validation), ("test", sets.test)]:
-        loss, accuracy = loop.evaluate(model, images, recipe)
+        loss, accuracy = loop.evaluate(model, images, state.recipe)
         results |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         if not json_output:
             print(f"{name + ':':<12}loss {loss:.4f}, accuracy {100 * accuracy:.2f} %, {len(images):,} images")
     if json_output:
-        print(json.dumps(results))
+        print(json.dumps(results, allow_nan=False))

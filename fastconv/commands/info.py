@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fastconv import machine
 from fastconv.commands.options import JsonOption
+from fastconv.console import console
 from fastconv.operations import backends, selftest
 
 
@@ -27,22 +27,22 @@ def info(json_output: JsonOption = False) -> None:
         "kernels": {name: selftest.describe(torch.device(name)) for name in gpus},
     }
     if json_output:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts, indent=2, allow_nan=False))
         return
-    console = Console(highlight=False)
+    shown = console()
     for name, found in facts["versions"].items():
-        console.print(f"{name:<12}{found}")
-    console.print(f"{'devices':<12}{', '.join(devices.values())}; {facts['threads']} threads")
-    console.print(f"{'backend':<12}{backends.current()}\n")
+        shown.print(f"{name:<12}{found}")
+    shown.print(f"{'devices':<12}{', '.join(devices.values())}; {facts['threads']} threads")
+    shown.print(f"{'backend':<12}{backends.current()}\n")
     table = Table("device", "operation", "runs on", "because")
     for device, operations in facts["operations"].items():
         for operation, choice in operations.items():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["refused"].items())
             table.add_row(device, operation, choice["runs"] or "nothing", reasons)
-    console.print(table)
+    shown.print(table)
     for device, kernels in facts["kernels"].items():
-        console.print(f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}")
+        shown.print(f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}")
         for subject in kernels["right"]:
-            console.print(f"  right: {subject}")
+            shown.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():
-            console.print(f"  wrong: {subject}: {reason}; auto takes portable", markup=False)
+            shown.print(f"  wrong: {subject}: {reason}; auto takes portable")

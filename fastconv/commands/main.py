@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,7 +17,8 @@ from fastconv import machine
 from fastconv.commands import check, evaluate, info, predict, summary, swap_report, train
 from fastconv.extras import MissingPackage
 from fastconv.operations import backends
-from fastconv.training import checkpoint, data
+from fastconv.training import checkpoint, data, folder
+from fastconv.training.state import NonFinite
 
 app = typer.Typer(
     help="Train the lecture's CIFAR-10 classifier with fused convolution modules, and use the result.",
@@ -26,18 +31,59 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line. Known errors become one line on standard error and exit code 2."""
-    # OSError is what a full disk or a directory without permission raises; its text names the file.
-    known = (data.DataError, checkpoint.CheckpointError, backends.BackendUnavailable, MissingPackage, OSError)
+    """Run the command line. Known errors become one line on standard error and exit code 2.
+
+    Numbers that are not finite are a result, though not one to use: their exit code is 1.
+    """
+    # OSError is what a directory without permission raises; its text names the file.
+    known = (
+        data.DataError,
+        checkpoint.CheckpointError,
+        folder.FolderError,
+        backends.BackendUnavailable,
+        MissingPackage,
+        OSError,
+    )
     for stream in (sys.stdout, sys.stderr):
         # Tables and file names have characters that not every terminal's encoding has.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        with termination():
+            app()
     except known as error:
-        print(f"fastconv: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
+    except NonFinite as error:
+        fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        fail("out of memory; give a smaller --batch-size, --width or --depth, or smaller images", 2)
+
+
+def fail(reason: object, code: int) -> NoReturn:
+    print(f"fastconv: {reason}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """Let SIGTERM end the program as an exception does, so that nothing half-written is left; exit code 143."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,17 +13,30 @@ import typer
 
 from fastconv import machine
 from fastconv.operations import backends
+from fastconv.training import data
+from fastconv.training.checkpoint import Checkpoint
+from fastconv.training.data import DataError, Dataset
 from fastconv.training.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def nonempty_path(text: str) -> Path:
+    """Return a path that was typed. An empty one, as an unset variable gives, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("it is empty; give a path")
+    return Path(text)
+
 
 DataOption = Annotated[
     Path | None,
     typer.Option(
         "--data",
+        parser=nonempty_path,
+        metavar="PATH",
         help="Directory that holds CIFAR-10 (cifar-10-batches-py or cifar-10-batches-bin), or images of one "
-        "size in train/<class>/ and test/<class>/. Without it CIFAR-10 is downloaded once, into "
-        "$FASTCONV_CACHE or ~/.cache/fastconv.",
+        "size in train/<class>/ and test/<class>/. Without it a checkpoint's own data is used; a new run "
+        "downloads CIFAR-10 once, into $FASTCONV_CACHE or ~/.cache/fastconv.",
         show_default=False,
     ),
 ]
@@ -74,6 +87,20 @@ def usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def load_data(directory: Path | None, trained: Checkpoint | None = None) -> Dataset:
+    """Return the data set in a directory that was typed; else a checkpoint's own, or CIFAR-10.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    if directory is not None or trained is None or trained.data_directory is None:
+        return data.load(directory)
+    try:
+        return data.load(Path(trained.data_directory))
+    except DataError as error:
+        raise DataError(f"{error}; the run's data was there: if it has moved, name it with --data") from error
 
 
 def choose(device: str, backend: str) -> torch.device:

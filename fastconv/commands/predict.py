@@ -10,6 +10,7 @@ import typer
 
 from fastconv.commands.options import BackendOption, CheckpointOption, DeviceOption, JsonOption, choose
 from fastconv.training import checkpoint, prediction
+from fastconv.training.state import NonFinite
 
 
 def predict(
@@ -33,10 +34,13 @@ def predict(
     # All are read before any is answered: a wrong name is found at once.
     inputs = [prediction.read_input(path, state.image_size) for path in images]
     for path, image in zip(images, inputs, strict=True):
-        top = prediction.predict(model, image.to(place), min(3, len(state.classes)))
+        try:
+            top = prediction.predict(model, image.to(place), min(3, len(state.classes)))
+        except NonFinite as error:
+            raise NonFinite(f"{path}: {error}") from error
         named = [(state.classes[label], probability) for label, probability in top]
         if json_output:
             classes = [{"class": name, "probability": probability} for name, probability in named]
-            print(json.dumps({"image": str(path), "classes": classes}))
+            print(json.dumps({"image": str(path), "classes": classes}, allow_nan=False))
         else:
             print(f"{path}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in named)}")

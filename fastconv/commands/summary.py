@@ -9,7 +9,7 @@ import typer
 from fastconv.commands.options import MODEL, recipe_options, usage_errors
 from fastconv.training import data
 from fastconv.training.display import model_summary
-from fastconv.training.recipe import Recipe, check_patch
+from fastconv.training.recipe import Recipe, check_images
 
 
 @recipe_options(*MODEL)
@@ -20,5 +20,5 @@ def summary(
     image_size = (3, 32, 32)
     with usage_errors():
         recipe = Recipe(batch_size=batch_size, **model)
-        check_patch(recipe, image_size)
+        check_images(recipe, image_size)
     print(model_summary(recipe, image_size, len(data.CIFAR10_CLASSES), depth=3))

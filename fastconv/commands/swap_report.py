@@ -26,4 +26,7 @@ def swap_report(
         # The report says it, too.
         warnings.simplefilter("ignore")
         report = swapping.swap(network)
-    print(json.dumps([candidate._asdict() for candidate in report.candidates]) if json_output else report)
+    if json_output:
+        print(json.dumps([candidate._asdict() for candidate in report.candidates], allow_nan=False))
+    else:
+        print(report)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import time
+import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,27 +13,26 @@ import torch
 import typer
 from rich.console import Console
 
-from fastconv import machine
 from fastconv.commands.options import (
     BackendOption,
     DataOption,
     DeviceOption,
     JsonOption,
     choose,
+    load_data,
+    nonempty_path,
     recipe_options,
     usage_errors,
 )
+from fastconv.console import console
 from fastconv.extras import import_extra
-from fastconv.files import write_atomically
-from fastconv.operations import backends
-from fastconv.training import checkpoint, curves, data, loop
+from fastconv.files import WriteError
+from fastconv.training import checkpoint, folder, loop, memory
 from fastconv.training.display import Display, model_summary
-from fastconv.training.recipe import Recipe, check_patch
-from fastconv.training.state import NonFiniteLoss
+from fastconv.training.environment import Environment, restore_threads
+from fastconv.training.recipe import Recipe, check_images
+from fastconv.training.state import NonFinite
 
-CHECKPOINT = "checkpoint.pt"
-# The exit code of a program that Ctrl-C stopped.
-INTERRUPTED = 130
 RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
 
 
@@ -44,7 +42,12 @@ def train(
     data_directory: DataOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to save the run.  \\[default: runs/<date>-<time>]", show_default=False),
+        typer.Option(
+            parser=nonempty_path,
+            metavar="PATH",
+            help="Where to save the run.  \\[default: runs/<date>-<time>]",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
     json_output: JsonOption = False,
@@ -62,21 +65,19 @@ def train(
 ) -> None:
     """Train the classifier by the lecture's recipe; with no options, on CIFAR-10, for five epochs.
 
-    Saves config.json, metrics.jsonl, curves.png and checkpoint.pt. Ctrl-C saves too, and so does a run that is
-    killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on from there.
+    Saves checkpoint.pt, config.json, metrics.jsonl and curves.png. Ctrl-C and SIGTERM save too, and so does a run
+    that is killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on from there.
     """
-    console = Console(stderr=json_output)
+    shown = console(stderr=json_output)
     for package in ("torchinfo", "matplotlib"):
         import_extra(package)
-    if resume and out is None:
-        raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
-    out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"--out is {out}, a file; give a directory")
-    path = out / CHECKPOINT
-    resumed = checkpoint.load(path) if resume else None
-    if resumed is None and path.exists():
-        raise typer.BadParameter(f"{out} holds a run; go on with it by --resume, or give another --out")
+    resumed = None
+    if resume:
+        if out is None:
+            raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
+        resumed = checkpoint.load(out / folder.CHECKPOINT)
+    elif out is not None:
+        folder.check_new(out)
     with usage_errors():
         recipe = Recipe(**options) if resumed is None else resumed_recipe(context, resumed)
     place = choose(device, backend)
@@ -84,55 +85,70 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    dataset = data.load(data_directory)
-    console.print(f"Data: {dataset.source}", highlight=False, soft_wrap=True)
-    image_size = dataset.train.images.shape[1:]
+    dataset = load_data(data_directory, resumed)
+    shown.print(f"Data: {dataset.source}", soft_wrap=True)
+    image_size, classes = dataset.train.images.shape[1:], len(dataset.classes)
     with usage_errors():
-        check_patch(recipe, image_size)
-    layers = model_summary(recipe, image_size, len(dataset.classes), depth=2)
-    console.print(layers, highlight=False, markup=False, soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "recipe": asdict(recipe),
-        "device": str(place),
-        "backend": backends.current(),
-        "data": dataset.source,
-        "versions": machine.versions(),
-    }
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(out / "config.json", lambda file: file.write(text.encode()))
+        check_images(recipe, image_size)
+        memory.check(recipe, image_size, classes, len(dataset.train), place)
+    if resumed is not None:
+        go_on_as_before(resumed.environment, place, shown)
+    state, sets = loop.prepare(recipe, dataset, place, resumed)
+    shown.print(model_summary(recipe, image_size, classes, depth=2), soft_wrap=True)
 
-    display = Display(console, recipe.epochs, out / "metrics.jsonl", json_output)
-    try:
-        with display.bar:
-            final = loop.train(recipe, dataset, place, path, display, resumed)
-    except (loop.Interrupted, KeyboardInterrupt) as error:
-        console.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
-        if path.exists():
-            console.print(f"go on with:\n  {resume_command(context, out)}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from error
-    except NonFiniteLoss as error:
-        console.print(
-            f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
-            style="red",
+    # Nothing has been written so far.
+    out = folder.make(out)
+    with folder.locked(out):
+        path = out / folder.CHECKPOINT
+        if resumed is None:
+            folder.check_new(out)
+        elif checkpoint.load(path).seconds != resumed.seconds:
+            raise folder.FolderError(
+                f"another process has gone on with the run in {out} meanwhile; resume it again"
+            )
+        display = Display(shown, recipe.epochs, out, json_output)
+        how_to_resume = f"go on with:\n  {resume_command(context, out)}"
+        try:
+            with display.bar:
+                final = loop.go_on(state, sets, path, display)
+            display.finished(final)
+        except (loop.Interrupted, KeyboardInterrupt) as error:
+            shown.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
+            if path.exists():
+                shown.print(how_to_resume, soft_wrap=True)
+            number = error.signal if isinstance(error, loop.Interrupted) else signal.SIGINT
+            raise typer.Exit(128 + number) from error
+        except WriteError:
+            if path.exists():
+                shown.print(f"\n{how_to_resume}", soft_wrap=True)
+            raise
+        except NonFinite as error:
+            shown.print(
+                f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
+                style="red",
+                soft_wrap=True,
+            )
+            raise typer.Exit(1) from error
+
+
+def go_on_as_before(before: Environment, place: torch.device, shown: Console) -> None:
+    """Compute with a run's number of threads, and report what else has changed since it was saved."""
+    restore_threads(before.threads, place)
+    if changes := before.changes(Environment.now(place)):
+        shown.print(
+            f"Changed since the run was saved: {', '.join(changes)}. Its weights may differ in the last bits from "
+            "those of an uninterrupted run.",
             soft_wrap=True,
         )
-        raise typer.Exit(1) from error
-    display.write_metrics(final.history)
-    write_atomically(out / "curves.png", lambda file: curves.plot(final.history, file))
-    display.finished(final, out)
 
 
 def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Recipe:
     """Return the recipe of a checkpoint, with the number of epochs that was typed.
 
     Raises:
-        ValueError: another option was typed that contradicts it, or the epochs are done.
+        ValueError: another option was typed that contradicts it, or more epochs are done or begun.
     """
-    try:
-        recipe = Recipe(**resumed.recipe)
-    except TypeError as error:
-        raise checkpoint.CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
+    recipe = resumed.recipe
     for name, trained_with in asdict(recipe).items():
         given = context.params[name]
         if is_typed(context, name) and name != "epochs" and given != trained_with:
@@ -140,9 +156,13 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
             raise ValueError(f"the run was started with {option} {trained_with}; got {given}: leave {option} out")
     if not is_typed(context, "epochs"):
         return recipe
-    if context.params["epochs"] < resumed.epoch:
-        raise ValueError(f"the run has done {resumed.epoch} epochs; got --epochs {context.params['epochs']}")
-    return replace(recipe, epochs=context.params["epochs"])
+    epochs, begun = context.params["epochs"], resumed.epoch + (resumed.step > 0)
+    if epochs < begun:
+        steps = f" and {resumed.step} steps of the next" if resumed.step else ""
+        raise ValueError(
+            f"the run has done {resumed.epoch} epochs{steps}; got --epochs {epochs}: give at least {begun}"
+        )
+    return replace(recipe, epochs=epochs)
 
 
 def is_typed(context: typer.Context, name: str) -> bool:

@@ -42,14 +42,15 @@ class SwapReport(NamedTuple):
         if not self.candidates:
             return "nothing to swap: no ConvNeXt block, nor such a pair in an nn.Sequential"
         # Imported here: swapping a model needs no rich, and should not wait for it.
-        from rich.console import Console
         from rich.table import Table
+
+        from fastconv.console import console
 
         table = Table("module", "class", "kind", "", "note")
         for name, module, kind, swapped, reason in self.candidates:
             table.add_row(name or "(the model)", module, kind, "swapped" if swapped else "skipped", reason)
         text = io.StringIO()
-        Console(file=text, width=120).print(table)
+        console(file=text, width=120).print(table)
         if any(candidate.reason == BY_SIZE for candidate in self.candidates):
             text.write(f"{BY_SIZE_MEANS}\n")
         return f"{text.getvalue()}{len(self.swapped)} swapped, {len(self.skipped)} skipped"

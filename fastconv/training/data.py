@@ -6,16 +6,18 @@ no loader processes, host copies or transforms stand between two training steps.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
 
+from fastconv.extras import import_extra
 from fastconv.training import cifar10, image_folder
 from fastconv.training.cifar10 import CIFAR10_CLASSES as CIFAR10_CLASSES
 from fastconv.training.inputs import FILE, FOLDER, MISSING, kind_of
@@ -78,12 +80,22 @@ class Dataset:
         test: the images to test on.
         classes: names; label i is `classes[i]`.
         source: for people: the layout that was read, and where.
+        directory: the folder that `load` was given, as an absolute path; None for the downloaded CIFAR-10.
     """
 
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
     source: str
+    directory: str | None = None
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of all shapes, pixels and labels, in hexadecimal; CIFAR-10 takes 0.3 s."""
+        digest = hashlib.sha256()
+        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(import_extra("numpy").ascontiguousarray(tensor.cpu()))
+        return digest.hexdigest()
 
 
 def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
@@ -110,9 +122,10 @@ def load(directory: Path | None = None, cache: Path | None = None) -> Dataset:
             from fastconv.training.download import download
 
             download(place)
-        return _load_directory(place)
+        found = _load_directory(place)
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error}; check its files and their permissions") from error
+    return replace(found, directory=None if directory is None else os.path.abspath(place))
 
 
 def split_indices(count: int, seed: int = 55) -> tuple[Tensor, Tensor]:

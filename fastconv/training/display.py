@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,24 +15,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastconv.extras import import_extra
 from fastconv.files import write_atomically
 from fastconv.operations import reference
+from fastconv.training import curves
 from fastconv.training.checkpoint import Checkpoint
+from fastconv.training.folder import CONFIG, CURVES, FILES, METRICS
 from fastconv.training.recipe import Recipe
 
 
 class Display:
-    """Shows a run on a console, and keeps its metrics in a file of one JSON object per line and epoch.
+    """Shows a run on a console, and writes what people read of it: configuration, metrics, and curves.
 
     Args:
         console: for people; the progress bar, which shows while `bar` is entered, appears only on a terminal.
         epochs: the run's number of epochs.
-        metrics: the file.
-        json_output: also print the lines of the file, on standard output.
+        folder: where to write; the metrics become a file of one JSON object per line and epoch.
+        json_output: also print the lines of that file, on standard output.
     """
 
-    def __init__(self, console: Console, epochs: int, metrics: Path, json_output: bool) -> None:
+    def __init__(self, console: Console, epochs: int, folder: Path, json_output: bool) -> None:
         self.console = console
         self.epochs = epochs
-        self.metrics = metrics
+        self.folder = folder
         self.json_output = json_output
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -43,6 +47,19 @@ class Display:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("", visible=False, epoch=0, loss=0.0, speed=0.0)
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        # It describes the run's start, so a resumed run keeps it. It is missing if a kill came first.
+        if os.path.lexists(self.folder / CONFIG):
+            return
+        data = ("data_directory", "data_checksum", "classes", "image_size", "train_images")
+        config = {
+            "recipe": asdict(checkpoint.recipe),
+            **asdict(checkpoint.environment),
+            **{name: getattr(checkpoint, name) for name in data},
+        }
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.folder / CONFIG, lambda file: file.write(text.encode()))
 
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
         self.bar.update(
@@ -63,29 +80,30 @@ class Display:
             start = f"Epoch {last['epoch']}/{self.epochs}" if name == "train" else ""
             self.console.print(
                 f"{start:<12}{label:<12}loss {last[f'{name}_loss']:.4f}, "
-                f"accuracy {100 * last[f'{name}_accuracy']:.2f} %",
-                highlight=False,
+                f"accuracy {100 * last[f'{name}_accuracy']:.2f} %"
             )
         if self.json_output:
-            print(json.dumps(last), flush=True)
+            print(json.dumps(last, allow_nan=False), flush=True)
 
     def write_metrics(self, history: Sequence[dict[str, float]]) -> None:
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-        write_atomically(self.metrics, lambda file: file.write(lines.encode()))
+        lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history)
+        write_atomically(self.folder / METRICS, lambda file: file.write(lines.encode()))
 
-    def finished(self, final: Checkpoint, out: Path) -> None:
+    def finished(self, final: Checkpoint) -> None:
         assert final.test is not None
+        self.write_metrics(final.history)
+        write_atomically(self.folder / CURVES, lambda file: curves.plot(final.history, file))
         minutes, seconds = divmod(final.seconds, 60)
         self.console.print(
             f"{'Test':<24}loss {final.test['test_loss']:.4f}, "
             f"accuracy {100 * final.test['test_accuracy']:.2f} %\n"
             f"{final.epoch} epochs in {minutes:.0f} min {seconds:04.1f} s, with validation and test\n"
-            f"Saved checkpoint.pt, metrics.jsonl, config.json and curves.png in {out}",
-            highlight=False,
+            f"Saved {', '.join(FILES)} in {self.folder}",
             soft_wrap=True,
         )
         if self.json_output:
-            print(json.dumps({**final.test, "seconds": final.seconds, "directory": str(out)}), flush=True)
+            found = {**final.test, "seconds": final.seconds, "directory": str(self.folder)}
+            print(json.dumps(found, allow_nan=False), flush=True)
 
 
 def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth: int) -> str:

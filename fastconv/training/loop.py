@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from fastconv.machine import keep_freed_memory
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import DataError, Dataset, ImageSet, split_indices
 from fastconv.training.recipe import Recipe, autocast
-from fastconv.training.state import State
+from fastconv.training.state import NonFinite, State
 
 # A report makes the host wait for the device.
 REPORT_SECONDS = 0.2
@@ -26,11 +28,18 @@ SAVE_SECONDS = 30.0
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the run has been saved and can be resumed."""
+    """Ctrl-C or SIGTERM: the run has been saved and can be resumed. `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Observer(Protocol):
     """What a run reports its progress to."""
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """The run is saved and trains from this checkpoint on, its first or the one it was resumed from."""
 
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
         """Steps `step` of `steps` of an epoch, counted from 1, are done. Called a few times per second."""
@@ -68,7 +77,11 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: ImageSet, recipe: Recipe) -> tuple[float, float]:
-    """Return the mean loss, and the accuracy in [0, 1], over all images, in batches of the recipe's size."""
+    """Return the mean loss, and the accuracy in [0, 1], over all images, in batches of the recipe's size.
+
+    Raises:
+        NonFinite: the loss is infinite or NaN.
+    """
     device = images.images.device
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -79,7 +92,10 @@ def evaluate(model: nn.Module, images: ImageSet, recipe: Recipe) -> tuple[float,
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     model.train()
-    return loss.item() / len(images), correct.item() / len(images)
+    mean = loss.item() / len(images)
+    if not math.isfinite(mean):
+        raise NonFinite(f"the loss of {len(images):,} images in evaluation is {mean}")
+    return mean, correct.item() / len(images)
 
 
 def train(
@@ -90,33 +106,50 @@ def train(
     observer: Observer,
     resumed: Checkpoint | None,
 ) -> Checkpoint:
+    """Train by a recipe from the start, or from a checkpoint: `prepare`, then `go_on`, which say more."""
+    return go_on(*prepare(recipe, dataset, device, resumed), path, observer)
+
+
+def prepare(
+    recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Checkpoint | None
+) -> tuple[State, Sets]:
+    """Return a run before its first step, or where it was saved, and its images. Nothing is written.
+
+    Args:
+        resumed: a checkpoint to go on from, of the same recipe but for the number of epochs.
+
+    Raises:
+        DataError: there are too few images.
+        ValueError: the images are too small for the recipe's patches, or huge.
+        CheckpointError: `resumed` does not fit the recipe or the data.
+    """
+    sets = make_sets(dataset, recipe, device)
+    return State(recipe, dataset, len(sets.train), device, resumed), sets
+
+
+def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoint:
     """Train until the recipe's last epoch is done, and keep a checkpoint at `path`.
 
     It is saved at the start, after each epoch, and every half minute; a run that is killed at any moment
-    and resumed reaches the weights of one that is not, bit for bit on a CPU.
+    and resumed reaches the weights of one that is not: on a CPU bit for bit, in the same environment.
 
     Args:
         path: the checkpoint's file.
         observer: what the progress is reported to.
-        resumed: a checkpoint to go on from, of the same recipe but for the number of epochs.
 
     Returns:
         The final checkpoint, with the metrics on the test set.
 
     Raises:
-        NonFiniteLoss: and the checkpoint at `path` is the last one from before.
-        Interrupted: Ctrl-C; the checkpoint is of the last step.
-        CheckpointError: `resumed` does not fit the recipe or the data.
+        NonFinite: and the checkpoint at `path` is the last one from before.
+        Interrupted: Ctrl-C or SIGTERM; the checkpoint is of the last step.
+        WriteError: the checkpoint cannot be written; the last one is still there.
     """
-    sets = make_sets(dataset, recipe, device)
-    state = State(recipe, dataset.classes, dataset.train.images.shape[1:], len(sets.train), device)
-    if resumed is not None:
-        state.restore(resumed)
+    recipe = state.recipe
     keep_freed_memory()
-    saved = time.monotonic()
     with interruption() as interrupted:
-        if resumed is None:
-            state.save(path)
+        observer.start(state.save(path))
+        saved = time.monotonic()
         while state.epoch < recipe.epochs:
             epoch_started, first_step, reported = time.monotonic(), state.step, 0.0
             for images, labels in state.rest_of_epoch(sets.train):
@@ -128,10 +161,10 @@ def train(
                     loss = state.losses[state.step - 1].item()
                     observer.step(state.epoch + 1, state.step, state.steps, loss, speed)
                     reported = now
-                if interrupted():
+                if number := interrupted():
                     state.save(path)
                     raise Interrupted(
-                        f"interrupted in epoch {state.epoch + 1}, after step {state.step} of {state.steps}"
+                        f"interrupted in epoch {state.epoch + 1}, after step {state.step} of {state.steps}", number
                     )
                 if now - saved > SAVE_SECONDS:
                     state.save(path)
@@ -140,8 +173,8 @@ def train(
             state.save(path)
             saved = time.monotonic()
             observer.epoch(state.history)
-            if interrupted() and state.epoch < recipe.epochs:
-                raise Interrupted(f"interrupted after epoch {state.epoch}")
+            if (number := interrupted()) and state.epoch < recipe.epochs:
+                raise Interrupted(f"interrupted after epoch {state.epoch}", number)
 
     test_loss, test_accuracy = evaluate(state.model, sets.test, recipe)
     state.test = {"test_loss": test_loss, "test_accuracy": test_accuracy}
@@ -149,17 +182,34 @@ def train(
 
 
 @contextmanager
-def interruption() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step is finished; the second one interrupts at once."""
-    received = False
+def interruption() -> Iterator[Callable[[], int]]:
+    """Note the first Ctrl-C or SIGTERM, so that a step is finished; the second acts as it did before.
+
+    A signal that is ignored stays so, as Ctrl-C is for a job in a shell's background. Other threads than the main
+    one get no signals.
+
+    Yields:
+        A function that returns the noted signal's number, or 0.
+    """
+    received = 0
+    # None is a handler that Python has not set.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)]
 
     def note(number: int, frame: object) -> None:
         nonlocal received
-        received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        received = number
+        restore()
 
-    before = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for number in ours:
+            signal.signal(number, handlers[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield lambda: received
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fastconv.extras import import_extra
 from fastconv.modules import Classifier
-from fastconv.training.checkpoint import Checkpoint, CheckpointError
+from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.images import pixels_of, read_image
-from fastconv.training.recipe import Recipe, make_model
+from fastconv.training.recipe import make_model
+from fastconv.training.state import NonFinite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,10 +25,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Classifier:
     Raises:
         CheckpointError: its state does not fit its recipe.
     """
-    try:
-        model = make_model(Recipe(**checkpoint.recipe), checkpoint.image_size, len(checkpoint.classes))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's recipe cannot be used: {error}") from error
+    model = make_model(checkpoint.recipe, checkpoint.image_size, len(checkpoint.classes))
     checkpoint.restore(model, None, device)
     return model.to(device).eval()
 
@@ -59,8 +57,11 @@ def predict(model: nn.Module, image: Tensor, top: int = 3) -> list[tuple[int, fl
 
     Raises:
         ValueError: there is not exactly one image.
+        NonFinite: a probability is NaN.
     """
     if len(image) != 1:
         raise ValueError(f"got {len(image)} images; expected one: call predict for each")
     probabilities, labels = model(image).float().softmax(1)[0].topk(top)
+    if not probabilities.isfinite().all():
+        raise NonFinite("a probability is not finite; the weights are too large for this image")
     return list(zip(labels.tolist(), probabilities.tolist(), strict=True))

@@ -10,17 +10,29 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fastconv.modules import Classifier
+from fastconv.training import typed
 
 Precision = Literal["fp32", "bf16"]
-# Their product, and the first divided by 1e-3, are scalars in AdamW that must not overflow float32.
-LARGEST_LR = 1e30
-LARGEST_WEIGHT_DECAY = 1e6
+# What nobody trains: more asks for a mistake to be found, not for hours or terabytes.
+LARGEST = {
+    "epochs": 100_000,
+    "batch_size": 1_000_000,
+    "width": 10_000,
+    "depth": 200,
+    "patch": 1_000,
+    "limit": 1_000_000_000,
+    "seed": 2**32 - 1,
+    "split_seed": 2**32 - 1,
+}
+# A step of AdamW changes each weight by about the learning rate, and initial weights are below 1.
+LARGEST_LR = 1.0
+LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -46,24 +58,26 @@ class Recipe:
     ] = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "width", "depth", "patch", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
-        for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 2**32 - 1")
+        for name, hint in get_type_hints(Recipe).items():
+            typed.build(hint, getattr(self, name), name)
+        for name, largest in LARGEST.items():
+            value, least = getattr(self, name), 0 if name.endswith("seed") else 1
+            if value is not None and not least <= value <= largest:
+                raise ValueError(f"{name} is {value}; expected {least} to {largest:,}")
         if not 0 < self.lr <= LARGEST_LR:
             raise ValueError(f"lr is {self.lr}; expected a positive number, at most {LARGEST_LR:g}")
-        if not 0 <= self.weight_decay <= LARGEST_WEIGHT_DECAY:
-            raise ValueError(f"weight_decay is {self.weight_decay}; expected 0 to {LARGEST_WEIGHT_DECAY:g}")
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(get_args(Precision))}")
+        # Each step multiplies the weights by one minus their product.
+        if not 0 <= self.weight_decay <= 1 / self.lr:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}; expected 0 to {1 / self.lr:g}, one divided by the lr"
+            )
 
 
-def check_patch(recipe: Recipe, image_size: Sequence[int]) -> None:
-    """Raise ValueError if images (channels, height, width) are too small for the classifier's patches."""
+def check_images(recipe: Recipe, image_size: Sequence[int]) -> None:
+    """Raise ValueError if images (channels, height, width) are too small for the classifier's patches, or huge."""
     _, height, width = image_size
+    if not 2 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
+        raise ValueError(f"images of {height} x {width} pixels; expected 2 to {LARGEST_SIDE:,} on each side")
     if min(height, width) < 2 * recipe.patch:
         raise ValueError(
             f"patch is {recipe.patch}, for images of {height} x {width} pixels; "
@@ -71,13 +85,19 @@ def check_patch(recipe: Recipe, image_size: Sequence[int]) -> None:
         )
 
 
+def shape_of_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Classifier:
+    """Return the classifier on the meta device, where weights take no memory."""
+    with torch.device("meta"):
+        return Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
+
+
 def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Classifier:
     """Return the classifier with the initial weights of the recipe's seed.
 
     Raises:
-        ValueError: the images are too small for its patches.
+        ValueError: the images are too small for its patches, or huge.
     """
-    check_patch(recipe, image_size)
+    check_images(recipe, image_size)
     torch.manual_seed(recipe.seed)
     return Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
 

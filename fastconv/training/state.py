@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,38 +12,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastconv.training.checkpoint import Checkpoint
-from fastconv.training.data import ImageSet
+from fastconv.training.data import Dataset, ImageSet
+from fastconv.training.environment import Environment
 from fastconv.training.recipe import Recipe, autocast, epoch_order, make_model
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss, or a weight, became infinite or NaN."""
+class NonFinite(RuntimeError):
+    """A loss, a weight or a probability became infinite or NaN. The message is one line that says which."""
 
 
 class State:
     """A run between two steps; a new one is before its first.
 
     Args:
-        classes: names; logit i is `classes[i]`.
-        image_size: channels, height and width.
-        train_images: how many images an epoch has.
+        train_images: how many images of the data set an epoch has.
+        resumed: a checkpoint to go on from; without one a run begins.
 
     Raises:
-        ValueError: the images are too small for the recipe's patches.
+        ValueError: the images are too small for the recipe's patches, or huge.
+        CheckpointError: `resumed` does not fit the recipe or the data.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        classes: Sequence[str],
-        image_size: Sequence[int],
+        dataset: Dataset,
         train_images: int,
         device: torch.device,
+        resumed: Checkpoint | None,
     ) -> None:
-        self.recipe = recipe
-        self.classes, self.image_size, self.train_images = list(classes), list(image_size), train_images
+        self.recipe, self.dataset, self.train_images = recipe, dataset, train_images
         self.device = device
-        self.model = make_model(recipe, image_size, len(classes)).to(device)
+        self.image_size = list(dataset.train.images.shape[1:])
+        if resumed is not None:
+            resumed.check_data(dataset, train_images)
+        self.data_checksum = dataset.checksum() if resumed is None else resumed.data_checksum
+        self.environment = Environment.now(device)
+        self.model = make_model(recipe, self.image_size, len(dataset.classes)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.steps = math.ceil(train_images / recipe.batch_size)
         # Epochs done, then steps done of the next one. Losses stay on the device: to read one makes the host wait.
@@ -54,21 +58,17 @@ class State:
         self.history: list[dict[str, float]] = []
         self.test: dict[str, float] | None = None
         self.started = time.monotonic()
+        if resumed is not None:
+            self._restore(resumed)
 
     @property
     def seconds(self) -> float:
         """The time spent so far, in all processes of the run."""
         return time.monotonic() - self.started
 
-    def restore(self, resumed: Checkpoint) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            CheckpointError: it does not fit the recipe or the data.
-        """
-        resumed.check_data(self.classes, self.image_size, self.train_images)
+    def _restore(self, resumed: Checkpoint) -> None:
         resumed.restore(self.model, self.optimizer, self.device)
-        self.epoch, self.step, self.history = resumed.epoch, resumed.step, resumed.history
+        self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
         self.losses[: self.step] = resumed.losses
         self.correct += resumed.correct
         self.started = time.monotonic() - resumed.seconds
@@ -77,19 +77,33 @@ class State:
         """Write a checkpoint to `path`, and return it.
 
         Raises:
-            NonFiniteLoss: nothing was written.
+            NonFinite: nothing was written.
+            WriteError: it cannot be written.
+        """
+        checkpoint = self.checkpoint()
+        checkpoint.save(path)
+        return checkpoint
+
+    def checkpoint(self) -> Checkpoint:
+        """Return what to go on from.
+
+        Raises:
+            NonFinite: the state is of no use.
         """
         self.check_finite()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint = Checkpoint(
-            recipe=asdict(self.recipe),
-            classes=self.classes,
+        return Checkpoint(
+            recipe=self.recipe,
+            classes=list(self.dataset.classes),
             image_size=self.image_size,
             train_images=self.train_images,
+            data_directory=self.dataset.directory,
+            data_checksum=self.data_checksum,
+            environment=self.environment,
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=self.optimizer.state_dict()["state"],
             rng=rng,
             epoch=self.epoch,
             step=self.step,
@@ -99,19 +113,15 @@ class State:
             test=self.test,
             seconds=self.seconds,
         )
-        checkpoint.save(path)
-        return checkpoint
 
     def check_finite(self) -> None:
-        """Raise NonFiniteLoss, which names the step of the epoch, if a loss or a weight is not finite."""
+        """Raise NonFinite, which names the step of the epoch, if a loss or a weight is not finite."""
         wrong = (~self.losses[: self.step].isfinite()).nonzero()
         if len(wrong) > 0:
             step = int(wrong[0])
-            raise NonFiniteLoss(
-                f"the loss is {self.losses[step].item()} in epoch {self.epoch + 1}, step {step + 1}"
-            )
+            raise NonFinite(f"the loss is {self.losses[step].item()} in epoch {self.epoch + 1}, step {step + 1}")
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise NonFiniteLoss(f"a weight is not finite in epoch {self.epoch + 1}, after step {self.step}")
+            raise NonFinite(f"a weight is not finite in epoch {self.epoch + 1}, after step {self.step}")
 
     def rest_of_epoch(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the batches of the epoch that are still to be trained on."""

@@ -1,13 +1,18 @@
 """The commands, as a user types them, on a small image folder."""
 
+import dataclasses
+import errno
 import json
 import os
+import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -18,9 +23,11 @@ from processes import run_python
 
 import fastconv
 from fastconv import machine
-from fastconv.commands import train as train_command
+from fastconv.commands import main
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
+from fastconv.training import folder as run_folder
+from fastconv.training.folder import FILES, LOCK
 from fastconv.training.recipe import Recipe
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
@@ -44,8 +51,12 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     """The directory of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    command = [sys.executable, "-m", "fastconv", "train", "--data", str(folder), "--out", str(out), *SMALL]
-    subprocess.run(command, check=True, capture_output=True)
+    arguments = ["fastconv", "train", "--data", str(folder), "--out", str(out), *SMALL]
+    with pytest.MonkeyPatch.context() as patch, fastconv.backend("auto"):
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+    assert not stopped.value.code
     return out
 
 
@@ -60,7 +71,7 @@ def refused(result, message):
 def test_train_saves_and_reports(run, folder, tmp_path):
     code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
     assert (code, err) == (0, "")
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == [LOCK, *sorted(FILES)]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == [1, 2]
     for m in metrics:
@@ -90,6 +101,9 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "limit": None,
     }
     assert config["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (config["data_directory"], config["train_images"]) == (str(folder), 16)
+    assert config["data_checksum"] == data.load(folder).checksum()
+    assert (config["device"], config["threads"]) == ("cpu", torch.get_num_threads())
     with Image.open(tmp_path / "run/curves.png") as picture:
         assert min(picture.size) > 300
 
@@ -106,16 +120,88 @@ def test_train_json(run, folder, tmp_path):
 
 
 def test_the_default_directory_is_new_for_each_run(run, folder, tmp_path, monkeypatch):
+    """Also for those that start in one second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_command.time, "strftime", lambda _: "20260102-030405")
-    assert run("train", "--data", folder, *SMALL)[0] == 0
-    assert (tmp_path / "runs/20260102-030405/checkpoint.pt").exists()
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "20260102-030405")
+    (tmp_path / "runs/20260102-030405-2").mkdir(parents=True)
+    for name in ("20260102-030405", "20260102-030405-3"):
+        assert run("train", "--data", folder, *SMALL[2:], "--epochs", 1)[0] == 0
+        assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
+    assert os.listdir(tmp_path / "runs/20260102-030405-2") == []
 
 
-def test_a_run_is_not_overwritten(run, folder, trained):
-    before = (trained / "checkpoint.pt").read_bytes()
-    refused(run("train", "--data", folder, "--out", trained, *SMALL), "holds a run; go on with it by --resume")
-    assert (trained / "checkpoint.pt").read_bytes() == before
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_not_replaced_by_a_new_run(run, folder, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    message = "holds a run; go on with it by --resume" if name == "checkpoint.pt" else f"holds {name}, which a run"
+    refused(run("train", "--data", folder, "--out", tmp_path, *SMALL), message)
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.fixture
+def other_pixels(folder, tmp_path):
+    """Data with the classes and counts of `folder`, but one other pixel."""
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/test/dark/0.png"
+    with Image.open(path) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(path)
+    return tmp_path / "other"
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_with_its_own_data(run, folder, tmp_path, monkeypatch, other_pixels):
+    """Neither other pixels nor the download cache take its place."""
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(folder.parent)
+    out = tmp_path / "run"
+    # Relative, as a user types it; the run is resumed from elsewhere.
+    assert run("train", "--data", folder.name, "--out", out, *SMALL)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    before = contents(out)
+    message = rf"another checksum of pixels and labels .* with --data what it was trained on, then in {folder}"
+    for command in (["train", "--resume", "--out", out], ["evaluate", "--checkpoint", out / "checkpoint.pt"]):
+        refused(run(*command, "--data", other_pixels), message)
+        assert contents(out) == before
+    assert run("evaluate", "--checkpoint", out / "checkpoint.pt")[0] == 0
+    code, printed, _ = run("train", "--resume", "--out", out, "--epochs", 3)
+    assert code == 0
+    assert f"image folder, {folder}" in printed
+    after = contents(out)
+    assert after[out / "config.json"] == before[out / "config.json"], "what was recorded of its start"
+    assert len(after[out / "metrics.jsonl"].splitlines()) == 3
+
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert run("train", "--resume", "--out", out, "--data", moved)[0] == 0
+    shutil.rmtree(moved)
+    refused(run("train", "--resume", "--out", out), rf"{moved} is not .* if it has moved, name it with --data")
+
+
+def test_a_run_goes_on_with_its_number_of_threads(run, trained, tmp_path, monkeypatch):
+    out = shutil.copytree(trained, tmp_path / "run")
+    state = checkpoint.load(out / "checkpoint.pt")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: threads + 1)
+    try:
+        for before, after in [(threads + 1, threads + 1), (threads + 2, threads)]:
+            torch.set_num_threads(threads)
+            versions = {**state.environment.versions, "torch": "1.0"}
+            environment = dataclasses.replace(state.environment, threads=before, versions=versions)
+            dataclasses.replace(state, environment=environment).save(out / "checkpoint.pt")
+            code, printed, _ = run("train", "--resume", "--out", out)
+            assert code == 0
+            assert torch.get_num_threads() == after
+            assert f"torch 1.0, now {machine.package_version('torch')}" in printed
+            assert (f"threads {before}, now {after}, " in printed) == (before != after)
+            assert "may differ in the last bits" in printed
+            # From here on it is the run's environment.
+            assert "Changed since" not in run("train", "--resume", "--out", out)[1]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_finished_run_is_shown_again(run, folder, trained):
@@ -133,7 +219,7 @@ def test_a_finished_run_is_shown_again(run, folder, trained):
     [
         (["--width", "8"], "started with --width 4; got 8: leave --width out"),
         (["--batch-size", "128"], "started with --batch-size 8; got 128"),
-        (["--epochs", "1"], "has done 2 epochs; got --epochs 1"),
+        (["--epochs", "1"], "has done 2 epochs; got --epochs 1: give at least 2"),
     ],
 )
 def test_options_that_contradict_the_run_are_refused(run, folder, trained, options, message):
@@ -156,8 +242,19 @@ def test_more_epochs_on_resume(run, folder, tmp_path):
         (["train", "--resume"], "--resume goes on with the run in a directory; name it with --out"),
         (["train", "--resume", "--out", "nowhere"], r"nowhere.checkpoint\.pt is not a file"),
         (["train", "--data", "nowhere"], "nowhere is not a directory; give the one that holds the data set"),
-        (["train", "--epochs", "0"], "epochs is 0; expected at least 1"),
-        (["train", "--lr", "nan"], "lr is nan; expected a positive number"),
+        (["train", "--epochs", "0"], "epochs is 0; expected 1 to 100,000"),
+        (["train", "--lr", "nan"], "lr is nan; expected a finite number"),
+        (["train", "--lr", "1e30"], r"lr is 1e\+30; expected a positive number, at most 1"),
+        (["train", "--width", "100000"], "width is 100000; expected 1 to 10,000"),
+        (["train", "--depth", "200000"], "depth is 200000; expected 1 to 200"),
+        (["train", "--batch-size", str(2**63)], "batch_size is 9223.*; expected an integer"),
+        (
+            ["train", "--width", "10000", "--depth", "200", "--data", "FOLDER", "--patch", "1"],
+            "takes at least .* GiB",
+        ),
+        (["summary", "--width", "1000000000"], "width is 1000000000; expected 1 to 10,000"),
+        (["train", "--out", ""], "it is empty; give a path"),
+        (["train", "--data", ""], "it is empty; give a path"),
         (["train", "--device", "tpu"], "device is 'tpu'; expected auto, "),
         (["train", "--device", "cuda:99"], "device is 'cuda:99'; this machine has .*cpu"),
         (
@@ -191,11 +288,33 @@ def test_a_directory_that_cannot_be_written(run, folder, tmp_path):
 
 
 def test_a_full_disk(run, folder, tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
+    """The file is named, the last checkpoint is still good, and once there is room the run goes on from it."""
+    calls = 0
 
-    monkeypatch.setattr(os, "fsync", fail)
-    refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "No space left on device")
+    def fail_later(descriptor):
+        nonlocal calls
+        calls += 1
+        # The first are the lock's owner, the checkpoint at the start, and config.json.
+        if calls > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_later)
+        result = run("train", "--data", folder, "--out", out, *SMALL)
+    refused(result, r"run/checkpoint\.pt cannot be written: No space left on device; make room on its disk")
+    assert f"go on with:\n  fastconv train --out {out} --resume" in result[1]
+    assert sorted(os.listdir(out)) == [LOCK, "checkpoint.pt", "config.json"]
+    assert checkpoint.load(out / "checkpoint.pt").epoch == 0
+    assert run("train", "--out", out, "--resume")[0] == 0
+
+
+def test_memory_that_cannot_be_had(run, folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(loop.State, "train_on", fail)
+    refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "out of memory; give a smaller")
 
 
 @pytest.mark.parametrize("package", ["torchinfo", "matplotlib"])
@@ -206,8 +325,10 @@ def test_a_missing_package_is_named_before_training(run, folder, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite(run, folder, tmp_path):
-    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, "--lr", "1e30")
+def test_a_loss_that_is_not_finite(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastconv.training.recipe.LARGEST_LR", 1e30)
+    options = [*SMALL, "--lr", "1e30", "--weight-decay", "0"]
+    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *options)
     assert code == 1
     assert "in epoch 1, step 2; " in out
     assert "is from before that. For a smaller --lr start a new run in another --out." in out
@@ -239,6 +360,20 @@ def test_evaluate(run, folder, trained):
     assert results["test_accuracy"] == state.test["test_accuracy"]
     code, out, _ = run("evaluate", "--checkpoint", trained / "checkpoint.pt", "--data", folder)
     assert re.search(rf"test: +loss {results['test_loss']:.4f}, accuracy .* %, 6 images", out)
+
+
+def test_results_that_are_not_finite(run, folder, trained, tmp_path):
+    """Weights that are finite, but too large to compute with."""
+    state = checkpoint.load(trained / "checkpoint.pt")
+    state.model["bottleneck.weight"].fill_(3e38)
+    state.save(tmp_path / "checkpoint.pt")
+    picture = folder / "test/dark/0.png"
+    code, out, err = run("evaluate", "--checkpoint", tmp_path / "checkpoint.pt", "--json")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"fastconv: the loss of 4 images in evaluation is (nan|inf)\n", err)
+    code, out, err = run("predict", "--checkpoint", tmp_path / "checkpoint.pt", picture, "--json")
+    assert (code, out) == (1, "")
+    assert err == f"fastconv: {picture}: a probability is not finite; the weights are too large for this image\n"
 
 
 @pytest.fixture
@@ -376,18 +511,37 @@ def test_stopped_before_the_first_save(run, folder, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastconv.training.loop.make_sets", stop)
+    monkeypatch.setattr("fastconv.training.state.State.save", stop)
     code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)
     assert code == 130
     assert "stopped at once" in out
     assert "go on with" not in out
+    monkeypatch.undo()
+    # Nothing is in the way of another try.
+    assert run("train", "--data", folder, "--out", tmp_path / "run", *SMALL)[0] == 0
+
+
+def test_sigterm_before_training_unwinds(run, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(data, "load", stop)
+    assert run("train", "--out", tmp_path / "run", *SMALL)[0] == 143
+    assert os.listdir(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(run, folder, tmp_path):
+    """And while a process trains, others are refused its folder."""
     out = tmp_path / "a run"
     process = start(folder, out, *LONG)
     wait_for(out / "metrics.jsonl", process)
+    owner = rf"in use by process {process.pid} on {re.escape(platform.node())}; wait until it ends"
+    refused(run("train", "--out", out, "--resume"), owner)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate()
     assert process.returncode == 130, printed
@@ -396,13 +550,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
     assert "Traceback" not in printed
     command = shlex.split(printed.splitlines()[-1])
     assert command == ["fastconv", "train", "--out", str(out), "--resume", "--data", str(folder)]
-    resumed = subprocess.run(
-        [sys.executable, "-m", *command, "--epochs", str(state.epoch + 1)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert f"Epoch {state.epoch + 1}/{state.epoch + 1}" in resumed.stdout
+    (out / "metrics.jsonl").unlink()
+    process = start(folder, out, "--resume")
+    wait_for(out / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    assert process.returncode == 143, printed
+    assert shlex.split(printed.splitlines()[-1]) == command
+    state = checkpoint.load(out / "checkpoint.pt")
+    begun = state.epoch + (state.step > 0)
+    if state.step:
+        refused(
+            run(*command[1:], "--epochs", state.epoch),
+            f"the run has done {state.epoch} epochs and {state.step} steps of the next; "
+            f"got --epochs {state.epoch}: give at least {begun}",
+        )
+    code, printed, _ = run(*command[1:], "--epochs", begun)
+    assert code == 0
+    assert f"{begun} epochs in" in printed
+    assert sorted(os.listdir(out)) == [LOCK, *sorted(FILES)]
 
 
 @pytest.mark.slow
@@ -410,6 +576,9 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     recipe = Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
 
     class Silent:
+        def start(self, *_):
+            pass
+
         def step(self, *_):
             pass
 
@@ -421,12 +590,13 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     options = ["--epochs", "40", *SMALL[2:]]
     for _ in range(2):
         process = start(folder, out, *options)
-        wait_for(out / "config.json", process)
+        wait_for(out / "checkpoint.pt", process)
         time.sleep(rng.uniform(0.02, 0.4))
         process.kill()
         process.wait()
-        if (out / "checkpoint.pt").exists():
-            options = ["--resume"]
+        options = ["--resume"]
+    # As a kill in the middle of writing leaves it.
+    (out / ".checkpoint.pt.0123abcd.partial").touch()
     process = start(folder, out, *options)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
@@ -434,3 +604,34 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     assert all(torch.equal(final.model[name], weight) for name, weight in unbroken.model.items())
     assert final.test == unbroken.test
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 40
+    assert sorted(os.listdir(out)) == [LOCK, *sorted(FILES)]
+
+
+def test_names_are_printed_as_they_are(run, folder, tmp_path, monkeypatch):
+    """Rich would read brackets as markup, raise for some, and replace words between colons."""
+    odd = tmp_path / "[red]a[/x] :smile:"
+    images = shutil.copytree(folder, odd / "images")
+    for split in ("train", "test"):
+        os.rename(images / split / "dark", images / split / "[b]dark")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stop)
+        code, out, _ = run("train", "--data", images, "--out", odd / "run", *SMALL)
+    assert code == 130
+    assert f"Data: image folder, {images}\n" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command == ["fastconv", "train", "--out", str(odd / "run"), "--resume", "--data", str(images)]
+    code, out, _ = run(*command[1:])
+    assert code == 0
+    assert f" in {odd / 'run'}\n" in out
+    refused(run("train", "--out", odd / "images/train/bright/0.png"), re.escape("[red]a[/x] :smile:"))
+    path = odd / "run/checkpoint.pt"
+    assert "[b]dark " in run("predict", "--checkpoint", path, images / "test/bright/0.png")[1]
+    assert f"{odd}/no.pt is not a file" in run("evaluate", "--checkpoint", odd / "no.pt")[2]
+    refused(run("swap-report", "[red]"), re.escape("there is no model '[red]'"))
+    refused(run("bench", "--only", "[/x]"), re.escape("holds '[/x]'"))
+    monkeypatch.setattr(machine, "available_devices", lambda: {"cpu": "[/x] :smile:"})
+    assert "[/x] :smile:;" in run("info")[1]

@@ -4,17 +4,21 @@ import math
 import os
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastconv.operations import reference
-from fastconv.training import checkpoint, loop
+from fastconv.training import checkpoint, loop, memory
+from fastconv.training import recipe as recipe_module
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.data import DataError, Dataset, ImageSet
+from fastconv.training.environment import Environment
 from fastconv.training.recipe import Recipe, epoch_order, make_model
-from fastconv.training.state import NonFiniteLoss
+from fastconv.training.state import NonFinite
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=16, width=4, depth=1, patch=2, seed=7)
@@ -41,6 +45,9 @@ class Recorder:
     def __init__(self, at=None, action=None):
         self.steps, self.histories = [], []
         self.at, self.action = at, action
+
+    def start(self, checkpoint):
+        assert (checkpoint.epoch, checkpoint.step) <= (self.at or (99, 0))
 
     def step(self, epoch, step, steps, loss, images_per_second):
         self.steps.append((epoch, step, steps, loss))
@@ -189,6 +196,8 @@ def test_killed_anywhere_and_resumed_it_reaches_the_same_weights(dataset, tmp_pa
                 (torch.optim.AdamW, "step"),
             ]:
                 original = getattr(owner, name)
+                # Nor does a killed process remove what it has half-written.
+                patch.setattr(Path, "unlink", lambda *_, **__: None)
                 patch.setattr(owner, name, lambda *a, _original=original, **o: maybe_die(_original, *a, **o))
             try:
                 final = run(dataset, path, resumed=resumed)
@@ -212,13 +221,14 @@ def test_more_epochs_after_the_last_go_on_from_there(dataset, tmp_path):
     assert final.epoch == len(final.history) == 5
 
 
-@pytest.mark.parametrize("at", [(1, 2), (2, 5)])
-def test_interrupted_it_finishes_the_step_and_saves(dataset, tmp_path, at):
+@pytest.mark.parametrize(("at", "number"), [((1, 2), signal.SIGINT), ((2, 5), signal.SIGTERM)])
+def test_interrupted_it_finishes_the_step_and_saves(dataset, tmp_path, at, number):
     path = tmp_path / "checkpoint.pt"
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(loop.Interrupted, match=f"interrupted in epoch {at[0]}, after step {at[1]} of 5"):
-        run(dataset, path, observer=Recorder(at, lambda: signal.raise_signal(signal.SIGINT)))
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Interrupted, match=f"interrupted in epoch {at[0]}, after step {at[1]} of 5") as caught:
+        run(dataset, path, observer=Recorder(at, lambda: signal.raise_signal(number)))
+    assert caught.value.signal == number
+    assert signal.getsignal(number) is before
     state = checkpoint.load(path)
     assert (state.epoch + 1, state.step) == at
     assert_same_weights(run(dataset, path, resumed=state), run(dataset, tmp_path / "unbroken.pt"))
@@ -247,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
         return original(logits, labels, **options) * (math.nan if calls >= 8 else 1.0)
 
     monkeypatch.setattr(loop.F, "cross_entropy", explode)
-    with pytest.raises(NonFiniteLoss, match="the loss is nan in epoch 2, step 3"):
+    with pytest.raises(NonFinite, match="the loss is nan in epoch 2, step 3"):
         run(dataset, path)
     state = checkpoint.load(path)
     assert (state.epoch, state.step) == (1, 0)
@@ -256,8 +266,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
 
 def test_the_first_bad_step_is_named_though_it_is_looked_for_later(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "REPORT_SECONDS", 1e9)
-    with pytest.raises(NonFiniteLoss, match=r"in epoch 1, step 2$"):
-        run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "lr": 1e30}))
+    # AdamW's step is about the learning rate: the weights overflow in the first one.
+    monkeypatch.setattr(recipe_module, "LARGEST_LR", 1e30)
+    with pytest.raises(NonFinite, match=r"in epoch 1, step 2$"):
+        run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "lr": 1e30, "weight_decay": 0.0}))
 
 
 def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatch):
@@ -276,7 +288,7 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatc
             self.param_groups[0]["params"][0].data[0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(NonFiniteLoss, match="a weight is not finite in epoch 1, after step 4"):
+    with pytest.raises(NonFinite, match="a weight is not finite in epoch 1, after step 4"):
         run(dataset, path)
     assert checkpoint.load(path).step == 3
 
@@ -290,8 +302,16 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatc
             lambda d: Dataset(ImageSet(d.train.images[..., :6], d.train.labels), d.test, d.classes, ""),
             "another image size",
         ),
+        (
+            lambda d: Dataset(ImageSet(d.train.images, d.train.labels.flip(0)), d.test, d.classes, ""),
+            "another checksum of pixels and labels",
+        ),
+        (
+            lambda d: Dataset(d.train, ImageSet(d.test.images ^ 1, d.test.labels), d.classes, ""),
+            "another checksum of pixels and labels",
+        ),
     ],
-    ids=["classes", "count", "size"],
+    ids=["classes", "count", "size", "labels", "pixels"],
 )
 def test_other_data_is_refused(dataset, tmp_path, change, message):
     path = tmp_path / "checkpoint.pt"
@@ -310,12 +330,19 @@ def test_a_state_that_does_not_fit_is_refused(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs is 0; expected at least 1"),
-        ({"batch_size": -1}, "batch_size is -1; expected at least 1"),
-        ({"limit": 0}, "limit is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected 1 to 100,000"),
+        ({"batch_size": -1}, "batch_size is -1; expected 1 to 1,000,000"),
+        ({"batch_size": 2**63}, "batch_size is 9223.*; expected an integer"),
+        ({"width": 10**9}, "width is 1000000000; expected 1 to 10,000"),
+        ({"depth": 200_000}, "depth is 200000; expected 1 to 200"),
+        ({"depth": 2.0}, "depth is 2.0; expected an integer"),
+        ({"width": True}, "width is True; expected an integer"),
+        ({"limit": 0}, "limit is 0; expected 1 to"),
         ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
-        ({"lr": math.nan}, "lr is nan; expected a positive number"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1; expected 0 to 1e[+]06"),
+        ({"lr": 1.5}, "lr is 1.5; expected a positive number, at most 1"),
+        ({"lr": math.nan}, "lr is nan; expected a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; expected 0 to 1000"),
+        ({"weight_decay": 3.0, "lr": 0.5}, "weight_decay is 3.0; expected 0 to 2, one divided by the lr"),
         ({"seed": -1}, "seed is -1; expected 0 to"),
         ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, bf16"),
     ],
@@ -325,6 +352,83 @@ def test_recipes_out_of_range(options, message):
         Recipe(**options)
 
 
-def test_images_too_small_for_the_patches():
-    with pytest.raises(ValueError, match="patch is 4, for images of 6 x 8 pixels; expected at most 3"):
-        make_model(Recipe(), [3, 6, 8], 10)
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ([3, 6, 8], "patch is 4, for images of 6 x 8 pixels; expected at most 3"),
+        ([3, 1, 8], "images of 1 x 8 pixels; expected 2 to 4,096 on each side"),
+        ([3, 8, 5000], "images of 8 x 5000 pixels; expected 2 to 4,096 on each side"),
+    ],
+)
+def test_images_that_do_not_fit_the_model(size, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(Recipe(), size, 10)
+
+
+def test_the_memory_of_a_model_is_counted_before_it_is_taken():
+    # By hand: 5 blocks of 7x7 taps, 4 outputs per channel, and two products, at both widths; stem and ends.
+    assert sum(p.numel() for p in recipe_module.shape_of_model(Recipe(), [3, 32, 32], 10).parameters()) == 235_434
+    # 128 images of 8 x 8 pixels after the stem, then 4 x 4, in float32.
+    assert memory.activations(Recipe(), [3, 32, 32], 128) == 4 * 128 * 5 * (128 * 64 + 256 * 16)
+    memory.check(Recipe(), [3, 32, 32], 10, 50_000, CPU)
+    with pytest.raises(
+        ValueError, match=r"a model of 10,[\d,]+ parameters, .* takes at least [\d,.]+ GiB; cpu has"
+    ):
+        memory.check(Recipe(width=10_000, depth=4, batch_size=10**6), [3, 32, 32], 10, 10**9, CPU)
+
+
+def test_an_evaluation_that_is_not_finite(dataset, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    class Overflow(torch.nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), math.nan)
+
+    with pytest.raises(NonFinite, match="the loss of 33 images in evaluation is nan"):
+        loop.evaluate(Overflow(), dataset.test, RECIPE)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_once_and_then_acts_as_before(number):
+    acted = []
+    before = signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with loop.interruption() as interrupted:
+            assert interrupted() == 0
+            signal.raise_signal(number)
+            assert (interrupted(), acted) == (number, [])
+            signal.raise_signal(number)
+            assert acted == [number]
+        signal.raise_signal(number)
+        assert acted == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_ignored_signal_stays_ignored(dataset, tmp_path):
+    """As Ctrl-C is for a job that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        final = run(
+            dataset, tmp_path / "a.pt", observer=Recorder((2, 1), lambda: signal.raise_signal(signal.SIGINT))
+        )
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert final.epoch == RECIPE.epochs
+
+
+def test_a_run_in_another_thread(dataset, tmp_path):
+    """It cannot handle signals; it trains all the same."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, dataset, tmp_path / "a.pt").result().epoch == RECIPE.epochs
+
+
+def test_the_environment_names_what_changes_bits():
+    before = Environment("cpu", "auto", 8, {"torch": "2.13", "triton": "3.6"})
+    now = Environment("cpu", "reference", 2, {"torch": "2.14", "triton": "3.6"})
+    assert before.changes(now) == ["backend auto, now reference", "threads 8, now 2", "torch 2.13, now 2.14"]
+    on_a_gpu = Environment("NVIDIA H200", "auto", 4, before.versions)
+    assert before.changes(on_a_gpu) == ["device cpu, now NVIDIA H200"]
+    assert before.changes(before) == []

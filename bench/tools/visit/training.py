@@ -22,6 +22,7 @@ import fastconv
 from fastconv import training
 from fastconv.files import write_atomically
 from fastconv.training import data
+from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset, ImageSet
 
 from ... import results
@@ -60,6 +61,9 @@ def run(recipe: training.Recipe, backend: str, dataset: Dataset) -> dict[str, An
 
 class Silent:
     """An observer that shows nothing."""
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        pass
 
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
         pass

@@ -1,0 +1,16 @@
+"""The console that every command prints on."""
+
+from __future__ import annotations
+
+from typing import IO
+
+from rich.console import Console
+
+
+def console(stderr: bool = False, file: IO[str] | None = None, width: int | None = None) -> Console:
+    """Return a console that prints strings as they are.
+
+    By default Rich reads "[a]" as markup and ":a:" as an emoji, and paths and names may hold both. For colour pass
+    `style`, or a `rich.text.Text`.
+    """
+    return Console(stderr=stderr, file=file, width=width, markup=False, emoji=False, highlight=False)

@@ -1,0 +1,48 @@
+"""What besides recipe and data decides the last bits of a run's weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fastconv import machine
+from fastconv.operations import backends
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run is computed.
+
+    Args:
+        device: "cpu", or a GPU's name.
+        backend: what `fastconv.backend` is set to.
+        threads: PyTorch's number of threads, in whose order a CPU adds up sums.
+        versions: by package.
+    """
+
+    device: str
+    backend: str
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def now(cls, device: torch.device) -> Environment:
+        return cls(machine.gpu_name(device), backends.current(), torch.get_num_threads(), machine.versions())
+
+    def changes(self, later: Environment) -> list[str]:
+        """Return what differs from a later environment and can change a result, a few words for each."""
+        pairs = {"device": (self.device, later.device), "backend": (self.backend, later.backend)}
+        if self.device == later.device == "cpu":
+            pairs["threads"] = str(self.threads), str(later.threads)
+        for package in {**self.versions, **later.versions}:
+            pairs[package] = self.versions.get(package, "none"), later.versions.get(package, "none")
+        return [f"{name} {before}, now {after}" for name, (before, after) in pairs.items() if before != after]
+
+
+def restore_threads(threads: int, device: torch.device) -> None:
+    """Compute with as many threads as before, if it is on a CPU that has as many cores."""
+    # More threads than cores would be far slower, and a file may name any number.
+    if device.type == "cpu" and 1 <= threads <= (os.cpu_count() or 1):
+        torch.set_num_threads(threads)
