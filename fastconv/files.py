@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 class WriteError(OSError):
@@ -40,9 +40,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise WriteError(
-            f"{path} cannot be written: {cause.strerror or cause}; make room on its disk, or check its folder"
-        ) from error
+        raise WriteError(_refused(path, cause)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """Open a file to be written line by line, each of which is there at once.
+
+    Raises:
+        WriteError: the disk is full, or the file cannot be written.
+    """
+    try:
+        with open(path, "w", encoding="utf-8", buffering=1) as file:
+            yield file
+    except OSError as error:
+        raise WriteError(_refused(path, error)) from error
+
+
+def _refused(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written: {error.strerror or error}; make room on its disk, or check its folder"
 
 
 def remove_partial(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +105,15 @@ def test_only_our_partial_files_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_partial(tmp_path / "a")
     assert sorted(os.listdir(tmp_path)) == [".b.0123abcd.partial", "a", "a.partial"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_disk_that_fills_while_lines_are_written_is_named():
+    refused = pytest.raises(WriteError, match="/dev/full cannot be written: No space left on device; make room")
+    with refused, files.writing(Path("/dev/full")) as file:
+        print("a line", file=file)
+
+
+def test_a_file_that_cannot_be_opened_for_lines_is_named(tmp_path):
+    with pytest.raises(WriteError, match=r"nowhere/lines cannot be written: No such file"):
+        files.writing(tmp_path / "nowhere/lines").__enter__()

@@ -13,6 +13,7 @@ from fastconv.checking import display, runner
 from fastconv.checking.cases import all_cases
 from fastconv.commands.options import BackendOption, DeviceOption, JsonOption, choose
 from fastconv.console import console
+from fastconv.files import writing
 from fastconv.progress import progress
 
 
@@ -34,7 +35,7 @@ def check(
     shown = console(stderr=json_output)
     cases = all_cases()
     with (
-        nullcontext() if out is None else out.open("w") as kept,
+        nullcontext() if out is None else writing(out) as kept,
         progress(shown, runner.steps(cases)) as advanced,
     ):
         report = runner.run(place, cases, advanced, kept)

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastconv import machine
+from fastconv.files import write_atomically
 
 
 class Verdict(NamedTuple):
@@ -46,12 +46,8 @@ def save(device: torch.device, subject: str, verdict: Verdict) -> None:
     path = _path(device)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Each process writes a file of its own first, since others may write at the same time. The last one wins,
-        # and what it lost is tested again.
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        os.replace(temporary, path)
+        # Others may write at the same time. The last one wins, and what it lost is tested again.
+        write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def folder() -> Path:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -43,7 +41,7 @@ def download(cache: Path) -> None:
     cifar10 = import_extra("torchvision.datasets").CIFAR10
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache), _unwound_by_sigterm():
+        with _alone(cache):
             if not folder.is_dir():
                 _fetch(cifar10, cache)
     except (OSError, HTTPException) as error:
@@ -90,22 +88,3 @@ def _alone(cache: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _unwound_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM run the `finally` clauses before it ends the process, unless it is handled already."""
-
-    def stop(number: int, frame: object) -> None:
-        # What a shell reports of a process that a signal ended.
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
