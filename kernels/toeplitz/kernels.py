@@ -90,9 +90,11 @@ def depthwise_forward(
         values += widen(tl.load(bias + k))
 
     inside = (n < images)[:, None] & (p < PIXELS)[None, :]
-    tl.store(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], values.to(h.dtype.element_ty), mask=inside)
+    h_tile = values.to(h.dtype.element_ty)
+    tl.store(h + (n[:, None] * OUTPUTS + k) * PIXELS + p[None, :], h_tile, mask=inside)
     part = part_of_group(program, k * PIXEL_BLOCKS + pixel_block, NORM)
-    store_moments(values, inside, moments, n[:, None], images, part, parts, NORM)
+    # The moments of what the norm is given: beside a large bias, rounding changes mean and variance.
+    store_moments(widen(h_tile), inside, moments, n[:, None], images, part, parts, NORM)
 
 
 @triton.jit
