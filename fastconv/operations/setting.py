@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,16 +20,17 @@ class _Setting(NamedTuple):
     Args:
         name: the forced backend, or "auto".
         outer: what the `with` blocks around return to, the innermost last.
-        made: the last `backend` that was made and not entered since, and what was forced before it.
+        made: each `backend` that was made and not entered yet, and what was forced before it.
     """
 
     name: str
     outer: tuple[str, ...] = ()
-    made: tuple[backend, str] | None = None
+    made: tuple[tuple[weakref.ref[backend], str], ...] = ()
 
 
 # The environment variable is checked when it is used, because importing a package should not fail for it.
-_SETTING = ContextVar("fastconv_backend", default=_Setting(os.environ.get("FASTCONV_BACKEND") or "auto"))
+_DEFAULT = _Setting(os.environ.get("FASTCONV_BACKEND") or "auto")
+_SETTING = ContextVar("fastconv_backend", default=_DEFAULT)
 
 
 def current() -> str:
@@ -66,22 +68,24 @@ class backend:
         if name not in NAMES:
             raise ValueError(f"backend is {name!r}; expected one of {', '.join(NAMES)}")
         self._name = name
-        before, outer, _ = _SETTING.get()
-        _SETTING.set(_Setting(name, outer, (self, before)))
+        before, outer, made = _SETTING.get()
+        kept = tuple(each for each in made if each[0]() is not None)
+        _SETTING.set(_Setting(name, outer, (*kept, (weakref.ref(self), before))))
 
     def __enter__(self) -> None:
         now, outer, made = _SETTING.get()
-        # Where it was made for this block, the block ends with what was forced before that.
-        before = made[1] if made is not None and made[0] is self else now
-        _SETTING.set(_Setting(self._name, (*outer, before)))
+        # A block for which it was made ends with what was forced before that.
+        before = next((before for other, before in made if other() is self), now)
+        made = tuple(each for each in made if each[0]() is not self)
+        _SETTING.set(_Setting(self._name, (*outer, before), made))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        outer = _SETTING.get().outer
+        _, outer, made = _SETTING.get()
         # Without any, as where a generator goes on in another thread, nothing was forced here.
         if outer:
-            _SETTING.set(_Setting(outer[-1], outer[:-1]))
+            _SETTING.set(_Setting(outer[-1], outer[:-1], made))
 
 
 @contextmanager
