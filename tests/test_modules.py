@@ -77,10 +77,15 @@ def test_blocks_drop_into_the_lectures_classifier():
 
 def test_separate_modules_compose_to_the_block():
     block = fastconv.ConvNextBlock(4, multiplier=3, kernel_size=5, norm="sample", eps=1e-3, affine=True)
-    nn.init.normal_(block.conv1.norm_weight)
-    nn.init.normal_(block.conv1.norm_bias)
+    nn.init.normal_(block.norm_weight)
+    nn.init.normal_(block.norm_bias)
+    depthwise = fastconv.DepthwiseConvLayerNorm(4, 3, 5, norm="sample", eps=1e-3, affine=True)
+    pointwise = fastconv.PointwiseConvGELU(12, 4)
+    norm = {"norm_weight": block.norm_weight, "norm_bias": block.norm_bias}
+    depthwise.load_state_dict(block.conv1.state_dict() | norm)
+    pointwise.load_state_dict(block.conv2.state_dict())
     x = torch.randn(2, 4, 6, 9)
-    torch.testing.assert_close(block(x), x + block.conv3(block.conv2(block.conv1(x))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x), x + block.conv3(pointwise(depthwise(x))), rtol=1e-4, atol=1e-5)
 
 
 def test_depthwise_conv_layer_norm_is_convolution_then_norm():
