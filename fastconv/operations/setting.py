@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import NamedTuple
@@ -25,7 +23,7 @@ class _Setting(NamedTuple):
 
     name: str
     outer: tuple[str, ...] = ()
-    made: tuple[tuple[weakref.ref[backend], str], ...] = ()
+    made: tuple[tuple[weakref.ref[forced], str], ...] = ()
 
 
 # The environment variable is checked when it is used, because importing a package should not fail for it.
@@ -49,7 +47,33 @@ def __getattr__(name: str) -> str:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class backend:
+class forced:
+    """Within a `with` block, which may be entered again and within itself, force a backend.
+
+    Args:
+        name: what `current` returned, here or in another thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        now, outer, made = _SETTING.get()
+        # A block for which a `backend` was made ends with what was forced before that.
+        before = next((before for other, before in made if other() is self), now)
+        made = tuple(each for each in made if each[0]() is not self)
+        _SETTING.set(_Setting(self._name, (*outer, before), made))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _, outer, made = _SETTING.get()
+        # Without any, as where a generator goes on in another thread, nothing was forced here.
+        if outer:
+            _SETTING.set(_Setting(outer[-1], outer[:-1], made))
+
+
+class backend(forced):
     """Force the implementation of all operations, from now on or within a `with` block.
 
     The setting is that of the calling thread or asyncio task, as that of `torch.no_grad` is the thread's; a new
@@ -67,32 +91,7 @@ class backend:
     def __init__(self, name: str) -> None:
         if name not in NAMES:
             raise ValueError(f"backend is {name!r}; expected one of {', '.join(NAMES)}")
-        self._name = name
+        super().__init__(name)
         before, outer, made = _SETTING.get()
         kept = tuple(each for each in made if each[0]() is not None)
         _SETTING.set(_Setting(name, outer, (*kept, (weakref.ref(self), before))))
-
-    def __enter__(self) -> None:
-        now, outer, made = _SETTING.get()
-        # A block for which it was made ends with what was forced before that.
-        before = next((before for other, before in made if other() is self), now)
-        made = tuple(each for each in made if each[0]() is not self)
-        _SETTING.set(_Setting(self._name, (*outer, before), made))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _, outer, made = _SETTING.get()
-        # Without any, as where a generator goes on in another thread, nothing was forced here.
-        if outer:
-            _SETTING.set(_Setting(outer[-1], outer[:-1], made))
-
-
-@contextmanager
-def restored(name: str) -> Iterator[None]:
-    """Within a `with` block, force what `current` returned in another thread."""
-    token = _SETTING.set(_Setting(name))
-    try:
-        yield
-    finally:
-        _SETTING.reset(token)

@@ -6,7 +6,6 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
-import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -92,13 +91,13 @@ class Fusion:
         raise NotImplementedError
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            # A GPU's backward runs in another thread, whose backend is another.
-            again = functools.partial(setting.restored, backends.current())
-            return checkpoint(
-                self.compute, module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
-            )
-        return self.compute(module, x)
+        if not self.recompute or not torch.is_grad_enabled():
+            return self.compute(module, x)
+        if torch.compiler.is_compiling():
+            return checkpoint(self.compute, module, x, use_reentrant=False)
+        # A GPU's backward runs in a thread of its own, where another backend may be forced.
+        contexts = nullcontext(), setting.forced(backends.current())
+        return checkpoint(self.compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @dataclass(frozen=True)

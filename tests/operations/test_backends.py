@@ -163,7 +163,7 @@ def test_the_environment_variable_forces_one():
 
 def test_a_wrong_environment_variable_is_named_when_it_is_used():
     with (
-        setting.restored("fast"),
+        setting.forced("fast"),
         pytest.raises(fastconv.BackendUnavailable, match="FASTCONV_BACKEND is 'fast'; expected one of triton"),
     ):
         functional.layer_norm(torch.zeros(1, 1, 1, 1))
