@@ -13,8 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# Where another thread draws from the same generators all the time, one run in some twenty sees only its own.
+RUNS = 100
 
 
 class Unrepeatable(Exception):
@@ -60,53 +64,65 @@ def _with_generator(func: Any) -> Any:
     raise Unrepeatable(f"it draws random numbers by {func}, which takes no generator")
 
 
-class OthersWatched(TorchFunctionMode):
-    """Watches the global generators of Python and NumPy, which have no such hook, while a forward runs.
+def refuse_other_generators(module: nn.Module, x: Tensor) -> None:
+    """Run the forward of a module, to see whether it draws from Python's or NumPy's global generator.
 
-    Their states are compared around each stretch of Python code between two operations of PyTorch: during an
-    operation Python runs other threads, which may draw too.
+    They have no such hook. If each of several runs changes them, they are set back to where they were.
 
     Raises:
-        Unrepeatable: at the end, if the forward drew from them. They are then set back to where they were.
+        Unrepeatable: it does.
+    """
+    first = _states()
+    for _ in range(RUNS):
+        with torch.no_grad(), _Watch() as watch:
+            module.forward(x)
+        if not watch.changed:
+            return
+    _restore(first)
+    raise Unrepeatable("it draws random numbers from Python's or NumPy's global generator; expected torch.rand")
+
+
+class _Watch(TorchFunctionMode):
+    """Compares their states around each stretch of Python code between two operations of PyTorch.
+
+    During an operation Python runs other threads, which may draw too; within such a stretch it does so less often.
     """
 
-    def __enter__(self) -> OthersWatched:
-        self._changed = False
-        self._first = self._last = _states()
+    def __enter__(self) -> _Watch:
         super().__enter__()
+        # What operations returned: to free a tensor lets other threads run, too.
+        self._kept: list[Any] = []
+        self.changed, self._last = False, _states()
         return self
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._compare()
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self._last = _states()
+        with PrivateGenerator():
+            result = func(*args, **(kwargs or {}))
+        self._kept.append(result)
+        self._last = _states()
+        return result
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
         self._compare()
-        if self._changed:
-            _restore(self._first)
-            raise Unrepeatable(
-                "it draws random numbers from Python's or NumPy's global generator; expected those of torch.rand"
-            )
+        self._kept.clear()
+        super().__exit__(kind, error, trace)
 
     def _compare(self) -> None:
-        self._changed = self._changed or _states() != self._last
+        self.changed = self.changed or _states() != self._last
 
 
-def _states() -> bytes:
+def _states() -> tuple[Any, bytes | None]:
     numpy = sys.modules.get("numpy.random")
-    return pickle.dumps((random.getstate(), numpy and numpy.get_state(legacy=False)))
+    return random.getstate(), None if numpy is None else pickle.dumps(numpy.get_state(legacy=False))
 
 
-def _restore(states: bytes) -> None:
-    python, numpy = pickle.loads(states)
+def _restore(states: tuple[Any, bytes | None]) -> None:
+    python, numpy = states
     random.setstate(python)
     if numpy is not None:
-        sys.modules["numpy.random"].set_state(numpy)
+        sys.modules["numpy.random"].set_state(pickle.loads(numpy))

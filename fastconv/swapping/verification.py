@@ -14,7 +14,6 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from fastconv.operations.backends import backend
 from fastconv.swapping.configuration import signature
 from fastconv.swapping.fusion import Fusion
 from fastconv.swapping.parts import with_article
-from fastconv.swapping.randomness import OthersWatched, PrivateGenerator, Unrepeatable
+from fastconv.swapping.randomness import PrivateGenerator, Unrepeatable, refuse_other_generators
 from fastconv.swapping.recognition import Hypotheses, Refusal
 
 # In float64 results differ by the order of sums alone; rounding to float32 in between makes more of a difference.
@@ -130,8 +129,9 @@ def _first_that_agrees(twin: nn.Module, fusions: list[Fusion], probe: Probe) -> 
             for parameter in twin.parameters():
                 parameter.mul_(probe.scale)
     try:
-        with OthersWatched() if probe.exact else nullcontext():
-            own, own_states = _results(twin, twin.forward, probe)
+        if probe.exact:
+            refuse_other_generators(twin.train(), probe.images)
+        own, own_states = _results(twin, twin.forward, probe)
     except Unrepeatable as error:
         return Refusal(str(error))
     except Exception as error:
