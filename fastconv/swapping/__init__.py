@@ -6,7 +6,7 @@ changes, to a subclass with another forward. So optimizers stay valid, state_dic
 `swap` goes module by module through these steps, a file each:
 
 1. recognition: what the module may be, by its structure (`parts` says what each part is);
-2. verification: which of these hypotheses computes the same, on a probe;
+2. verification: which of these hypotheses computes the same, on probes (with random numbers of `randomness`);
 3. fusion: how the fused operations compute it, as long as its parts stay as they were (`configuration`);
 4. installation: the class that does so.
 
@@ -44,14 +44,19 @@ def swap(
     It recognises by structure, whatever their names: the lecture's block and classifier; ConvNeXt blocks as
     torchvision, timm, Hugging Face and SAM 2 write them; and in an nn.Sequential, depthwise convolution followed
     by a layer norm of channels, and 1x1 convolution followed by GELU. Each is accepted only if on a probe, in
-    float64 and with random parameters, it computes the same, gradients included; a module is swapped as a whole,
-    or not at all.
+    float64 and with random parameters, it computes the same, gradients included; and the same results on larger
+    maps, more images, large numbers, NaN and infinity. A module is swapped as a whole, or not at all.
+
+    No probe shows what a forward does only for still larger maps or batches, in training alone for these, or for
+    special inputs: leave such modules out. A drop path must draw from PyTorch's global generator.
 
     Parameters are shared, names, hooks and modes kept: optimizers and checkpoints stay valid. A swapped model can
     be copied, pickled, compiled, exported and put into DistributedDataParallel. The module's own forward runs
-    where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; and after a part was
-    replaced or set otherwise. What else a forward reads, as a number that the module itself keeps, must not
-    change: unswap it first.
+    where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; after a part was
+    replaced or set otherwise; and where parts or input are of several dtypes. What else a forward reads, as a
+    number that the module itself keeps, must not change: unswap it first.
+
+    It may run in several threads at once, on several models, and beside others that train or draw random numbers.
 
     Args:
         model: is changed; the root may be swapped, too.
