@@ -1025,7 +1025,7 @@ def test_a_drop_path_is_called_only_where_it_was_seen_to_drop(fused, calls):
 
 
 class Beyond(Block):
-    """Computes something else than a ConvNeXt block where a small probe does not see it."""
+    """Computes something else than a ConvNeXt block where a small probe of small numbers does not see it."""
 
     def __init__(self, change):
         super().__init__()
