@@ -1,4 +1,8 @@
-"""The fused operations as nn.Modules, with the lecture's arguments, defaults and state_dict keys."""
+"""The fused operations as nn.Modules, with the lecture's arguments, defaults and state_dict keys.
+
+They compute from the parameters of their parts only while these are plain convolutions of the kind that is fused;
+a part that was replaced, wrapped, hooked or set otherwise is called, as in the lecture's modules.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
+from fastconv.plain import is_plain
 
 
 class DepthwiseConvLayerNorm(nn.Conv2d):
@@ -44,10 +50,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_positive(in_channels=in_channels, multiplier=multiplier, kernel_size=kernel_size)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; expected an odd number")
-        check_norm(norm, eps)
+        _check_depthwise(in_channels, multiplier, kernel_size, norm, eps)
         super().__init__(
             in_channels,
             in_channels * multiplier,
@@ -60,23 +63,12 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         )
         self.norm = norm
         self.eps = eps
-        if affine:
-            self.norm_weight = nn.Parameter(torch.ones(self.out_channels, device=device, dtype=dtype))
-            self.norm_bias = nn.Parameter(torch.zeros(self.out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("norm_weight", None)
-            self.register_parameter("norm_bias", None)
+        _register_affine(self, self.out_channels if affine else None, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.depthwise_conv_layer_norm(
-            x,
-            self.weight,
-            self.bias,
-            norm=self.norm,
-            eps=self.eps,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-        )
+        if _is_set_depthwise(self):
+            return functional.depthwise_conv_layer_norm(x, self.weight, self.bias, **_norm_of(self))
+        return functional.layer_norm(super().forward(x), **_norm_of(self))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
@@ -95,24 +87,34 @@ class PointwiseConvGELU(nn.Conv2d):
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: there are other arguments, as from adapters that make a convolution of this class.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        *others: Any,
         bias: bool = True,
         approximate: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if others:
+            raise TypeError(
+                f"PointwiseConvGELU got {others} beside in_channels and out_channels; expected other arguments by "
+                "name. It is no linear map: to adapt one, as with LoRA, use nn.Conv2d and nn.GELU, or "
+                "fastconv.ConvNextBlock, whose parts are plain convolutions"
+            )
         _check_positive(in_channels=in_channels, out_channels=out_channels)
         check_approximate(approximate)
         super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.pointwise_conv_gelu(x, self.weight, self.bias, approximate=self.approximate)
+        if _is_set_pointwise(self):
+            return functional.pointwise_conv_gelu(x, self.weight, self.bias, approximate=self.approximate)
+        return F.gelu(super().forward(x), approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate}"
@@ -121,8 +123,8 @@ class PointwiseConvGELU(nn.Conv2d):
 class ConvNextBlock(nn.Module):
     """The lecture's block as one operation: depthwise, layer norm, pointwise, GELU, pointwise, residual.
 
-    With the defaults it computes what `fastconv.reference.ConvNextBlock` does, with the same state_dict. The
-    submodules hold the parameters, but are not called one by one: hooks on them do not run.
+    With the defaults it computes what `fastconv.reference.ConvNextBlock` does, with the same parts and state_dict.
+    While all its parts are plain convolutions they are computed at once; else one by one.
 
     Args:
         in_channels: channels of the input and of the output, C.
@@ -145,28 +147,35 @@ class ConvNextBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_depthwise(in_channels, multiplier, kernel_size, norm, eps)
         super().__init__()
-        self.conv1 = DepthwiseConvLayerNorm(
-            in_channels, multiplier, kernel_size, norm, eps, affine, device=device, dtype=dtype
+        self.norm = norm
+        self.eps = eps
+        wide = multiplier * in_channels
+        self.conv1 = nn.Conv2d(
+            in_channels, wide, kernel_size, padding="same", groups=in_channels, device=device, dtype=dtype
         )
-        self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels, device=device, dtype=dtype)
+        self.conv2 = nn.Conv2d(wide, in_channels, 1, device=device, dtype=dtype)
         self.conv3 = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
+        _register_affine(self, wide if affine else None, device, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.convnext_block(
-            inputs,
-            self.conv1.weight,
-            self.conv1.bias,
-            self.conv2.weight,
-            self.conv2.bias,
-            self.conv3.weight,
-            self.conv3.bias,
-            norm=self.conv1.norm,
-            eps=self.conv1.eps,
-            norm_weight=self.conv1.norm_weight,
-            norm_bias=self.conv1.norm_bias,
-            approximate=self.conv2.approximate,
-        )
+        conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
+        if _is_depthwise(conv1) and _is_pointwise(conv2) and _is_pointwise(conv3):
+            parameters = *_parameters(conv1), *_parameters(conv2), *_parameters(conv3)
+            return functional.convnext_block(inputs, *parameters, **_norm_of(self))
+        x = functional.layer_norm(conv1(inputs), **_norm_of(self))
+        return inputs + conv3(F.gelu(conv2(x)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Where the norm's parameters were, when conv1 was a module of convolution and norm.
+        for name in ("norm_weight", "norm_bias"):
+            if f"{prefix}conv1.{name}" in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}conv1.{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
 class Classifier(nn.Module):
@@ -215,15 +224,78 @@ class Classifier(nn.Module):
 
 
 def classify(model: Any, x: Tensor, norm: str) -> Tensor:
-    """The forward of `Classifier`, with the parameters and the blocks of `model`."""
-    x = functional.patch_conv(x, model.stem.weight, model.stem.bias)
+    """The forward of `Classifier`, with the parts of `model`."""
+    x = _patch_conv(model.stem, x)
     x = functional.layer_norm(x, norm=norm)
     x = model.conv_block_1(x)
     x = functional.layer_norm(x, norm=norm)
-    x = functional.patch_conv(x, model.downsample.weight, model.downsample.bias)
+    x = _patch_conv(model.downsample, x)
     x = model.conv_block_2(x)
-    x = functional.patch_conv(x, model.bottleneck.weight, model.bottleneck.bias)
+    x = _patch_conv(model.bottleneck, x)
     return x.mean((2, 3))
+
+
+def _patch_conv(conv: Any, x: Tensor) -> Tensor:
+    if _is_convolution(conv) and _settings(conv) == (conv.kernel_size, (0, 0), 1, *_DEFAULTS):
+        return functional.patch_conv(x, *_parameters(conv))
+    return conv(x)
+
+
+def _is_convolution(part: Any) -> bool:
+    """Whether it may be computed from the parameters and settings of an nn.Conv2d."""
+    return is_plain(part, nn.Conv2d) and part._parameters.keys() == {"weight", "bias"}
+
+
+def _is_depthwise(part: Any) -> bool:
+    return _is_convolution(part) and _is_set_depthwise(part)
+
+
+def _is_pointwise(part: Any) -> bool:
+    return _is_convolution(part) and _is_set_pointwise(part)
+
+
+def _is_set_depthwise(conv: Any) -> bool:
+    height, width = conv.kernel_size
+    return height % 2 == width % 2 == 1 and _settings(conv) == ((1, 1), "same", conv.in_channels, *_DEFAULTS)
+
+
+def _is_set_pointwise(conv: Any) -> bool:
+    return conv.kernel_size == (1, 1) and _settings(conv) == ((1, 1), (0, 0), 1, *_DEFAULTS)
+
+
+# How `_settings` ends for most convolutions: no dilation, zeros around the maps, and nothing patched.
+_DEFAULTS = (1, 1), "zeros", False
+
+
+def _settings(conv: Any) -> tuple[Any, ...]:
+    patched = "_conv_forward" in conv.__dict__
+    return conv.stride, conv.padding, conv.groups, conv.dilation, conv.padding_mode, patched
+
+
+def _parameters(conv: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; as attributes of a module they would take the host several times as long."""
+    return conv._parameters["weight"], conv._parameters["bias"]
+
+
+def _norm_of(module: Any) -> dict[str, Any]:
+    names = "norm", "eps", "norm_weight", "norm_bias"
+    return {name: getattr(module, name) for name in names}
+
+
+def _register_affine(
+    module: nn.Module, channels: int | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """Give a module the parameters of its norm, or None for both."""
+    for name, make in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
+        values = None if channels is None else nn.Parameter(make(channels, device=device, dtype=dtype))
+        module.register_parameter(name, values)
+
+
+def _check_depthwise(in_channels: int, multiplier: int, kernel_size: int, norm: str, eps: float) -> None:
+    _check_positive(in_channels=in_channels, multiplier=multiplier, kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; expected an odd number")
+    check_norm(norm, eps)
 
 
 def _check_positive(**values: int) -> None:

@@ -1,6 +1,7 @@
 """The modules: drop-in for the lecture's, with the same parameters, values and gradients."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from oracle import assert_accurate
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
-from fastconv.operations import reference
+from fastconv.operations import backends, functional, reference
 
 CLASSIFIERS = {
     "lecture": ({}, (4, 3, 32, 32)),
@@ -77,10 +80,15 @@ def test_blocks_drop_into_the_lectures_classifier():
 
 def test_separate_modules_compose_to_the_block():
     block = fastconv.ConvNextBlock(4, multiplier=3, kernel_size=5, norm="sample", eps=1e-3, affine=True)
-    nn.init.normal_(block.conv1.norm_weight)
-    nn.init.normal_(block.conv1.norm_bias)
+    nn.init.normal_(block.norm_weight)
+    nn.init.normal_(block.norm_bias)
+    depthwise = fastconv.DepthwiseConvLayerNorm(4, 3, 5, norm="sample", eps=1e-3, affine=True)
+    pointwise = fastconv.PointwiseConvGELU(12, 4)
+    norm = {"norm_weight": block.norm_weight, "norm_bias": block.norm_bias}
+    depthwise.load_state_dict(block.conv1.state_dict() | norm)
+    pointwise.load_state_dict(block.conv2.state_dict())
     x = torch.randn(2, 4, 6, 9)
-    torch.testing.assert_close(block(x), x + block.conv3(block.conv2(block.conv1(x))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x), x + block.conv3(pointwise(depthwise(x))), rtol=1e-4, atol=1e-5)
 
 
 def test_depthwise_conv_layer_norm_is_convolution_then_norm():
@@ -173,3 +181,184 @@ def test_bad_arguments(call, message):
 def test_images_too_small_for_the_patches():
     with pytest.raises(ValueError, match=r"x is 1 x 1 pixels; expected at least one patch of 2 x 2"):
         fastconv.Classifier(width=4, depth=1)(torch.rand(2, 3, 4, 4))
+
+
+class LowRank(nn.Module):
+    """Adapts a convolution as LoRA does: by the product of two of its class, which train in its place."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.base_layer = conv.requires_grad_(False)
+        self.down = type(conv)(conv.in_channels, 2, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.up = type(conv)(2, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Weights(torch.Tensor):
+    """Parameters as in quantized layers: a type of their own."""
+
+
+def setting(part, name, value):
+    return lambda model: setattr(model.get_submodule(part), name, value)
+
+
+def replacing(part, make):
+    def change(model):
+        parent, _, name = part.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(model.get_submodule(part)))
+
+    return change
+
+
+def patch_convolution(conv):
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, 2 * weight, bias)
+    return conv
+
+
+def patch_forward(conv):
+    conv.forward = functools.partial(F.conv2d, weight=torch.ones_like(conv.weight))
+    return conv
+
+
+def pad_in_a_circle(conv):
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 7, 1, 3, groups=8, padding_mode="circular")
+
+
+def change_type(conv):
+    conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Weights))
+    return conv
+
+
+def hooked(conv):
+    conv.register_forward_hook(lambda module, args, output: 2 * output)
+    return conv
+
+
+BLOCK = "conv_block_1.0"
+# What people do to the parts of a model.
+CHANGES = {
+    "stem 3x3": replacing("stem", lambda conv: nn.Conv2d(3, 8, 3, padding=1)),
+    "stem's stride": setting("stem", "stride", (2, 2)),
+    "stem hooked": replacing("stem", hooked),
+    "stem pruned": lambda model: prune.l1_unstructured(model.stem, "weight", 0.5),
+    "downsample 3x3": replacing("downsample", lambda conv: nn.Conv2d(8, 16, 3, 2, 1)),
+    "no bottleneck": replacing("bottleneck", lambda conv: nn.Identity()),
+    "dropout before the bottleneck": replacing("bottleneck", lambda conv: nn.Sequential(nn.Dropout(0.0), conv)),
+    "more classes": replacing("bottleneck", lambda conv: nn.Conv2d(16, 100, 1)),
+    "dilation": setting(f"{BLOCK}.conv1", "dilation", (2, 2)),
+    "padding mode": replacing(f"{BLOCK}.conv1", pad_in_a_circle),
+    "even kernel": replacing(f"{BLOCK}.conv1", lambda conv: nn.Conv2d(8, 32, 6, padding="same", groups=8)),
+    "groups": replacing(f"{BLOCK}.conv3", lambda conv: nn.Conv2d(8, 8, 1, groups=2)),
+    "weight norm": lambda model: parametrizations.weight_norm(model.get_submodule(f"{BLOCK}.conv2")),
+    "old weight norm": lambda model: nn.utils.weight_norm(model.get_submodule(f"{BLOCK}.conv2")),
+    "old spectral norm": lambda model: nn.utils.spectral_norm(model.get_submodule(f"{BLOCK}.conv3")),
+    "pruned": lambda model: prune.l1_unstructured(model.get_submodule(f"{BLOCK}.conv2"), "weight", 0.5),
+    "adapter": replacing(f"{BLOCK}.conv2", LowRank),
+    "hook": replacing(f"{BLOCK}.conv1", hooked),
+    "patched forward": replacing(f"{BLOCK}.conv3", patch_forward),
+    "patched convolution": replacing(f"{BLOCK}.conv2", patch_convolution),
+    "weights of another type": replacing(f"{BLOCK}.conv2", change_type),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_part_that_was_changed_is_called(name):
+    lecture, ours = reference.Classifier(8, 1), fastconv.Classifier(8, 1)
+    ours.load_state_dict(lecture.state_dict())
+    for model in (lecture, ours):
+        torch.manual_seed(1)
+        CHANGES[name](model)
+    x, labels = torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
+    mine, expected = ours(x), lecture(x)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    for y in mine, expected:
+        F.cross_entropy(y, labels).backward()
+    trained = dict(ours.named_parameters())
+    for name, parameter in lecture.named_parameters():
+        torch.testing.assert_close(trained[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["each module's", "of all modules"])
+def test_hooks_see_what_the_lectures_do(whole):
+    def seen(model, x):
+        found, names = {}, {module: name for name, module in model.named_modules()}
+
+        def keep(module, _, output):
+            found[names[module]] = output.detach()
+
+        if whole:
+            for module in model.modules():
+                module.register_forward_hook(keep)
+            model(x)
+        else:
+            with nn.modules.module.register_module_forward_hook(keep):
+                model(x)
+        return found
+
+    lecture, ours = reference.Classifier(8, 1), fastconv.Classifier(8, 1)
+    ours.load_state_dict(lecture.state_dict())
+    x = torch.rand(4, 3, 32, 32)
+    mine, expected = seen(ours, x), seen(lecture, x)
+    assert list(mine) == list(expected)
+    for name, output in expected.items():
+        torch.testing.assert_close(mine[name], output, rtol=1e-4, atol=1e-5)
+
+
+def test_unchanged_parts_are_computed_at_once(monkeypatch):
+    model = fastconv.Classifier(8, 1)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", None)
+    assert model(torch.rand(4, 3, 32, 32)).shape == (4, 10)
+
+
+def test_state_dicts_from_when_the_norm_belonged_to_a_part_are_loaded():
+    block = fastconv.ConvNextBlock(4, affine=True)
+    state = {
+        (f"0.conv1.{name}" if name.startswith("norm") else f"0.{name}"): torch.rand_like(value)
+        for name, value in block.state_dict().items()
+    }
+    nn.Sequential(block).load_state_dict(state)
+    assert torch.equal(block.norm_weight, state["0.conv1.norm_weight"])
+    assert torch.equal(block.norm_bias, state["0.conv1.norm_bias"])
+
+
+def test_separate_modules_follow_their_settings():
+    x = torch.randn(3, 4, 9, 8)
+    depthwise = fastconv.DepthwiseConvLayerNorm(4, multiplier=2, kernel_size=3)
+    depthwise.stride, depthwise.padding = (2, 2), (1, 1)
+    h = F.conv2d(x, depthwise.weight, depthwise.bias, 2, 1, groups=4)
+    torch.testing.assert_close(depthwise(x), F.layer_norm(h, h.shape), rtol=1e-4, atol=1e-5)
+    pointwise = fastconv.PointwiseConvGELU(4, 3)
+    pointwise.stride = (2, 2)
+    torch.testing.assert_close(pointwise(x), F.gelu(F.conv2d(x, pointwise.weight, pointwise.bias, 2)))
+
+
+def test_an_adapter_of_a_module_that_is_no_linear_map_is_an_error():
+    with pytest.raises(TypeError, match=r"PointwiseConvGELU got \(\(1, 1\), .*no linear map: .* use nn\.Conv2d"):
+        LowRank(fastconv.PointwiseConvGELU(8, 4))
+
+
+def test_counters_of_multiplications_see_the_lectures():
+    torchinfo = pytest.importorskip("torchinfo")
+    counted = []
+    for model in reference.Classifier(8, 1), fastconv.Classifier(8, 1):
+        summary = torchinfo.summary(model, (2, 3, 32, 32), verbose=0)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.rand(2, 3, 32, 32)).sum().backward()
+        counted.append((summary.total_mult_adds, counter.get_total_flops()))
+    assert counted[0] == counted[1]
+    assert counted[0][0] > 1e5
+
+
+@pytest.mark.parametrize("side", [6, 16])
+def test_flops_of_the_operations_are_counted(side):
+    """Pairs of a multiplication and an addition; on small maps the portable convolution is a Toeplitz product."""
+    block, images, pixels = fastconv.ConvNextBlock(4), 64, side**2
+    arguments = [value for part in block.children() for value in (part.weight, part.bias)]
+    with FlopCounterMode(display=False) as counter:
+        functional.convnext_block(torch.rand(images, 4, side, side), *arguments)
+    toeplitz = side == 6 and backends.current() == "portable"
+    taps = pixels if toeplitz else 49
+    assert counter.get_total_flops() == 2 * images * pixels * (16 * taps + 16 * 4 + 4 * 4)

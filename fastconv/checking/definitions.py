@@ -5,10 +5,9 @@ They share no code with `fastconv.modules`. The lecture's classifier is `fastcon
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastconv.operations import reference
 
@@ -30,8 +29,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         wide = in_channels * multiplier
         super().__init__(in_channels, wide, kernel_size, padding="same", groups=in_channels, device=device)
         self.norm, self.eps = norm, eps
-        for name, make in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
-            self.register_parameter(name, nn.Parameter(make(wide, device=device)) if affine else None)
+        _register_affine(self, wide if affine else None, device)
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.depthwise_conv_layer_norm(
@@ -57,13 +55,35 @@ class PointwiseConvGELU(nn.Conv2d):
 
 
 class ConvNextBlock(nn.Module):
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+
     def __init__(
-        self, in_channels: int, multiplier: int, kernel_size: int, device: str | None = None, **norm: Any
+        self,
+        in_channels: int,
+        multiplier: int,
+        kernel_size: int,
+        norm: str = "tensor",
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: str | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = DepthwiseConvLayerNorm(in_channels, multiplier, kernel_size, device=device, **norm)
-        self.conv2 = PointwiseConvGELU(multiplier * in_channels, in_channels, device=device)
+        wide = in_channels * multiplier
+        self.conv1 = nn.Conv2d(in_channels, wide, kernel_size, padding="same", groups=in_channels, device=device)
+        self.conv2 = nn.Conv2d(wide, in_channels, 1, device=device)
         self.conv3 = nn.Conv2d(in_channels, in_channels, 1, device=device)
+        self.norm, self.eps = norm, eps
+        _register_affine(self, wide if affine else None, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv3(self.conv2(self.conv1(x)))
+        y = reference.layer_norm(
+            self.conv1(x), norm=self.norm, eps=self.eps, norm_weight=self.norm_weight, norm_bias=self.norm_bias
+        )
+        return x + self.conv3(F.gelu(self.conv2(y)))
+
+
+def _register_affine(module: nn.Module, channels: int | None, device: str | None) -> None:
+    for name, make in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
+        values = None if channels is None else nn.Parameter(make(channels, device=device))
+        module.register_parameter(name, values)

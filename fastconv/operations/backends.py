@@ -6,17 +6,17 @@ import functools
 import importlib
 import importlib.util
 import os
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastconv.operations import definition, portable
+from fastconv.operations import definition, portable, setting
+from fastconv.operations.setting import BACKENDS as BACKENDS
+from fastconv.operations.setting import backend as backend
 
 OPERATIONS = tuple(definition.PARAMETERS)
-# In the order in which "auto" tries them.
-BACKENDS = ("triton", "portable", "reference")
 
 _MODULES: dict[str, ModuleType] = {"portable": portable}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -30,46 +30,9 @@ class BackendUnavailable(RuntimeError):
     """A forced backend cannot run an operation; the message says why and what to do."""
 
 
-_NAMES = (*BACKENDS, "auto")
-# The environment variable is checked when it is used, because importing a package should not fail for it.
-_forced = os.environ.get("FASTCONV_BACKEND") or "auto"
-
-
 def current() -> str:
     """The forced backend, or "auto"."""
-    return _forced
-
-
-class backend:
-    """Force the implementation of all operations, from now on or within a `with` block.
-
-    The setting is one per process. It overrides the environment variable FASTCONV_BACKEND, which is read when
-    fastconv is imported.
-
-    Args:
-        name: "triton", "portable" or "reference"; or "auto" for the first of them that can run.
-
-    Raises:
-        ValueError: there is no such backend. That an existing one cannot run an operation shows when the
-            operation is called, as `BackendUnavailable`.
-    """
-
-    def __init__(self, name: str) -> None:
-        global _forced
-        if name not in _NAMES:
-            raise ValueError(f"backend is {name!r}; expected one of {', '.join(_NAMES)}")
-        self._name, self._previous = name, _forced
-        _forced = name
-
-    def __enter__(self) -> None:
-        global _forced
-        _forced = self._name
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _forced
-        _forced = self._previous
+    return setting.traced if torch.compiler.is_compiling() else setting.current()
 
 
 def candidates() -> tuple[str, ...]:
@@ -78,9 +41,10 @@ def candidates() -> tuple[str, ...]:
     Raises:
         BackendUnavailable: the environment variable FASTCONV_BACKEND names none.
     """
-    if _forced not in _NAMES:
-        raise BackendUnavailable(f"FASTCONV_BACKEND is {_forced!r}; expected one of {', '.join(_NAMES)}")
-    return BACKENDS if _forced == "auto" else (_forced,)
+    forced = current()
+    if forced not in setting.NAMES:
+        raise BackendUnavailable(f"FASTCONV_BACKEND is {forced!r}; expected one of {', '.join(setting.NAMES)}")
+    return BACKENDS if forced == "auto" else (forced,)
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -97,7 +61,7 @@ def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if not _TRITON_INTERPRETED:
         return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
     # Interpretation is slow, and only good for checking the kernels.
-    return None if _forced == "triton" else "its kernels are interpreted on a CPU only if it is forced"
+    return None if current() == "triton" else "its kernels are interpreted on a CPU only if it is forced"
 
 
 @functools.cache
@@ -128,7 +92,7 @@ def choose(device: torch.device, *dtypes: torch.dtype) -> str | None:
     if torch.compiler.is_compiling():
         from fastconv.operations import tracing
 
-        return tracing.first_that_can(_forced, device, *dtypes)
+        return tracing.first_that_can(current(), device, *dtypes)
     return first_that_can(device, *dtypes)
 
 
@@ -148,7 +112,7 @@ def select(operation: str, device: torch.device, *dtypes: torch.dtype) -> str:
     """
     name = choose(device, *dtypes)
     if name is None:
-        reasons = (can_run(_forced, device, dtype) for dtype in dtypes)
+        reasons = (can_run(current(), device, dtype) for dtype in dtypes)
         raise unavailable(operation, next(filter(None, reasons)))
     return name
 
@@ -156,7 +120,7 @@ def select(operation: str, device: torch.device, *dtypes: torch.dtype) -> str:
 def unavailable(operation: str, reason: str) -> BackendUnavailable:
     """The error that says why the forced backend cannot run an operation."""
     return BackendUnavailable(
-        f'backend "{_forced}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
+        f'backend "{current()}" cannot run {operation}: {reason}; use "auto", "portable" or "reference"'
     )
 
 
@@ -172,7 +136,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def leaves_to_pytorch(x: Tensor) -> bool:
     """Whether PyTorch's own operations are to run where the portable backend is slower than they are."""
-    if _forced != "auto":
+    if current() != "auto":
         return False
     # Autocast leaves float64 alone.
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, Value
-from fastconv.operations import backends, definition, fallback, selftest
+from fastconv.operations import backends, definition, fallback, selftest, setting
 from fastconv.operations.selftest import Subject
 
 _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
@@ -34,7 +34,7 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     subject = operation, norm, large, maps, dtype
     if torch.compiler.is_compiling():
         return _call(_backend_for_graph(subject, x.device), operation, x, values)
-    forced = backends.current()
+    forced = setting.current()
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     try:

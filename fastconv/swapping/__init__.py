@@ -6,7 +6,7 @@ changes, to a subclass with another forward. So optimizers stay valid, state_dic
 `swap` goes module by module through these steps, a file each:
 
 1. recognition: what the module may be, by its structure (`parts` says what each part is);
-2. verification: which of these hypotheses computes the same, on a probe;
+2. verification: which of these hypotheses computes the same, on probes (with random numbers of `randomness`);
 3. fusion: how the fused operations compute it, as long as its parts stay as they were (`configuration`);
 4. installation: the class that does so.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -43,14 +44,19 @@ def swap(
     It recognises by structure, whatever their names: the lecture's block and classifier; ConvNeXt blocks as
     torchvision, timm, Hugging Face and SAM 2 write them; and in an nn.Sequential, depthwise convolution followed
     by a layer norm of channels, and 1x1 convolution followed by GELU. Each is accepted only if on a probe, in
-    float64 and with random parameters, it computes the same, gradients included; a module is swapped as a whole,
-    or not at all.
+    float64 and with random parameters, it computes the same, gradients included; and the same results on larger
+    maps, more images, large numbers, NaN and infinity. A module is swapped as a whole, or not at all.
+
+    No probe shows what a forward does only for still larger maps or batches, in training alone for these, or for
+    special inputs: leave such modules out. A drop path must draw from PyTorch's global generator.
 
     Parameters are shared, names, hooks and modes kept: optimizers and checkpoints stay valid. A swapped model can
     be copied, pickled, compiled, exported and put into DistributedDataParallel. The module's own forward runs
-    where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; and after a part was
-    replaced or set otherwise. What else a forward reads, as a number that the module itself keeps, must not
-    change: unswap it first.
+    where PyTorch's operations are faster, as measured on a CPU; while a part of it has hooks; after a part was
+    replaced or set otherwise; and where parts or input are of several dtypes. What else a forward reads, as a
+    number that the module itself keeps, must not change: unswap it first.
+
+    It may run in several threads at once, on several models, and beside others that train or draw random numbers.
 
     Args:
         model: is changed; the root may be swapped, too.
@@ -62,7 +68,7 @@ def swap(
 
     Raises:
         TypeError: `model` is no nn.Module, or `filter_fn` no function.
-        RuntimeError: `model` is compiled, scripted, or on the meta device, or gradients are disabled.
+        RuntimeError: `model` is compiled, scripted or on the meta device.
 
     Warns:
         UserWarning: nothing was swapped.
@@ -72,35 +78,39 @@ def swap(
         raise TypeError(f"filter_fn is {filter_fn!r}; expected a function of a module and its name, or None")
     candidates: list[Candidate] = []
     fusions: list[tuple[nn.Module, Fusion]] = []
-    verifier = Verifier()
     settled: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in settled:
-            continue
-        row = functools.partial(Candidate, name, type(module).__name__)
-        if isinstance(module, FUSED):
-            settled.update(module.modules())
-            candidates.append(row("fastconv", False, "it is fused already"))
-            continue
-        if isinstance(module, Swapped):
-            fusion = module.fastconv_fusion
-            settled.update(fusion.replaced(module).values())
-            same = fusion.recompute == recompute
-            note = "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
-            candidates.append(row(fusion.kind, True, note))
-            continue
-        found = _verified(module, verifier)
-        if isinstance(found, Refusal):
-            candidates.append(row("", False, found.reason))
-        elif found is None:
-            continue
-        elif filter_fn is not None and not filter_fn(module, name):
-            candidates.append(row(found.kind, False, "filter_fn left it out"))
-        else:
-            fusions.append((module, replace(found.watching(module), recompute=recompute)))
-            settled.update(found.replaced(module).values())
-            on_cpu = next(module.parameters()).device.type == "cpu"
-            candidates.append(row(found.kind, True, BY_SIZE if on_cpu and found.by_size else ""))
+    verifier = Verifier()
+    # A new thread has none of the caller's modes, and a backend of its own.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for name, module in model.named_modules():
+            if module in settled:
+                continue
+            row = functools.partial(Candidate, name, type(module).__name__)
+            if isinstance(module, FUSED):
+                settled.update(module.modules())
+                candidates.append(row("fastconv", False, "it is fused already"))
+                continue
+            if isinstance(module, Swapped):
+                fusion = module.fastconv_fusion
+                settled.update(fusion.replaced(module).values())
+                same = fusion.recompute == recompute
+                note = (
+                    "before" if same else f"before, with recompute={not recompute}: unswap it first to change that"
+                )
+                candidates.append(row(fusion.kind, True, note))
+                continue
+            found = thread.submit(_verified, module, verifier).result()
+            if isinstance(found, Refusal):
+                candidates.append(row("", False, found.reason))
+            elif found is None:
+                continue
+            elif filter_fn is not None and not filter_fn(module, name):
+                candidates.append(row(found.kind, False, "filter_fn left it out"))
+            else:
+                fusions.append((module, replace(found.watching(module), recompute=recompute)))
+                settled.update(found.replaced(module).values())
+                on_cpu = next(module.parameters()).device.type == "cpu"
+                candidates.append(row(found.kind, True, BY_SIZE if on_cpu and found.by_size else ""))
     install(fusions)
     report = SwapReport(tuple(candidates))
     if not report.swapped:
@@ -140,11 +150,6 @@ def _verified(module: nn.Module, verifier: Verifier) -> Fusion | Refusal | None:
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "fastconv.swap compares gradients, but they are disabled: call it outside torch.no_grad and "
-            "torch.inference_mode, and use the model within"
-        )
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise RuntimeError("the model is scripted; swap the nn.Module from which it was made, then script it")

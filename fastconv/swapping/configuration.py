@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastconv.plain import is_plain
+
 # Every module keeps these: its parts, its hooks, and whether it is training.
 OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
@@ -86,12 +88,10 @@ class Snapshot(NamedTuple):
         return part
 
     def matches(self, part: nn.Module) -> bool:
-        """Whether a submodule is still the same: not replaced, patched or set otherwise, and without hooks."""
+        """Whether a submodule is still the same, set as it was, and plain."""
+        if not is_plain(part, self.kind):
+            return False
         kept = part.__dict__
-        if type(part) is not self.kind or "forward" in kept:
-            return False
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return False
         for key, value in self.settings:
             now = kept.get(key)
             # What is of another type may be a tensor, and what equals that is a tensor, too.

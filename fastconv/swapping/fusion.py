@@ -6,6 +6,7 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,10 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
 from fastconv.kernels.common.rules import gelu
-from fastconv.operations import backends, decisions, functional
+from fastconv.operations import backends, decisions, functional, setting
 from fastconv.swapping.configuration import Snapshot, is_within
-
-PLAIN = (nn.Parameter, Tensor, type(None))
 
 
 def find(module: nn.Module, path: str) -> Any:
@@ -68,10 +67,8 @@ class Fusion:
         """This fusion, which applies as long as the parts of a module stay as they are now."""
         return replace(self, seen=tuple(Snapshot.of(path, part) for path, part in self.replaced(module).items()))
 
-    def applies(self, module: nn.Module) -> bool:
-        """Whether the parts are as they were: not replaced, wrapped, patched or taken away, and without hooks."""
-        if nn.modules.module._has_any_global_hook():
-            return False
+    def applies(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether the parts are as they were, and plain, and all are of one dtype, or autocast makes them so."""
         try:
             parts = [snapshot.find(module) for snapshot in self.seen]
         except (AttributeError, KeyError):
@@ -79,10 +76,12 @@ class Fusion:
         for part, snapshot in zip(parts, self.seen, strict=True):
             if not snapshot.matches(part):
                 return False
-        # Quantized and distributed weights have types of their own, and few operations. So have a compiler's.
-        return torch.compiler.is_compiling() or all(
-            type(value) in PLAIN for part in parts for value in part._parameters.values()
-        )
+        autocast = backends.autocast_dtype(x)
+        dtypes = {x.dtype}
+        for part in (module, *parts):
+            dtypes.update(value.dtype for value in part._parameters.values() if value is not None)
+        # Autocast leaves float64 alone.
+        return len({autocast if autocast and dtype != torch.float64 else dtype for dtype in dtypes}) == 1
 
     def pays(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this is faster than the module's own forward in plain PyTorch, as measured on a CPU."""
@@ -92,9 +91,13 @@ class Fusion:
         raise NotImplementedError
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if not self.recompute or not torch.is_grad_enabled():
+            return self.compute(module, x)
+        if torch.compiler.is_compiling():
             return checkpoint(self.compute, module, x, use_reentrant=False)
-        return self.compute(module, x)
+        # A GPU's backward runs in a thread of its own, where another backend may be forced.
+        contexts = nullcontext(), setting.forced(backends.current())
+        return checkpoint(self.compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,8 @@ class ConvNeXtBlock(Block):
         # In the memory format of the branch, channels_last; x + branch of strides that tie is not.
         return branch + x
 
-    def applies(self, module: nn.Module) -> bool:
-        return super().applies(module) and (self.scale is None or find(module, self.scale) is not None)
+    def applies(self, module: nn.Module, x: Tensor) -> bool:
+        return super().applies(module, x) and (self.scale is None or find(module, self.scale) is not None)
 
     def _scales_weights(self, y: Tensor, weight: Tensor, scale: Tensor) -> bool:
         """Whether to multiply the scale into the weights, where these are smaller than the maps."""

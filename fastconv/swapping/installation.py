@@ -6,7 +6,9 @@ The module stays the object it was, so that its parameters, hooks and place in t
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def uninstall(model: nn.Module) -> None:
     """Give each swapped module its own class back: all of them, or none if the class of one was changed again."""
     swapped: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
-        if type(module) is not _subclass(module.fastconv_original, module.fastconv_fusion):
+        if "fastconv_fusion" not in vars(type(module)):
             raise RuntimeError(
                 f"a swapped {module.fastconv_original.__name__} is a {type(module).__name__} by now; undo first "
                 "what changed its class after the swap, as parametrizations and FSDP do"
@@ -73,29 +75,35 @@ def _can_fuse(module: Swapped, x: Any) -> bool:
             return False
         if not module.fastconv_fusion.pays(module, x):
             return False
-    return module.fastconv_fusion.applies(module)
+    return module.fastconv_fusion.applies(module, x)
 
 
-_SUBCLASSES: dict[tuple[type[nn.Module], Fusion], type[Any]] = {}
+# By the class and the fusion. A class lives as long as modules of it, as one that a notebook defines again.
+_SUBCLASSES: WeakValueDictionary[tuple[type[nn.Module], Fusion], type[Any]] = WeakValueDictionary()
+_LOCK = threading.Lock()
 
 
 def _subclass(original: type[nn.Module], fusion: Fusion) -> type[Any]:
     """One for all modules alike: torch.compile compiles a class once."""
     key = original, fusion
-    if key not in _SUBCLASSES:
-        attributes = {
-            "fastconv_fusion": fusion,
-            "fastconv_original": original,
-            # Libraries look modules up by the names of their classes.
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            # torch.export reads the names of arguments from the signature of forward.
-            "forward": functools.wraps(original.forward)(
-                lambda self, *args, **kwargs: _forward(self, args, kwargs)
-            ),
-        }
-        _SUBCLASSES[key] = type(original.__name__, (Swapped, original), attributes)
-    return _SUBCLASSES[key]
+    with _LOCK:
+        found = _SUBCLASSES.get(key)
+        if found is None:
+            found = _SUBCLASSES[key] = _derive(original, fusion)
+    return found
+
+
+def _derive(original: type[nn.Module], fusion: Fusion) -> type[Any]:
+    attributes = {
+        "fastconv_fusion": fusion,
+        "fastconv_original": original,
+        # Libraries look modules up by the names of their classes.
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        # torch.export reads the names of arguments from the signature of forward.
+        "forward": functools.wraps(original.forward)(lambda self, *args, **kwargs: _forward(self, args, kwargs)),
+    }
+    return type(original.__name__, (Swapped, original), attributes)
 
 
 def _rebuild(original: type[nn.Module], fusion: Fusion) -> nn.Module:

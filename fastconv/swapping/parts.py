@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from fastconv.kernels.common import rules
 from fastconv.operations import functional
+from fastconv.swapping.randomness import PrivateGenerator
 
 DROPOUTS = nn.modules.dropout._DropoutNd
 
@@ -47,14 +46,17 @@ def has_state(module: nn.Module) -> bool:
 
 
 def gelu(module: nn.Module) -> str | None:
-    """GELU's `approximate` if a module computes it, tried on a few numbers; else None."""
+    """GELU's `approximate` if a module computes it, tried on numbers small and large; else None."""
     if any(True for _ in module.children()) or has_state(module):
         return None
-    x = torch.linspace(-4, 4, 24, dtype=torch.float64).view(1, 2, 3, 4)
+    # Finely where GELU bends, and up to numbers beyond those of float16, at which some activations are clipped.
+    bends = torch.linspace(-8, 8, 64, dtype=torch.float64)
+    large = torch.logspace(1, 6, 28, dtype=torch.float64)
+    x = torch.cat([bends, large, -large]).view(2, 3, 4, 5)
     try:
-        with own_random_numbers():
+        with PrivateGenerator():
             # The forward of a copy: the module's own hooks and whatever it keeps notice nothing.
-            y = copy.deepcopy(module).forward(x.clone())
+            y = copy.deepcopy(module).eval().forward(x.clone())
     except Exception:
         # A layer for inputs of another shape or type.
         return None
@@ -62,19 +64,6 @@ def gelu(module: nn.Module) -> str | None:
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, rules.gelu(x, approximate)):
             return approximate
     return None
-
-
-@contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """The same ones every time, of PyTorch and of Python; the caller's go on afterwards."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            yield
-    finally:
-        random.setstate(state)
 
 
 def objections_to_depthwise(conv: Any) -> Iterator[str]:

@@ -1,7 +1,11 @@
-"""Whether a fusion computes what a module does: tried on a probe, in numbers.
+"""Whether a fusion computes what a module does: tried on probes, in numbers.
 
-Both compute results and gradients in float64, from random parameters, in evaluation and in training; a module is
-fused only if they agree.
+Both compute results in evaluation, and results and gradients in training, in float64 and from random parameters. A
+module is fused only if they agree; and if in evaluation, in float32, their results also agree on larger maps, more
+images, large numbers, NaN and infinity.
+
+All of it happens on the CPU, in copies. The caller gives it a thread of its own, in which no mode is on (autocast,
+no_grad, a default device), and whose setting of the backend is nobody else's.
 """
 
 from __future__ import annotations
@@ -9,10 +13,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +23,17 @@ from torch import Tensor, nn
 from fastconv.operations.backends import backend
 from fastconv.swapping.configuration import signature
 from fastconv.swapping.fusion import Fusion
-from fastconv.swapping.parts import own_random_numbers, with_article
+from fastconv.swapping.parts import with_article
+from fastconv.swapping.randomness import PrivateGenerator, Unrepeatable, refuse_other_generators
 from fastconv.swapping.recognition import Hypotheses, Refusal
 
 # In float64 results differ by the order of sums alone; rounding to float32 in between makes more of a difference.
 VERIFIED = 1e-8
 ROUNDED = 1e-5
+# In float32 they also differ by rounding, and by much more where a clamp or another branch is at work.
+SIMILAR = 1e-3
+# Beyond the numbers of float16, at which some blocks clamp what they compute.
+LARGE_IMAGES, LARGE_PARAMETERS = 1e6, 1e4
 
 
 class Verifier:
@@ -55,83 +63,141 @@ class Verifier:
         return verdict
 
 
+class Probe(NamedTuple):
+    """What both compute.
+
+    Args:
+        images: maps (N, C, H, W).
+        what: distinguishes them, in a refusal.
+        exact: in float64, and also in training, with gradients; the others take a fraction of its time.
+        finite: whether results must be finite; else they must be NaN and infinite in the same places.
+        scale: of the parameters.
+    """
+
+    images: Tensor
+    what: str
+    exact: bool = False
+    finite: bool = True
+    scale: float = 1.0
+
+
+def _probes(shape: tuple[int, int, int, int]) -> Iterator[Probe]:
+    generator = torch.Generator("cpu").manual_seed(0)
+    images, channels, height, width = shape
+
+    def draw(images: int = images, height: int = height, width: int = width) -> Tensor:
+        size = images, channels, height, width
+        return torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
+
+    yield Probe(draw().double(), "on a probe", exact=True)
+    yield Probe(draw(1, 3 * height, 3 * width), "on larger maps")
+    yield Probe(draw(8), "on more images")
+    maps = draw()
+    maps[0, 0, height // 2, width // 2], maps[1, 0, height // 2, width // 2] = math.nan, math.inf
+    yield Probe(maps, "on maps with NaN and infinity", finite=False)
+    yield Probe(LARGE_IMAGES * (draw() - 0.5), "on large numbers")
+    yield Probe(draw(), "with large parameters", scale=LARGE_PARAMETERS)
+
+
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy in float64 with random parameters, and without hooks, which swapped modules respect when they run."""
+    """A copy in float64 with random parameters; its parts run without hooks, which swapped modules respect."""
     twin = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-    with own_random_numbers(), torch.no_grad():
+    generator = torch.Generator("cpu").manual_seed(1)
+    with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.uniform_(-1, 1)
+            parameter.uniform_(-1, 1, generator=generator)
     for part in twin.modules():
-        for hooks in part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks:
-            hooks.clear()
+        # What nn.Module calls in the place of hooks and forward: those of all modules are left out, too.
+        part._compiled_call_impl = part.forward
     return twin
 
 
 def _probe(twin: nn.Module, fusions: list[Fusion]) -> Fusion | Refusal:
     """The first fusion that computes what `twin` does, or why none does."""
-    shape = fusions[0].images(twin)
+    for probe in _probes(fusions[0].images(twin)):
+        found = _first_that_agrees(twin, fusions, probe)
+        if isinstance(found, Refusal):
+            return found
+        fusions = [found]
+    return fusions[0]
+
+
+def _first_that_agrees(twin: nn.Module, fusions: list[Fusion], probe: Probe) -> Fusion | Refusal:
+    twin.to(probe.images.dtype)
+    if probe.scale != 1:
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(probe.scale)
+    try:
+        if probe.exact:
+            refuse_other_generators(twin.train(), probe.images)
+        own, own_states = _results(twin, twin.forward, probe)
+    except Unrepeatable as error:
+        return Refusal(str(error))
+    except Exception as error:
+        return Refusal(f"its forward does not take maps {tuple(probe.images.shape)}: {_brief(error)}")
     differences = []
-    with own_random_numbers():
-        images = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    for fusion in fusions:
+        # Where training takes no random numbers, nothing shows which part would drop paths, and where.
+        if probe.exact and fusion.draws and len(set(own_states)) == 1:
+            continue
         try:
-            own, own_states = _results(twin, twin.forward, images)
-        except Exception as error:
-            return Refusal(f"its forward does not take maps {shape}: {_brief(error)}")
-        for fusion in fusions:
-            # Where training takes no random numbers, nothing shows which part would drop paths, and where.
-            if fusion.draws and len(set(own_states)) == 1:
-                continue
-            try:
-                ours, states = _results(twin, functools.partial(fusion.compute, twin), images)
-            except Exception:
-                # The parts do not fit together as in what they are taken for.
-                differences.append(math.inf)
-                continue
-            if states == own_states:
-                differences.append(max(map(_relative, own, ours)))
-                if differences[-1] <= VERIFIED:
-                    return fusion
+            ours, states = _results(twin, functools.partial(fusion.compute, twin), probe)
+        except Exception:
+            # The parts do not fit together as in what they are taken for.
+            differences.append(math.inf)
+            continue
+        if states == own_states:
+            differences.append(max(_relative(*both, probe.finite) for both in zip(own, ours, strict=True)))
+            if differences[-1] <= (VERIFIED if probe.exact else SIMILAR):
+                return fusion
     if not differences:
         return Refusal("it takes random numbers beside those of its drop path")
     best = min(differences)
     how = f"by {best:.1e}" if math.isfinite(best) else "altogether"
     return Refusal(
-        f"it does not compute what its parts suggest: on a probe its results or gradients differ from a "
-        f"{fusions[0].kind}'s {how}" + (", as if it rounded to float32" if best < ROUNDED else "")
+        f"it does not compute what its parts suggest: {probe.what} its results or gradients differ "
+        f"from a {fusions[0].kind}'s {how}"
+        + (", as if it rounded to float32" if probe.exact and best < ROUNDED else "")
     )
 
 
 def _results(
-    twin: nn.Module, forward: Callable[[Tensor], Any], images: Tensor
-) -> tuple[list[Tensor | None], list[Any]]:
-    """What `forward` returns and the gradients of images and parameters; and where random numbers have come to.
+    twin: nn.Module, forward: Callable[[Tensor], Any], probe: Probe
+) -> tuple[list[Tensor | None], list[bytes]]:
+    """What `forward` returns, and where random numbers have come to.
 
-    Both in evaluation and in training.
+    If the probe is exact, in training too, followed by the gradients of the images and of the parameters.
     """
     results: list[Tensor | None] = []
     states = []
-    for training in (False, True):
+    for training in (False, True) if probe.exact else (False,):
         twin.train(training)
+        inputs = [probe.images.requires_grad_(training), *twin.parameters()]
         # All drop the same paths.
-        torch.manual_seed(1)
-        random.seed(1)
-        with backend("reference"):
-            y = forward(images)
-        states.append((bytes(torch.get_rng_state().tolist()), random.getstate()))
+        with backend("reference"), torch.set_grad_enabled(training), PrivateGenerator() as private:
+            y = forward(probe.images)
+        states.append(bytes(private.generator.get_state().tolist()))
         if not isinstance(y, Tensor):
             raise TypeError(f"it returns {with_article(y)}; expected one tensor")
-        grad = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
-        grads = torch.autograd.grad(y, [images, *twin.parameters()], grad, allow_unused=True)
-        results += [y.detach(), *grads]
+        results.append(y.detach())
+        if training:
+            grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+            results += torch.autograd.grad(y, inputs, grad, allow_unused=True)
     return results, states
 
 
-def _relative(own: Tensor | None, ours: Tensor | None) -> float:
+def _relative(own: Tensor | None, ours: Tensor | None, finite: bool) -> float:
+    """The norm of the difference over that of `own`; infinite where one is not finite, unless both may be."""
     if own is None or ours is None:
         return 0.0 if own is ours else math.inf
     if own.shape != ours.shape:
         return math.inf
-    difference = float((ours - own).norm() / own.norm().clamp_min(1e-30))
+    if not finite:
+        same = ~own.isfinite() & ((own == ours) | (own.isnan() & ours.isnan()))
+        own, ours = own.masked_fill(same, 0), ours.masked_fill(same, 0)
+    dtype = torch.float64
+    difference = float((ours - own).norm(dtype=dtype) / own.norm(dtype=dtype).clamp_min(1e-30))
     # A result that is not finite verifies nothing.
     return difference if math.isfinite(difference) else math.inf
 

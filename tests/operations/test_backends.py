@@ -1,11 +1,16 @@
 """Forcing a backend, and what importing fastconv costs."""
 
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from processes import printed_by
 
 import fastconv
-from fastconv.operations import backends, dispatch, functional, portable, reference
+from fastconv.operations import backends, dispatch, functional, portable, reference, setting
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -156,19 +161,106 @@ def test_the_environment_variable_forces_one():
     assert printed_by("-c", code, FASTCONV_BACKEND="").strip() == "auto"
 
 
-def test_a_wrong_environment_variable_is_named_when_it_is_used(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", "fast")
-    with pytest.raises(fastconv.BackendUnavailable, match="FASTCONV_BACKEND is 'fast'; expected one of triton"):
+def test_a_wrong_environment_variable_is_named_when_it_is_used():
+    with (
+        setting.forced("fast"),
+        pytest.raises(fastconv.BackendUnavailable, match="FASTCONV_BACKEND is 'fast'; expected one of triton"),
+    ):
         functional.layer_norm(torch.zeros(1, 1, 1, 1))
 
 
-def test_a_context_can_be_entered_again():
+def test_a_context_can_be_entered_again_and_within_itself():
     before = backends.current()
     context = fastconv.backend("reference")
     for _ in range(2):
         with context:
             assert backends.current() == "reference"
+            with fastconv.backend("portable"):
+                with context:
+                    assert backends.current() == "reference"
+                assert backends.current() == "portable"
+            with context:
+                pass
+            assert backends.current() == "reference"
         assert backends.current() == before
+
+
+def test_a_block_ends_with_what_was_forced_before_it():
+    with fastconv.backend("reference"):
+        # A function's setting that somebody keeps, as a notebook does.
+        kept = fastconv.backend("portable")
+        with fastconv.backend("auto"):
+            # As where a generator was left in one context and goes on in another.
+            contextvars.Context().run(kept.__exit__, None, None, None)
+            assert backends.current() == "auto"
+        assert backends.current() == "portable"
+    assert backends.current() == "auto"
+
+
+def test_threads_have_their_own_backend():
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    seen = {}
+
+    def first():
+        with fastconv.backend("reference"):
+            first_in.set()
+            second_in.wait()
+        first_out.set()
+        seen["first"] = backends.current()
+
+    def second():
+        first_in.wait()
+        seen["before"] = backends.current()
+        with fastconv.backend("portable"):
+            second_in.set()
+            first_out.wait()
+            seen["within"] = backends.current()
+        seen["second"] = backends.current()
+
+    with fastconv.backend("reference"), ThreadPoolExecutor(2) as threads:
+        for done in threads.submit(first), threads.submit(second):
+            done.result()
+        assert backends.current() == "reference"
+    assert seen == {"first": "auto", "before": "auto", "within": "portable", "second": "auto"}
+
+
+def test_tasks_have_their_own_backend():
+    async def work(name):
+        seen = [backends.current()]
+        with fastconv.backend(name):
+            await asyncio.sleep(0)
+            seen.append(backends.current())
+            await asyncio.sleep(0)
+        return [*seen, backends.current()]
+
+    async def both():
+        with fastconv.backend("reference"):
+            found = await asyncio.gather(work("portable"), work("auto"))
+        return found, backends.current()
+
+    found, after = asyncio.run(both())
+    assert found == [["reference", "portable", "reference"], ["reference", "auto", "reference"]]
+    assert after == backends.current() == "auto"
+
+
+def test_another_backend_makes_another_graph_in_each_thread():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    x = torch.rand(2, 4, 6, 6)
+    compiled = torch.compile(lambda x: functional.layer_norm(x), fullgraph=True, backend=keep)
+    for _ in range(2):
+        compiled(x)
+        with fastconv.backend("reference"):
+            compiled(x)
+            # Its setting is "auto", whose graph there is.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(compiled, x).result()
+    assert len(graphs) == 2
+    assert graphs[0] != graphs[1]
 
 
 def test_import_brings_in_no_triton_no_torchvision_and_no_cuda_context():

@@ -2,13 +2,18 @@
 
 import copy
 import functools
+import gc
 import io
 import json
 import pickle
+import random
 import re
 import threading
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
 import torch
 from networks import NETWORKS, REFUSED, LayerNorm2d, plain_pairs, randomise
@@ -16,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastconv
-from fastconv.operations import decisions, reference
+from fastconv.operations import backends, decisions, reference
 from fastconv.swapping import fusion, verification
 
 
@@ -884,14 +889,6 @@ def test_what_cannot_be_swapped_says_what_to_do(prepare, error, message):
         fastconv.swap(prepare())
 
 
-def test_gradients_have_to_be_enabled():
-    model = Block()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), pytest.raises(RuntimeError, match=r"call it outside torch\.no_grad and"):
-            fastconv.swap(model)
-    assert type(model) is Block
-
-
 def test_a_block_that_compiles_itself_is_refused():
     model = Block()
     model.compile()
@@ -1025,3 +1022,234 @@ def test_a_drop_path_is_called_only_where_it_was_seen_to_drop(fused, calls):
         calls.clear()
         block(x)
         assert calls == expected
+
+
+class Beyond(Block):
+    """Computes something else than a ConvNeXt block where a small probe of small numbers does not see it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x, super().forward(x))
+
+
+def of_more_images(x, y):
+    return y if len(x) <= 4 else y - y.mean(0, keepdim=True)
+
+
+BEYOND = {
+    "larger maps": (lambda x, y: y if x[0, 0].numel() < 64 else 2 * y, "on larger maps its results"),
+    "more images": (of_more_images, "on more images its results"),
+    "NaN": (lambda x, y: y.nan_to_num(), "on maps with NaN and infinity its results"),
+    "large numbers": (lambda x, y: y.clamp(-6e4, 6e4), "on large numbers its results"),
+    "a large branch": (lambda x, y: x + (y - x).clamp(-6e4, 6e4), "with large parameters its results"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_equals_a_block_only_on_small_probes_is_refused(name):
+    change, reason = BEYOND[name]
+    (candidate,) = swap_quietly(Beyond(change)).candidates
+    assert not candidate.swapped
+    assert reason in candidate.reason
+
+
+class Clipped(nn.Module):
+    def __init__(self, least, most):
+        super().__init__()
+        self.least, self.most = least, most
+
+    def forward(self, x):
+        return F.gelu(x.clamp(self.least, self.most))
+
+
+@pytest.mark.parametrize("ends", [(-10, 10), (-1e9, 6e4), (-3, 1e9)])
+def test_a_clipped_gelu_is_no_gelu(ends):
+    (candidate,) = swap_quietly(Block(activation=Clipped(*ends))).candidates
+    assert "no GELU is among its parts (Clipped)" in candidate.reason
+
+
+def half(block):
+    return block.to(torch.bfloat16)
+
+
+def with_norm_in_float32(block):
+    half(block).normalise.float()
+
+
+def with_scale_in_float32(block):
+    half(block).scale.data = block.scale.data.float()
+
+
+def with_scale_in_float64(block):
+    block.scale.data = block.scale.data.double()
+
+
+@pytest.mark.parametrize("change", [with_norm_in_float32, with_scale_in_float32, with_scale_in_float64])
+def test_parts_of_several_dtypes_run_the_own_forward(change, fused, calls):
+    block = Block()
+    change(block)
+    twin = copy.deepcopy(block)
+    assert fastconv.swap(block).swapped
+    x = torch.rand(9, 6, 2, 2).to(block.spatial.weight.dtype)
+    calls.clear()
+    assert torch.equal(block(x), twin(x))
+    assert calls == []
+    if change is with_norm_in_float32:
+        with torch.autocast("cpu"):
+            block(x)
+        assert calls == ["ConvNeXt block"]
+
+
+def keep(draw):
+    """A module that drops whole images, by what `draw` returns for a number of images."""
+
+    class Drop(nn.Module):
+        def forward(self, x):
+            return x * torch.as_tensor(draw(len(x))).to(x).view(-1, 1, 1, 1) if self.training else x
+
+    return Drop()
+
+
+DRAWS = {
+    "random": lambda n: [random.random() < 0.5 for _ in range(n)],
+    "numpy": lambda n: numpy.random.rand(n) < 0.5,
+    "own generator": lambda n: torch.rand(n, generator=torch.Generator()) < 0.5,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_that_a_recomputation_would_not_repeat_are_refused(name):
+    block = Block(drop=keep(DRAWS[name]))
+    states = random.getstate(), pickle.dumps(numpy.random.get_state())
+    (candidate,) = swap_quietly(block, recompute=True).candidates
+    assert "draws random numbers from" in candidate.reason
+    assert (random.getstate(), pickle.dumps(numpy.random.get_state())) == states
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n: torch.rand(n) < 0.5,
+        lambda n: torch.rand_like(torch.zeros(n)) < 0.5,
+        lambda n: torch.empty(n).bernoulli_(0.5),
+        lambda n: torch.randint(2, (n,)),
+        lambda n: F.dropout(torch.ones(n), 0.5, training=True),
+    ],
+)
+def test_drop_path_may_draw_in_any_of_pytorchs_ways(draw, fused, calls):
+    block = Block(drop=keep(draw))
+    twin, x = copy.deepcopy(block), torch.rand(9, 6, 2, 2)
+    state = torch.get_rng_state()
+    assert fastconv.swap(block, recompute=True).swapped
+    assert torch.equal(torch.get_rng_state(), state)
+    found = []
+    for each in block, twin:
+        torch.manual_seed(3)
+        calls.clear()
+        found.append(torch.autograd.grad(each(x).sum(), list(each.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu"),
+        torch.no_grad,
+        torch.inference_mode,
+        torch.autograd.detect_anomaly,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x.mean(), lambda x: x),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+def test_what_is_swapped_does_not_depend_on_the_callers_modes(mode):
+    models = [Block(drop=DropImages()), NETWORKS["lecture/classifier"].create(), plain_pairs()]
+    expected = [fastconv.swap(copy.deepcopy(model)) for model in models]
+    with mode():
+        assert [fastconv.swap(model) for model in models] == expected
+
+
+def test_what_is_swapped_does_not_depend_on_defaults_of_the_process():
+    models = [Block(drop=DropImages()), NETWORKS["lecture/classifier"].create(), plain_pairs()]
+    expected = [fastconv.swap(copy.deepcopy(model)) for model in models]
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert [fastconv.swap(model) for model in models] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(False)
+
+
+def test_swapping_in_threads_disturbs_nobody():
+    stop = threading.Event()
+
+    def draw(count=None):
+        """Numbers of each global generator, a number of times or until all are swapped."""
+        torch.manual_seed(5)
+        random.seed(5)
+        numpy.random.seed(5)
+        drawn = []
+        while not stop.is_set() if count is None else len(drawn) < count:
+            drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand(), backends.current()))
+            stop.wait(1e-3)
+        return drawn
+
+    models = [nn.Sequential(Block(drop=DropImages()), reference.ConvNextBlock(4)) for _ in range(8)]
+    with ThreadPoolExecutor(9) as threads:
+        drawing = threads.submit(draw)
+        reports = list(threads.map(fastconv.swap, models))
+        stop.set()
+        drawn = drawing.result()
+    stop.clear()
+    assert [len(report.swapped) for report in reports] == [2] * 8
+    assert len(drawn) > 5
+    assert drawn == draw(len(drawn))
+    assert backends.current() == "auto"
+
+
+def test_a_class_that_is_swapped_does_not_stay():
+    class Defined(Block):
+        """As a notebook's cell defines it, again and again."""
+
+    block = Defined()
+    fastconv.swap(block)
+    classes = [weakref.ref(Defined), weakref.ref(type(block))]
+    twin = copy.deepcopy(block)
+    assert type(twin) is type(block)
+    del block, twin, Defined
+    # First the subclass, and with it what kept the class.
+    gc.collect()
+    gc.collect()
+    assert [kept() for kept in classes] == [None, None]
+
+
+def test_a_recomputation_in_another_thread_takes_the_forwards_backend(monkeypatch):
+    """As in the backward of a GPU."""
+    block, x = Block(), torch.rand(9, 6, 2, 2)
+    fastconv.swap(block, recompute=True)
+    seen = []
+
+    def compute(self, module, x, original=fusion.ConvNeXtBlock.compute):
+        seen.append(backends.current())
+        return original(self, module, x)
+
+    monkeypatch.setattr(fusion.ConvNeXtBlock, "compute", compute)
+    with fastconv.backend("portable"):
+        y = block(x).sum()
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(2):
+            thread.submit(y.backward, retain_graph=True).result()
+    assert seen == ["portable"] * 3
+
+
+def test_hooks_of_all_modules_see_no_probe():
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)):
+        assert fastconv.swap(Block()).swapped
+    assert seen == []
