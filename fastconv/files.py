@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         WriteError: the disk is full, or the folder cannot be written. `path` is then as it was.
     """
     # Each process writes a file of its own. "x" refuses one that is there, and follows no link.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         # Outside of the inner try: what could not be opened is not ours to remove.
         file = open(temporary, "xb")  # noqa: SIM115
