@@ -80,11 +80,11 @@ def test_no_link_is_followed(tmp_path, monkeypatch):
     (tmp_path / "a").symlink_to("theirs")
     write_atomically(tmp_path / "a", lambda file: file.write(b"ours"))
     assert not (tmp_path / "a").is_symlink()
-    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "guessed")
-    (tmp_path / ".a.guessed.partial").symlink_to("theirs")
+    monkeypatch.setattr(files.os, "urandom", bytes)
+    (tmp_path / ".a.00000000.partial").symlink_to("theirs")
     with pytest.raises(WriteError, match="File exists"):
         write_atomically(tmp_path / "a", lambda file: file.write(b"new"))
-    assert (tmp_path / ".a.guessed.partial").is_symlink()
+    assert (tmp_path / ".a.00000000.partial").is_symlink()
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "a").read_bytes() == b"ours"
 

@@ -25,13 +25,15 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     Raises:
         BackendUnavailable: a forced backend cannot run it.
     """
-    norm, maps, first = None, x.dtype, values[0]
+    norm, approximate, maps, first = None, None, x.dtype, values[0]
     for value in values:
         if isinstance(value, Norm):
             norm = value.over
+        elif isinstance(value, str):
+            approximate = value
     dtype = first.weight.dtype if isinstance(first, Convolution) else maps
     large = operation in _CONVOLVING and decisions.is_large(x)
-    subject = operation, norm, large, maps, dtype
+    subject = operation, norm, large, maps, dtype, approximate
     if torch.compiler.is_compiling():
         return _call(_backend_for_graph(subject, x.device), operation, x, values)
     forced = setting.current()
@@ -72,7 +74,7 @@ def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, 
 
 def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
-    operation, _, _, maps, dtype = subject
+    operation, _, _, maps, dtype, _ = subject
     name = backends.select(operation, device, maps, dtype)
     if name == "triton" and backends.current() == "auto":
         from fastconv.operations import tracing

@@ -42,15 +42,16 @@ _TRUSTED: dict[tuple[torch.device, Subject], bool] = {}
 
 
 class Subject(NamedTuple):
-    """What one test covers: an operation with one norm, its dtypes, and small or large maps.
+    """What one test covers: an operation with one norm and one GELU, its dtypes, and small or large maps.
 
-    GELU's `approximate`, and the widths from which other kernels run, are not told apart.
+    The widths from which other kernels run are not told apart.
 
     Args:
         norm: what the operation's norm is computed over; None if it has no norm.
         large: whether the maps take the convolution for large maps.
         maps: the dtype of the maps.
         dtype: the dtype of the parameters, in which the operation computes.
+        approximate: GELU's; None if the operation has none.
     """
 
     operation: str
@@ -58,6 +59,7 @@ class Subject(NamedTuple):
     large: bool
     maps: torch.dtype
     dtype: torch.dtype
+    approximate: str | None = None
 
     def __str__(self) -> str:
         words = [self.operation, self.norm, _name(self.dtype)]
@@ -65,6 +67,8 @@ class Subject(NamedTuple):
             words.append(f"maps in {_name(self.maps)}")
         if self.large:
             words.append("large maps")
+        if self.approximate not in (None, "none"):
+            words.append(f"GELU {self.approximate}")
         return ", ".join(word for word in words if word is not None)
 
 
@@ -259,12 +263,12 @@ _WIDENING, _PATCHES = _convolution(128, 32, 1), _convolution(128, 32, 2)
 def usual_sizes(subject: Subject) -> Sizes:
     """The sizes of the lecture's first block, for where there is no call; large maps have more pixels."""
     side = 20 if subject.large else 8
-    norm = Norm(subject.norm or "tensor", 1e-5, None, None)
+    norm, approximate = Norm(subject.norm or "tensor", 1e-5, None, None), subject.approximate or "none"
     values: dict[str, tuple[Value, ...]] = {
-        "convnext_block": (_DEPTHWISE, _POINTWISE, _PROJECTION, norm, "none"),
+        "convnext_block": (_DEPTHWISE, _POINTWISE, _PROJECTION, norm, approximate),
         "depthwise_conv_layer_norm": (_DEPTHWISE, norm),
         "layer_norm": (norm,),
         "patch_conv": (_PATCHES,),
-        "pointwise_conv_gelu": (_WIDENING, "none"),
+        "pointwise_conv_gelu": (_WIDENING, approximate),
     }
     return Sizes((MOST_IMAGES, 32, side, side), values[subject.operation])

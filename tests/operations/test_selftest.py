@@ -149,6 +149,19 @@ def test_wrong_kernels_are_not_used(plant, tmp_path, fault):
     assert calls == [True]
 
 
+def test_each_gelu_is_tested(plant):
+    def wrong_tanh(x, conv, approximate):
+        y = right("pointwise_conv_gelu")(x, conv, approximate)
+        return y * 1.1 if approximate == "tanh" else y
+
+    plant(pointwise_conv_gelu=wrong_tanh)
+    weight = torch.rand(5, 4, 1, 1)
+    functional.pointwise_conv_gelu(X, weight)
+    with pytest.warns(RuntimeWarning, match="pointwise_conv_gelu, float32, GELU tanh failed their self-test"):
+        y = functional.pointwise_conv_gelu(X, weight, approximate="tanh")
+    torch.testing.assert_close(y, reference.pointwise_conv_gelu(X, weight, approximate="tanh"))
+
+
 def test_other_operations_dtypes_and_norms_stay(plant, tmp_path):
     calls = []
     plant(layer_norm=wrong_norm, pointwise_conv_gelu=counted(right("pointwise_conv_gelu"), calls))
