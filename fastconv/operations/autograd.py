@@ -26,7 +26,14 @@ from fastconv.operations.columns import (
     to_columns,
     toeplitz_matrix,
 )
-from fastconv.operations.normalisation import centre, mean_over, normalise_backward, normalised, statistics_dims
+from fastconv.operations.normalisation import (
+    centre,
+    less_median,
+    mean_over,
+    normalise_backward,
+    normalised,
+    statistics_dims,
+)
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +76,7 @@ class LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         geometry = geometry_of(x, batch_last)
         dims = statistics_dims(norm, geometry)
-        h = to_columns(x, geometry).clone()
+        h = less_median(to_columns(x, geometry), dims)
         scale = centre(h, None, dims, eps, geometry)
         ctx.geometry, ctx.dims = geometry, dims
         ctx.save_for_backward(h, scale)

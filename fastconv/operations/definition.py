@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastconv.kernels.common.values import Convolution, Value, map_tensors
+from fastconv.kernels.common.values import Convolution, Value
 from fastconv.operations import reference
 
 # The names of each operation's arguments.
@@ -35,7 +35,10 @@ def call(operation: str, x: Tensor, *values: Value) -> Tensor:
     """The result of an operation as `reference` defines it, computed in the dtype of its weights."""
     first = values[0]
     dtype = first.weight.dtype if isinstance(first, Convolution) else x.dtype
-    # Under autocast norms have parameters that are wider, which PyTorch takes on a CPU only.
-    values = map_tensors(lambda parameter: parameter.to(dtype), *values)
-    result: Tensor = getattr(reference, operation)(**arguments(operation, x, *values))
+    given = arguments(operation, x, *values)
+    for name in ("norm_weight", "norm_bias"):
+        # Under autocast they are wider, which PyTorch takes on a CPU only.
+        if given.get(name) is not None:
+            given[name] = given[name].to(dtype)
+    result: Tensor = getattr(reference, operation)(**given)
     return result

@@ -39,15 +39,23 @@ def centre(h: Tensor, bias: Tensor | None, dims: tuple[int, ...], eps: float, ge
     over_channels = mean_over(h, (0,))
     mean = mean_over(over_channels, dims)
     mean = mean + mean_over(over_channels - mean, dims)
-    # The mean of equal values is that value: a last digit beside it would be all that is left, and normalised.
-    first = h[tuple(slice(1) if dim in dims else slice(None) for dim in range(3))]
-    mean = torch.where((first - mean).abs() <= 2 * torch.finfo(h.dtype).eps * mean.abs(), first, mean)
     if bias is None:
         h.sub_(mean)
     else:
         bias = bias - bias.mean()
         h.add_((bias - bias.mean())[:, None, None] - mean)
     return (mean_square(h, dims, geometry) + eps).rsqrt()
+
+
+def less_median(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A copy of x less the median of one pixel's channels, which leaves the norm as it is.
+
+    The mean of equal values is not always that value: a last digit beside it would be all that is left over, and
+    normalised. The median is, and no outlier, from which little would be left of the other values.
+    """
+    pixel = x[tuple(slice(1) if dim in dims and dim > 0 else slice(None) for dim in range(3))]
+    middle = x.shape[0] // 2
+    return x - pixel.sort(0).values[middle : middle + 1]
 
 
 def normalised(h: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastconv.kernels.common.rules import accumulator, gelu
-from fastconv.kernels.common.values import Convolution, Norm, Value, map_tensors
+from fastconv.kernels.common.values import Convolution, Norm, map_tensors
 from fastconv.operations import autograd, decisions, definition, reference
 from fastconv.operations.columns import (
     Geometry,
@@ -37,31 +38,41 @@ from fastconv.operations.columns import (
 )
 from fastconv.operations.decisions import Form
 
+HALVES = (torch.float16, torch.bfloat16)
 
-def in_float32(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operation of maps and values, which computes what is in half precision in float32."""
+
+def of_maps(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation of maps and values, in float32 if they are in half precision, with gradients like weights."""
 
     @functools.wraps(operation)
-    def call(x: Tensor, *values: Value) -> Tensor:
+    def call(x: Tensor, *values: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            values = tuple(_with_own_strides(each) if isinstance(each, Convolution) else each for each in values)
         first = values[0]
+        computed_in = first.weight.dtype if isinstance(first, Convolution) else x.dtype
+        if x.dtype not in HALVES and computed_in not in HALVES:
+            return operation(x, *values)
         # A block adds to maps that may be wider than its weights.
-        dtype = torch.promote_types(x.dtype, first.weight.dtype) if isinstance(first, Convolution) else x.dtype
-        return operation(_widened(x), *map_tensors(_widened, *map(_with_own_strides, values))).to(dtype)
+        dtype = torch.promote_types(x.dtype, computed_in)
+        return operation(_widened(x), *map_tensors(_widened, *values)).to(dtype)
 
     return call
 
 
-def _with_own_strides(value: Value) -> Value:
-    """A convolution whose weight's gradient has the weight's strides."""
-    if not isinstance(value, Convolution) or not torch.is_grad_enabled() or _is_traced():
-        return value
-    weight = value.weight
-    _, inputs, height, width = weight.shape
-    plain = weight.stride() == (inputs * height * width, height * width, width, 1)
-    # PyTorch's own gradient of a depthwise convolution has other strides even so.
-    if not weight.requires_grad or (plain and inputs > 1):
-        return value
-    return Convolution(autograd.OwnStrides.apply(weight), value.bias)
+def _with_own_strides(conv: Convolution, by_pytorch: bool = False) -> Convolution:
+    """A convolution whose weight's gradient has the weight's strides, also those of dimensions of one element.
+
+    Ours are contiguous, which weights that were converted to channels_last are not. That of a depthwise
+    convolution `by_pytorch` has other strides even where the weight is contiguous.
+    """
+    weight = conv.weight
+    if not weight.requires_grad or not torch.is_grad_enabled():
+        return conv
+    _, _, height, width = weight.shape
+    _, *strides = weight.stride()
+    if (strides == [height * width, width, 1] and not by_pytorch) or _is_traced():
+        return conv
+    return Convolution(autograd.OwnStrides.apply(weight), conv.bias)
 
 
 def _is_traced() -> bool:
@@ -86,18 +97,19 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     return _layer_norm_of_columns(x, norm, form)
 
 
-@in_float32
+@of_maps
 def _layer_norm_of_columns(x: Tensor, norm: Norm, form: Form) -> Tensor:
     batch_last = form == "batch last"
     y = autograd.LayerNorm.apply(x, norm.over, norm.eps, batch_last)
     return norm.affine(_maps_like(x, y, batch_last))
 
 
-@in_float32
+@of_maps
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     form = decisions.depthwise_conv_layer_norm(x, depthwise, norm)
     match form:
         case "pytorch":
+            depthwise = _with_own_strides(depthwise, by_pytorch=True)
             return restore_format(definition.call("depthwise_conv_layer_norm", x, depthwise, norm), x)
         case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x, depthwise, norm, form)
@@ -108,7 +120,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
             return norm.affine(_maps_like(x, y, batch_last))
 
 
-@in_float32
+@of_maps
 def convnext_block(
     x: Tensor,
     depthwise: Convolution,
@@ -120,6 +132,7 @@ def convnext_block(
     form = decisions.convnext_block(x, depthwise, norm)
     match form:
         case "pytorch":
+            depthwise = _with_own_strides(depthwise, by_pytorch=True)
             values = depthwise, pointwise, projection, norm, approximate
             return restore_format(definition.call("convnext_block", x, *values), x)
         case "pytorch channels last" | "toeplitz channels last":
@@ -133,7 +146,7 @@ def convnext_block(
             return _maps_like(x, y, batch_last)
 
 
-@in_float32
+@of_maps
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
     form = decisions.pointwise_conv_gelu(x)
     if form == "pytorch":
@@ -143,7 +156,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
     return restore_format(from_columns(gelu(columns, approximate), geometry), x)
 
 
-@in_float32
+@of_maps
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     images, channels, height, width = x.shape
     outputs, _, patch_height, patch_width = conv.weight.shape
@@ -168,7 +181,8 @@ def _convolve_and_norm_pixels(x: Tensor, depthwise: Convolution, norm: Norm, for
         y = autograd.DepthwiseConv.apply(x, *depthwise)
     else:
         x = x.contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(x, depthwise.weight, depthwise.bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
+        weight, bias = _with_own_strides(depthwise, by_pytorch=True)
+        y = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
     return _norm_pixels(y, norm)
 
 
