@@ -219,6 +219,9 @@ class ConvNextBlock(torch.autograd.Function):
         if needs_x or needs_depthwise or needs_depthwise_bias:
             grad_h = mix_channels(pointwise.t(), grad_z, geometry)
             grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
+            if scale.numel() == h.numel():
+                # The norm of a single value is constant, and the difference is only rounding.
+                grad_h.zero_()
             grad_depthwise_bias = grad_h.sum((1, 2)) if needs_depthwise_bias else None
             grad_x, grad_depthwise = convolve_backward(
                 grad_h, columns, depthwise, matrix, geometry, needs_x, needs_depthwise

@@ -157,6 +157,7 @@ def test_variance_as_a_difference_of_squares_is_wrong(monkeypatch, wrong_cases):
         return scale
 
     monkeypatch.setattr(autograd, "centre", centre)
+    monkeypatch.setattr(autograd, "less_median", lambda x, dims: x.clone())
     wrong = wrong_cases()
     assert {subject for subject, given in wrong if given == "mean 1000 x std"} == NORMED & set(OPERATIONS)
     # Four channels may by chance be as nearly equal as that.

@@ -142,6 +142,15 @@ def test_the_norm_of_a_constant_is_zero(value, norm, dtype):
     assert not functional.layer_norm(x, norm=norm).any()
 
 
+def test_the_norm_of_a_single_value_has_no_gradient():
+    leaves = draw_leaves("convnext_block", Sizes(3, 1, 1, 1, 1, (3, 3)))
+    y = functional.convnext_block(**leaves, norm="sample")
+    x, taps = torch.autograd.grad(y.sum(), [leaves["x"], leaves["depthwise_weight"]])
+    # What is left is the residual connection's.
+    assert torch.equal(x, torch.ones_like(x))
+    assert not taps.any()
+
+
 def test_values_near_the_least_of_float16_are_normalised_as_by_pytorch():
     x = torch.randn(4, 8, 8, 8).mul(1e-6).half()
     exact = reference.layer_norm(x.double(), eps=1e-14)
