@@ -66,9 +66,10 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         _register_affine(self, self.out_channels if affine else None, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_set_depthwise(self):
-            return functional.depthwise_conv_layer_norm(x, self.weight, self.bias, **_norm_of(self))
-        return functional.layer_norm(super().forward(x), **_norm_of(self))
+        weight, bias = self.weight, self.bias
+        if _is_set_depthwise(self, weight, x):
+            return functional.depthwise_conv_layer_norm(x, weight, bias, **_norm_of(self))
+        return functional.layer_norm(self._conv_forward(x, weight, bias), **_norm_of(self))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
@@ -112,9 +113,10 @@ class PointwiseConvGELU(nn.Conv2d):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_set_pointwise(self):
-            return functional.pointwise_conv_gelu(x, self.weight, self.bias, approximate=self.approximate)
-        return F.gelu(super().forward(x), approximate=self.approximate)
+        weight, bias = self.weight, self.bias
+        if _is_set_pointwise(self, weight):
+            return functional.pointwise_conv_gelu(x, weight, bias, approximate=self.approximate)
+        return F.gelu(self._conv_forward(x, weight, bias), approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate}"
@@ -161,9 +163,16 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
-        if _is_depthwise(conv1) and _is_pointwise(conv2) and _is_pointwise(conv3):
+        if all(map(_is_convolution, (conv1, conv2, conv3))):
             parameters = *_parameters(conv1), *_parameters(conv2), *_parameters(conv3)
-            return functional.convnext_block(inputs, *parameters, **_norm_of(self))
+            depthwise, _, pointwise, _, projection, _ = parameters
+            if (
+                _is_set_depthwise(conv1, depthwise, inputs)
+                and _is_set_pointwise(conv2, pointwise)
+                and _is_set_pointwise(conv3, projection)
+                and projection.shape[0] == conv1.groups
+            ):
+                return functional.convnext_block(inputs, *parameters, **_norm_of(self))
         x = functional.layer_norm(conv1(inputs), **_norm_of(self))
         return inputs + conv3(F.gelu(conv2(x)))
 
@@ -236,8 +245,10 @@ def classify(model: Any, x: Tensor, norm: str) -> Tensor:
 
 
 def _patch_conv(conv: Any, x: Tensor) -> Tensor:
-    if _is_convolution(conv) and _settings(conv) == (conv.kernel_size, (0, 0), 1, *_DEFAULTS):
-        return functional.patch_conv(x, *_parameters(conv))
+    if _is_convolution(conv):
+        weight, bias = _parameters(conv)
+        if _settings(conv) == (weight.shape[2:], (0, 0), 1, *_DEFAULTS):
+            return functional.patch_conv(x, weight, bias)
     return conv(x)
 
 
@@ -246,21 +257,19 @@ def _is_convolution(part: Any) -> bool:
     return is_plain(part, nn.Conv2d) and part._parameters.keys() == {"weight", "bias"}
 
 
-def _is_depthwise(part: Any) -> bool:
-    return _is_convolution(part) and _is_set_depthwise(part)
+# As PyTorch does, these read the size of a kernel from the weight, which may have been replaced.
 
 
-def _is_pointwise(part: Any) -> bool:
-    return _is_convolution(part) and _is_set_pointwise(part)
+def _is_set_depthwise(conv: Any, weight: Tensor, x: Tensor) -> bool:
+    """Whether it is the depthwise convolution of maps x; of what are no maps, `functional` says what is wrong."""
+    channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else conv.groups
+    _, inputs, height, width = weight.shape
+    odd = height % 2 == width % 2 == 1
+    return inputs == 1 and odd and _settings(conv) == ((1, 1), "same", channels, *_DEFAULTS)
 
 
-def _is_set_depthwise(conv: Any) -> bool:
-    height, width = conv.kernel_size
-    return height % 2 == width % 2 == 1 and _settings(conv) == ((1, 1), "same", conv.in_channels, *_DEFAULTS)
-
-
-def _is_set_pointwise(conv: Any) -> bool:
-    return conv.kernel_size == (1, 1) and _settings(conv) == ((1, 1), (0, 0), 1, *_DEFAULTS)
+def _is_set_pointwise(conv: Any, weight: Tensor) -> bool:
+    return weight.shape[2:] == (1, 1) and _settings(conv) == ((1, 1), (0, 0), 1, *_DEFAULTS)
 
 
 # How `_settings` ends for most convolutions: no dilation, zeros around the maps, and nothing patched.

@@ -16,8 +16,10 @@ def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     replaced on the instance (as for offloaded weights), and hooks (pruning, weight_norm), those of all modules
     included. Called for each part at each forward, it takes about a microsecond.
     """
-    kept = part.__dict__
-    if type(part) is not kind or "forward" in kept or "_conv_forward" in kept:
+    # Attributes, and not the instance's dict, of which Dynamo would not notice a change.
+    if type(part) is not kind or getattr(part.forward, "__func__", None) is not kind.forward:
+        return False
+    if "_conv_forward" in part.__dict__:
         return False
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return False

@@ -237,10 +237,25 @@ def hooked(conv):
 
 
 BLOCK = "conv_block_1.0"
+
+
 # What people do to the parts of a model.
+def setting_data(name, *shape):
+    """Another weight, where all else says that it has the old one's shape."""
+
+    def change(model):
+        model.get_submodule(name).weight.data = torch.randn(shape) / 10
+
+    return change
+
+
 CHANGES = {
     "stem 3x3": replacing("stem", lambda conv: nn.Conv2d(3, 8, 3, padding=1)),
     "stem's stride": setting("stem", "stride", (2, 2)),
+    "stem with a weight of 8x8": setting_data("stem", 8, 3, 8, 8),
+    "stem with a weight of 2x2": setting_data("stem", 8, 3, 2, 2),
+    "downsample with a weight of 1x1": setting_data("downsample", 16, 8, 1, 1),
+    "block with taps of 3x3": setting_data("conv_block_1.0.conv1", 32, 1, 3, 3),
     "stem hooked": replacing("stem", hooked),
     "stem pruned": lambda model: prune.l1_unstructured(model.stem, "weight", 0.5),
     "downsample 3x3": replacing("downsample", lambda conv: nn.Conv2d(8, 16, 3, 2, 1)),
@@ -362,3 +377,18 @@ def test_flops_of_the_operations_are_counted(side):
     toeplitz = side == 6 and backends.current() == "portable"
     taps = pixels if toeplitz else 49
     assert counter.get_total_flops() == 2 * images * pixels * (16 * taps + 16 * 4 + 4 * 4)
+
+
+def test_a_forward_that_is_patched_after_compiling_is_called(backend):
+    block, x = fastconv.ConvNextBlock(8), torch.rand(4, 8, 6, 6)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    compiled(x)
+    convolve = functools.partial(nn.Conv2d.forward, block.conv2)
+    block.conv2.forward = lambda maps: 3 * convolve(maps)
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_maps_of_other_channels_are_refused():
+    for multiplier, channels in ((4, 16), (1, 4)):
+        with pytest.raises(RuntimeError, match=f"to have 8 channels, but got {channels}"):
+            fastconv.DepthwiseConvLayerNorm(8, multiplier)(torch.rand(2, channels, 5, 5))

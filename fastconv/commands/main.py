@@ -17,7 +17,7 @@ from fastconv import machine
 from fastconv.commands import check, evaluate, info, predict, summary, swap_report, train
 from fastconv.extras import MissingPackage
 from fastconv.operations import backends
-from fastconv.training import checkpoint, data, folder
+from fastconv.training import checkpoint, data, folder, loop
 from fastconv.training.state import NonFinite
 
 app = typer.Typer(
@@ -68,22 +68,23 @@ def fail(reason: object, code: int) -> NoReturn:
 
 @contextmanager
 def termination() -> Iterator[None]:
-    """Let SIGTERM end the program as an exception does, so that nothing half-written is left; exit code 143."""
+    """Let the signals that stop a program end it as an exception does, so that nothing half-written is left.
+
+    The exit code is 143 for SIGTERM, as a shell reports it. Ctrl-C is Python's own exception.
+    """
 
     def stop(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in loop.STOPPING if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @app.callback(invoke_without_command=True)

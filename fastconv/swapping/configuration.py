@@ -64,17 +64,19 @@ def signature(module: nn.Module, called: Sequence[str]) -> tuple[Any, ...]:
 
 
 class Snapshot(NamedTuple):
-    """A submodule as it was at the swap: its path, class and configuration."""
+    """A submodule as it was at the swap: its path, class, configuration, children, and shapes of parameters."""
 
     path: tuple[str, ...]
     kind: type[nn.Module]
     settings: tuple[tuple[str, Any], ...]
+    children: tuple[str, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
 
     @classmethod
     def of(cls, path: str, part: nn.Module) -> Snapshot:
         # The identity of an object does not outlive a copy of the module.
         settings = [(key, value) for key, value in configuration(part).items() if not isinstance(value, Opaque)]
-        return cls(tuple(path.split(".")), type(part), tuple(settings))
+        return cls(tuple(path.split(".")), type(part), tuple(settings), tuple(part._modules), _shapes(part))
 
     def find(self, module: nn.Module) -> nn.Module:
         """The submodule at the path; faster than get_submodule, since each forward calls it for each part.
@@ -89,7 +91,7 @@ class Snapshot(NamedTuple):
 
     def matches(self, part: nn.Module) -> bool:
         """Whether a submodule is still the same, set as it was, and plain."""
-        if not is_plain(part, self.kind):
+        if not is_plain(part, self.kind) or tuple(part._modules) != self.children or _shapes(part) != self.shapes:
             return False
         kept = part.__dict__
         for key, value in self.settings:
@@ -98,3 +100,7 @@ class Snapshot(NamedTuple):
             if (type(now) is not type(value) or now != value) and _comparable(now) != value:
                 return False
         return True
+
+
+def _shapes(part: nn.Module) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if value is None else tuple(value.shape) for value in part._parameters.values())

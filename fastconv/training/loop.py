@@ -25,10 +25,12 @@ from fastconv.training.state import NonFinite, State
 # A report makes the host wait for the device.
 REPORT_SECONDS = 0.2
 SAVE_SECONDS = 30.0
+# Ctrl-C, a scheduler's way to stop a job, and a terminal that is closed, which Windows has not.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run has been saved and can be resumed. `signal` is the signal's number."""
+    """One of STOPPING: the run has been saved and can be resumed. `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -142,7 +144,7 @@ def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoin
 
     Raises:
         NonFinite: and the checkpoint at `path` is the last one from before.
-        Interrupted: Ctrl-C or SIGTERM; the checkpoint is of the last step.
+        Interrupted: one of STOPPING came; the checkpoint is of the last step.
         WriteError: the checkpoint cannot be written; the last one is still there.
     """
     recipe = state.recipe
@@ -183,7 +185,7 @@ def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoin
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], int]]:
-    """Note the first Ctrl-C or SIGTERM, so that a step is finished; the second acts as it did before.
+    """Note the first signal of STOPPING, so that a step is finished; the second acts as it did before.
 
     A signal that is ignored stays so, as Ctrl-C is for a job in a shell's background. Other threads than the main
     one get no signals.
@@ -193,7 +195,7 @@ def interruption() -> Iterator[Callable[[], int]]:
     """
     received = 0
     # None is a handler that Python has not set.
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     ours = [number for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)]
 
     def note(number: int, frame: object) -> None:

@@ -1253,3 +1253,31 @@ def test_hooks_of_all_modules_see_no_probe():
     with nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)):
         assert fastconv.swap(Block()).swapped
     assert seen == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.block.append(nn.Tanh()),
+        lambda block: setattr(block.block[0].weight, "data", torch.rand(16, 1, 9, 9)),
+    ],
+    ids=["a child more", "a weight of another shape"],
+)
+def test_a_container_or_weight_that_changed_runs_the_own_forward(change):
+    block = pytest.importorskip("torchvision.models.convnext").CNBlock(16, 1.0, 0.0)
+    plain = copy.deepcopy(block)
+    fastconv.swap(block)
+    x = torch.rand(9, 16, 2, 2)
+    results = []
+    for each in block, plain:
+        change(each)
+        torch.manual_seed(0)
+        try:
+            results.append(each(x))
+        except RuntimeError as error:
+            # Maps that the larger taps make smaller cannot be added to x.
+            results.append(str(error))
+    if isinstance(results[0], str):
+        assert results[0] == results[1]
+    else:
+        assert torch.equal(*results)

@@ -221,7 +221,9 @@ def test_more_epochs_after_the_last_go_on_from_there(dataset, tmp_path):
     assert final.epoch == len(final.history) == 5
 
 
-@pytest.mark.parametrize(("at", "number"), [((1, 2), signal.SIGINT), ((2, 5), signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("at", "number"), [((1, 2), signal.SIGINT), ((2, 5), signal.SIGTERM), ((1, 4), signal.SIGHUP)]
+)
 def test_interrupted_it_finishes_the_step_and_saves(dataset, tmp_path, at, number):
     path = tmp_path / "checkpoint.pt"
     before = signal.getsignal(number)
