@@ -66,8 +66,8 @@ def train(
     """Train the classifier by the lecture's recipe; with no options, on CIFAR-10, for five epochs.
 
     Saves checkpoint.pt, config.json, metrics.jsonl and curves.png. Ctrl-C, SIGTERM and a closed terminal save too,
-    and so does a run that is killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on from
-    there.
+    and so does a run that is killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on
+    from there.
     """
     shown = console(stderr=json_output)
     for package in ("torchinfo", "matplotlib"):
