@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 EXPECTED = {
-    int: "an integer",
+    int: "an integer of at most 64 bits",
     float: "a finite number",
     str: "text",
     Tensor: "a contiguous tensor on the CPU",

@@ -5,11 +5,13 @@ import os
 import time
 from collections import Counter
 
+import fuzzing
+
 BACKENDS = ("portable", "triton", "reference")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fuzzing", description=__import__("fuzzing").__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fuzzing", description=fuzzing.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="other seeds make other cases")
     parser.add_argument("--first", type=int, default=0, help="the index of the first case")
     parser.add_argument("--count", type=int, default=1000, help="how many cases")
