@@ -80,7 +80,7 @@ def test_foreign_checkpoints_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epoch": "2"}, "the checkpoint's epoch is '2'; expected an integer; train again"),
+        ({"epoch": "2"}, "the checkpoint's epoch is '2'; expected an integer of at most 64 bits; train again"),
         ({"losses": []}, r"the checkpoint's losses is \[\]; expected a contiguous tensor on the CPU"),
         ({"step": 2}, "its losses cannot come from a run of its recipe"),
         ({"train_images": 10**18}, "its train_images cannot come from a run of its recipe"),
