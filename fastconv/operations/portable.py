@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import accumulator, gelu
+from fastconv.kernels.common.rules import accumulator, gelu, is_traced
 from fastconv.kernels.common.values import Convolution, Norm, map_tensors
 from fastconv.operations import autograd, decisions, definition, reference
 from fastconv.operations.columns import (
@@ -70,18 +70,10 @@ def _with_own_strides(conv: Convolution, by_pytorch: bool = False) -> Convolutio
         return conv
     _, _, height, width = weight.shape
     _, *strides = weight.stride()
-    if (strides == [height * width, width, 1] and not by_pytorch) or _is_traced():
+    if (strides == [height * width, width, 1] and not by_pytorch) or is_traced():
+        # Some of those who see each operation do not know a function of ours.
         return conv
     return Convolution(autograd.OwnStrides.apply(weight), conv.bias)
-
-
-def _is_traced() -> bool:
-    """Whether others than autograd see each operation, of which some do not know a function of ours."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _widened(x: Tensor) -> Tensor:

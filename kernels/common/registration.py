@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import KernelError
-from .rules import check_differentiated_once
+from .rules import check_differentiated_once, is_traced
 
 # How many plans an operator keeps: one for each batch size, say.
 MOST_PLANS = 512
@@ -250,10 +250,4 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def _is_traced(inputs: Sequence[Any]) -> bool:
     """Whether others than autograd want to see the operator: a compiler, a mode, a transform, or a subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, inputs))
-    )
+    return is_traced() or torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, inputs))

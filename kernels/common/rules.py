@@ -22,6 +22,15 @@ def gelu_backward(grad: Tensor, z: Tensor, approximate: str) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
 
 
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a transform of torch.func sees what is called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def check_differentiated_once() -> None:
     """In a backward: refuse `create_graph=True`, which asks for second derivatives that there are not.
 

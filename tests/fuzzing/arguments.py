@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastconv.accuracy import in_format
 from fastconv.checking import inputs
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels.common.values import APPROXIMATIONS, NORMS
@@ -70,20 +72,11 @@ class Case(NamedTuple):
         return self.autocast or self.dtype
 
 
-def _sliced(x: Tensor) -> Tensor:
-    images, channels, height, width = x.shape
-    holder = x.new_full((images, channels + 1, 2 * height, width + 3), torch.nan)
-    holder[:, 1:, ::2, 2:-1] = x
-    return holder[:, 1:, ::2, 2:-1]
-
-
 # Each gives maps the strides of its name; the last two also other values, which repeat.
 LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    **{name: functools.partial(in_format, name=name) for name in ("contiguous", "channels_last", "batch_last")},
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "sliced": _sliced,
+    "sliced": functools.partial(in_format, name="sliced"),
     "every second image": lambda x: x.repeat_interleave(2, 0)[::2],
     "half of the channels": lambda x: torch.cat([x, x], 1).chunk(2, 1)[1],
     "half of the channels_last": lambda x: (
