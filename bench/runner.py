@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastconv.training.data import ImageSet
+from fastconv.training.sets import Batches
 
 from .contenders import EAGER, Contender
 from .timing import Call
@@ -111,9 +112,11 @@ class Runner:
 
     def stepper(self) -> Callable[[int], Tensor]:
         """A step of the lecture's training, which returns the loss."""
-        on_gpu = self.device.type == "cuda"
-        # Graphs need `capturable`, and all contenders get the same optimizer.
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=on_gpu, capturable=on_gpu)
+        device = self.device.type
+        # All contenders get the same optimizer; graphs need `capturable`.
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-3, fused=device in ("cpu", "cuda"), capturable=device == "cuda"
+        )
 
         def step(i: int) -> Tensor:
             loss = F.cross_entropy(self.run(i).float(), self.labels[i % BATCHES])
@@ -134,12 +137,14 @@ class Runner:
         size = (EPOCH_IMAGES, *self.workload.input_shape[1:])
         pixels = torch.randint(256, size, dtype=torch.uint8, generator=generator)
         images = ImageSet(pixels, torch.randint(CLASSES, size[:1], generator=generator)).to(self.device)
+        batches = Batches(images, self.workload.images)
         step = self.stepper()
         replay = capture(step, 1) if self.contender.graph else None
 
         def call(_: int) -> None:
             order = torch.randperm(len(images), device=self.device)
-            for batch, answers in images.batches(self.workload.images, order):
+            for count in batches.start(order):
+                batch, answers = batches.next(count)
                 if replay is not None and len(batch) == len(x):
                     x.copy_(batch)
                     labels.copy_(answers)

@@ -13,7 +13,9 @@ from fastconv.commands.options import (
     choose,
     load_data,
 )
-from fastconv.training import checkpoint, loop, prediction
+from fastconv.training import checkpoint, prediction
+from fastconv.training.sets import Batches, make_sets
+from fastconv.training.stepper import AutogradStepper, loss_and_accuracy
 
 
 def evaluate(
@@ -28,11 +30,13 @@ def evaluate(
     place = choose(device, backend)
     model = prediction.load_model(state, place)
     dataset = load_data(data_directory, state)
-    sets = loop.make_sets(dataset, state.recipe, place)
+    sets = make_sets(dataset, state.recipe, place)
     state.check_data(dataset, len(sets.train))
+    batches = Batches(sets.images, state.recipe.batch_size)
+    stepper = AutogradStepper(model, None, state.recipe, batches)
     results: dict[str, float] = {}
     for name, images in [("validation", sets.validation), ("test", sets.test)]:
-        loss, accuracy = loop.evaluate(model, images, state.recipe)
+        loss, accuracy = loss_and_accuracy(stepper, images)
         results |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         if not json_output:
             print(f"{name + ':':<12}loss {loss:.4f}, accuracy {100 * accuracy:.2f} %, {len(images):,} images")

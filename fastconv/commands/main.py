@@ -18,7 +18,7 @@ from fastconv.commands import check, evaluate, info, predict, summary, swap_repo
 from fastconv.extras import MissingPackage
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, folder, loop
-from fastconv.training.state import NonFinite
+from fastconv.training.stepper import NonFinite
 
 app = typer.Typer(
     help="Train the lecture's CIFAR-10 classifier with fused convolution modules, and use the result.",

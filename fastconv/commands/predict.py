@@ -10,7 +10,7 @@ import typer
 
 from fastconv.commands.options import BackendOption, CheckpointOption, DeviceOption, JsonOption, choose
 from fastconv.training import checkpoint, prediction
-from fastconv.training.state import NonFinite
+from fastconv.training.stepper import NonFinite
 
 
 def predict(

@@ -27,12 +27,13 @@ from fastconv.commands.options import (
 from fastconv.console import console
 from fastconv.extras import import_extra
 from fastconv.files import WriteError
-from fastconv.training import checkpoint, folder, loop, memory
+from fastconv.training import checkpoint, folder, graphed, loop, memory
 from fastconv.training.display import Display, model_summary
 from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.recipe import Recipe, check_images
-from fastconv.training.state import NonFinite
+from fastconv.training.stepper import NonFinite
 
+RESUMED_OPTIONS = [("data_directory", "--data"), *((name, f"--{name}") for name in ("device", "backend", "graph"))]
 RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
 
 
@@ -53,6 +54,13 @@ def train(
     json_output: JsonOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
+    graph: Annotated[
+        graphed.Graph,
+        typer.Option(
+            help="Replay each step as a CUDA graph, which changes no number: auto, on a GPU where it can be.",
+            rich_help_panel="Machine",
+        ),
+    ] = "auto",
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -92,9 +100,10 @@ def train(
     with usage_errors():
         check_images(recipe, image_size)
         memory.check(recipe, image_size, classes, len(dataset.train), place)
+        graphed.check(graph, place)
     if resumed is not None:
         go_on_as_before(resumed.environment, place, shown)
-    state, sets = loop.prepare(recipe, dataset, place, resumed)
+    state = loop.prepare(recipe, dataset, place, resumed)
     shown.print(model_summary(recipe, image_size, classes, depth=2), soft_wrap=True)
 
     # Nothing has been written so far.
@@ -107,11 +116,11 @@ def train(
             raise folder.FolderError(
                 f"another process has gone on with the run in {out} meanwhile; resume it again"
             )
-        display = Display(shown, recipe.epochs, out, json_output)
+        display = Display(shown, recipe, out, json_output)
         how_to_resume = f"go on with:\n  {resume_command(context, out)}"
         try:
             with display.bar:
-                final = loop.go_on(state, sets, path, display)
+                final = loop.go_on(state, path, display, graph)
             display.finished(final)
         except (loop.Interrupted, KeyboardInterrupt) as error:
             shown.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
@@ -173,7 +182,7 @@ def is_typed(context: typer.Context, name: str) -> bool:
 
 def resume_command(context: typer.Context, out: Path) -> str:
     words = ["fastconv", "train", "--out", str(out), "--resume"]
-    for name, option in [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]:
+    for name, option in RESUMED_OPTIONS:
         if is_typed(context, name):
             words += [option, str(context.params[name])]
     words += [option for name, option in RESUMED_FLAGS if context.params[name]]

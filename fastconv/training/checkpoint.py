@@ -20,7 +20,7 @@ from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
 from fastconv.training.recipe import Recipe
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(Exception):
@@ -48,6 +48,7 @@ class Checkpoint:
         history: the metrics of each epoch done.
         test: the metrics on the test set, once the last epoch is done.
         seconds: time spent so far.
+        evaluation_seconds: the part of it that evaluations took.
     """
 
     recipe: Recipe
@@ -67,6 +68,7 @@ class Checkpoint:
     history: list[dict[str, float]]
     test: dict[str, float] | None
     seconds: float
+    evaluation_seconds: float
 
     def save(self, path: Path) -> None:
         """Write the checkpoint to `path`, which at any moment holds either the old one or the new.

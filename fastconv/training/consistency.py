@@ -13,7 +13,10 @@ from fastconv.training.recipe import LARGEST, check_images, shape_of_model
 if TYPE_CHECKING:
     from fastconv.training.checkpoint import Checkpoint
 
-METRICS = {"epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds"}
+METRICS = {
+    *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("seconds", "evaluation_seconds"),
+}
 TEST_METRICS = {"test_loss", "test_accuracy"}
 
 
@@ -49,7 +52,7 @@ def check_numbers(found: Checkpoint) -> None:
         "test": found.test is None or (found.test.keys() == TEST_METRICS and finished),
         # A loss is float32. Larger ones could not be drawn.
         "metrics": all(0 <= value < 3.5e38 for each in metrics for value in each.values()),
-        "seconds": 0 <= found.seconds < 3.5e38,
+        "seconds": 0 <= found.evaluation_seconds <= found.seconds < 3.5e38,
     }.items():
         if not right:
             raise ValueError(f"its {part} cannot come from a run of its recipe")

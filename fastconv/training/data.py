@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,28 +46,6 @@ class ImageSet:
     def subset(self, indices: Tensor) -> ImageSet:
         """Return a copy of the images and labels at `indices`, int64 [n], in that order."""
         return ImageSet(self.images[indices], self.labels[indices])
-
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the set in batches, pixels scaled to [0, 1].
-
-        Args:
-            batch_size: images per batch; the last batch holds what is left.
-            order: int64 [n], which images to visit and in what order, on the device of the set. None visits
-                all as stored; the labels are then views of the set's.
-
-        Yields:
-            float32 images [n, 3, height, width] and int64 labels [n].
-
-        Raises:
-            ValueError: `batch_size` is less than 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        count = len(self) if order is None else len(order)
-        for start in range(0, count, batch_size):
-            window = slice(start, start + batch_size)
-            chosen = window if order is None else order[window]
-            yield self.images[chosen].float() / 255, self.labels[chosen]
 
 
 @dataclass(frozen=True)

@@ -18,35 +18,36 @@ from fastconv.operations import reference
 from fastconv.training import curves
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.folder import CONFIG, CURVES, FILES, METRICS
+from fastconv.training.loop import Observer
 from fastconv.training.recipe import Recipe
 
 
-class Display:
+class Display(Observer):
     """Shows a run on a console, and writes what people read of it: configuration, metrics, and curves.
 
     Args:
         console: for people; the progress bar, which shows while `bar` is entered, appears only on a terminal.
-        epochs: the run's number of epochs.
+        recipe: the run's.
         folder: where to write; the metrics become a file of one JSON object per line and epoch.
         json_output: also print the lines of that file, on standard output.
     """
 
-    def __init__(self, console: Console, epochs: int, folder: Path, json_output: bool) -> None:
+    def __init__(self, console: Console, recipe: Recipe, folder: Path, json_output: bool) -> None:
         self.console = console
-        self.epochs = epochs
+        self.recipe = recipe
         self.folder = folder
         self.json_output = json_output
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} images/s  epoch ends in"),
+            TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("", visible=False, epoch=0, loss=0.0, speed=0.0)
+        self.task = self.bar.add_task("", visible=False, epoch="", note="")
 
     def start(self, checkpoint: Checkpoint) -> None:
         # It describes the run's start, so a resumed run keeps it. It is missing if a kill came first.
@@ -62,32 +63,38 @@ class Display:
         write_atomically(self.folder / CONFIG, lambda file: file.write(text.encode()))
 
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
-        self.bar.update(
-            self.task,
-            completed=step,
-            total=steps,
-            visible=True,
-            epoch=f"{epoch}/{self.epochs}",
-            loss=loss,
-            speed=images_per_second,
-        )
+        self._advance(epoch, step, steps, f"loss {loss:.4f}  {images_per_second:,.0f} images/s  epoch ends in")
+
+    def evaluation(self, epoch: int, done: int, images: int) -> None:
+        self._advance(epoch, done, images, "images evaluated; ends in")
+
+    def _advance(self, epoch: int, completed: int, total: int, note: str) -> None:
+        shown = f"{epoch}/{self.recipe.epochs}"
+        self.bar.update(self.task, completed=completed, total=total, visible=True, epoch=shown, note=note)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def epoch(self, history: Sequence[dict[str, float]]) -> None:
         self.bar.reset(self.task, visible=False)
         self.write_metrics(history)
         last = history[-1]
         for name, label in [("train", "training:"), ("validation", "validation:")]:
-            start = f"Epoch {last['epoch']}/{self.epochs}" if name == "train" else ""
+            start = f"Epoch {last['epoch']}/{self.recipe.epochs}" if name == "train" else ""
+            running = name == "train" and self.recipe.train_metrics == "running"
             self.console.print(
                 f"{start:<12}{label:<12}loss {last[f'{name}_loss']:.4f}, "
-                f"accuracy {100 * last[f'{name}_accuracy']:.2f} %"
+                f"accuracy {100 * last[f'{name}_accuracy']:.2f} %{', running' if running else ''}"
             )
         if self.json_output:
-            print(json.dumps(last, allow_nan=False), flush=True)
+            print(self._line(last), flush=True)
 
     def write_metrics(self, history: Sequence[dict[str, float]]) -> None:
-        lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history)
+        lines = "".join(self._line(metrics) + "\n" for metrics in history)
         write_atomically(self.folder / METRICS, lambda file: file.write(lines.encode()))
+
+    def _line(self, metrics: dict[str, float]) -> str:
+        return json.dumps({**metrics, "train_metrics": self.recipe.train_metrics}, allow_nan=False)
 
     def finished(self, final: Checkpoint) -> None:
         assert final.test is not None
@@ -97,12 +104,14 @@ class Display:
         self.console.print(
             f"{'Test':<24}loss {final.test['test_loss']:.4f}, "
             f"accuracy {100 * final.test['test_accuracy']:.2f} %\n"
-            f"{final.epoch} epochs in {minutes:.0f} min {seconds:04.1f} s, with validation and test\n"
+            f"{final.epoch} epochs in {minutes:.0f} min {seconds:04.1f} s, "
+            f"of which evaluations took {final.evaluation_seconds:.1f} s\n"
             f"Saved {', '.join(FILES)} in {self.folder}",
             soft_wrap=True,
         )
         if self.json_output:
-            found = {**final.test, "seconds": final.seconds, "directory": str(self.folder)}
+            times = {"seconds": final.seconds, "evaluation_seconds": final.evaluation_seconds}
+            found = {**final.test, **times, "directory": str(self.folder)}
             print(json.dumps(found, allow_nan=False), flush=True)
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from fastconv.machine import keep_freed_memory
 from fastconv.training.checkpoint import Checkpoint
-from fastconv.training.data import DataError, Dataset, ImageSet, split_indices
-from fastconv.training.recipe import Recipe, autocast
-from fastconv.training.state import NonFinite, State
+from fastconv.training.data import Dataset
+from fastconv.training.graphed import Graph, graphed
+from fastconv.training.recipe import Recipe
+from fastconv.training.sets import make_sets
+from fastconv.training.state import State
 
 # A report makes the host wait for the device.
 REPORT_SECONDS = 0.2
@@ -37,8 +34,8 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-class Observer(Protocol):
-    """What a run reports its progress to."""
+class Observer:
+    """What a run reports its progress to; this one does nothing with it."""
 
     def start(self, checkpoint: Checkpoint) -> None:
         """The run is saved and trains from this checkpoint on, its first or the one it was resumed from."""
@@ -46,58 +43,14 @@ class Observer(Protocol):
     def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
         """Steps `step` of `steps` of an epoch, counted from 1, are done. Called a few times per second."""
 
+    def evaluation(self, epoch: int, done: int, images: int) -> None:
+        """After an epoch `done` of `images` images are evaluated. Called a few times per second."""
+
     def epoch(self, history: Sequence[dict[str, float]]) -> None:
-        """An epoch and its validation are done; `history` has the metrics of each one so far."""
+        """An epoch and its evaluations are done; `history` has the metrics of each one so far."""
 
-
-@dataclass(frozen=True)
-class Sets:
-    """The images to train, validate and test on, on the training device."""
-
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
-
-
-def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
-    """Split the training images by the recipe.
-
-    Raises:
-        DataError: there are too few to validate on.
-    """
-    count = len(dataset.train)
-    # A fifth of them, rounded down.
-    if count < 5:
-        raise DataError(f"{dataset.source}: {count} training images leave none to validate on; expected 5 or more")
-    train, validation = split_indices(count, recipe.split_seed)
-    return Sets(
-        dataset.train.subset(train[: recipe.limit]).to(device),
-        dataset.train.subset(validation[: recipe.limit]).to(device),
-        dataset.test.subset(torch.arange(len(dataset.test))[: recipe.limit]).to(device),
-    )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: ImageSet, recipe: Recipe) -> tuple[float, float]:
-    """Return the mean loss, and the accuracy in [0, 1], over all images, in batches of the recipe's size.
-
-    Raises:
-        NonFinite: the loss is infinite or NaN.
-    """
-    device = images.images.device
-    loss = torch.zeros((), device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    model.eval()
-    for x, labels in images.batches(recipe.batch_size):
-        with autocast(recipe, device):
-            logits = model(x)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    model.train()
-    mean = loss.item() / len(images)
-    if not math.isfinite(mean):
-        raise NonFinite(f"the loss of {len(images):,} images in evaluation is {mean}")
-    return mean, correct.item() / len(images)
+    def note(self, text: str) -> None:
+        """One line that the user should know."""
 
 
 def train(
@@ -107,15 +60,14 @@ def train(
     path: Path,
     observer: Observer,
     resumed: Checkpoint | None,
+    graph: Graph = "auto",
 ) -> Checkpoint:
     """Train by a recipe from the start, or from a checkpoint: `prepare`, then `go_on`, which say more."""
-    return go_on(*prepare(recipe, dataset, device, resumed), path, observer)
+    return go_on(prepare(recipe, dataset, device, resumed), path, observer, graph)
 
 
-def prepare(
-    recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Checkpoint | None
-) -> tuple[State, Sets]:
-    """Return a run before its first step, or where it was saved, and its images. Nothing is written.
+def prepare(recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Checkpoint | None) -> State:
+    """Return a run before its first step, or where it was saved. Nothing is written.
 
     Args:
         resumed: a checkpoint to go on from, of the same recipe but for the number of epochs.
@@ -125,11 +77,10 @@ def prepare(
         ValueError: the images are too small for the recipe's patches, or huge.
         CheckpointError: `resumed` does not fit the recipe or the data.
     """
-    sets = make_sets(dataset, recipe, device)
-    return State(recipe, dataset, len(sets.train), device, resumed), sets
+    return State(recipe, dataset, make_sets(dataset, recipe, device), resumed)
 
 
-def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoint:
+def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -> Checkpoint:
     """Train until the recipe's last epoch is done, and keep a checkpoint at `path`.
 
     It is saved at the start, after each epoch, and every half minute; a run that is killed at any moment
@@ -138,6 +89,7 @@ def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoin
     Args:
         path: the checkpoint's file.
         observer: what the progress is reported to.
+        graph: whether steps are replayed as CUDA graphs, which changes no number: "auto", if they can be.
 
     Returns:
         The final checkpoint, with the metrics on the test set.
@@ -146,41 +98,84 @@ def go_on(state: State, sets: Sets, path: Path, observer: Observer) -> Checkpoin
         NonFinite: and the checkpoint at `path` is the last one from before.
         Interrupted: one of STOPPING came; the checkpoint is of the last step.
         WriteError: the checkpoint cannot be written; the last one is still there.
+        CaptureError: `graph` is "on", and a step cannot be captured.
     """
-    recipe = state.recipe
     keep_freed_memory()
-    with interruption() as interrupted:
-        observer.start(state.save(path))
-        saved = time.monotonic()
-        while state.epoch < recipe.epochs:
-            epoch_started, first_step, reported = time.monotonic(), state.step, 0.0
-            for images, labels in state.rest_of_epoch(sets.train):
-                state.train_on(images, labels)
-                now = time.monotonic()
-                if now - reported > REPORT_SECONDS or state.step == state.steps:
-                    state.check_finite()
-                    speed = (state.step - first_step) * recipe.batch_size / (now - epoch_started)
-                    loss = state.losses[state.step - 1].item()
-                    observer.step(state.epoch + 1, state.step, state.steps, loss, speed)
-                    reported = now
-                if number := interrupted():
-                    state.save(path)
-                    raise Interrupted(
-                        f"interrupted in epoch {state.epoch + 1}, after step {state.step} of {state.steps}", number
-                    )
-                if now - saved > SAVE_SECONDS:
-                    state.save(path)
-                    saved = now
-            state.end_epoch(*evaluate(state.model, sets.validation, recipe))
-            state.save(path)
-            saved = time.monotonic()
-            observer.epoch(state.history)
-            if (number := interrupted()) and state.epoch < recipe.epochs:
-                raise Interrupted(f"interrupted after epoch {state.epoch}", number)
+    with interruption() as interrupted, graphed(state.stepper, graph, observer.note) as state.stepper:
+        run = _Run(state, path, observer, interrupted)
+        observer.start(run.save())
+        while state.epoch < state.recipe.epochs:
+            run.train_epoch()
+            run.evaluate_epoch()
+        return run.test()
 
-    test_loss, test_accuracy = evaluate(state.model, sets.test, recipe)
-    state.test = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-    return state.save(path)
+
+class _Run:
+    """What `go_on` does, and what it looks at a few times per second meanwhile."""
+
+    def __init__(self, state: State, path: Path, observer: Observer, interrupted: Callable[[], int]) -> None:
+        self.state, self.path, self.observer, self.interrupted = state, path, observer, interrupted
+        self.saved = self.reported = 0.0
+
+    def save(self) -> Checkpoint:
+        checkpoint = self.state.save(self.path)
+        self.saved = time.monotonic()
+        return checkpoint
+
+    def stop_if_interrupted(self, where: str) -> None:
+        """Save and raise Interrupted if a signal has come."""
+        if number := self.interrupted():
+            self.save()
+            raise Interrupted(f"interrupted {where}", number)
+
+    def train_epoch(self) -> None:
+        """Do the steps of the epoch that are still to come."""
+        state, epoch = self.state, self.state.epoch + 1
+        started, first_step, self.reported = time.monotonic(), state.step, 0.0
+        for size in state.rest_of_epoch():
+            state.train(size)
+            now = time.monotonic()
+            if now - self.reported > REPORT_SECONDS or state.step == state.steps:
+                state.check_finite()
+                speed = (state.step - first_step) * state.recipe.batch_size / (now - started)
+                loss = state.losses[state.step - 1].item()
+                self.observer.step(epoch, state.step, state.steps, loss, speed)
+                self.reported = now
+            self.stop_if_interrupted(f"in epoch {epoch}, after step {state.step} of {state.steps}")
+            if now - self.saved > SAVE_SECONDS:
+                self.save()
+
+    def evaluate_epoch(self) -> None:
+        """Evaluate what the recipe asks for, and enter the epoch into the history."""
+        state = self.state
+        images = state.sets.train if state.recipe.train_metrics == "evaluated" else range(0)
+        total = len(images) + len(state.sets.validation)
+        train = self.evaluate(images, 0, total) if images else state.running_metrics()
+        validation = self.evaluate(state.sets.validation, len(images), total)
+        state.end_epoch(train, validation)
+        self.save()
+        self.observer.epoch(state.history)
+        if (number := self.interrupted()) and state.epoch < state.recipe.epochs:
+            raise Interrupted(f"interrupted after epoch {state.epoch}", number)
+
+    def test(self) -> Checkpoint:
+        images = self.state.sets.test
+        loss, accuracy = self.evaluate(images, 0, len(images))
+        self.state.test = {"test_loss": loss, "test_accuracy": accuracy}
+        return self.save()
+
+    def evaluate(self, images: range, before: int, total: int) -> tuple[float, float]:
+        """Loss and accuracy over `images`, which come after the first `before` of `total` to evaluate."""
+        epoch = min(self.state.epoch + 1, self.state.recipe.epochs)
+
+        def advanced(done: int) -> None:
+            now = time.monotonic()
+            if now - self.reported > REPORT_SECONDS:
+                self.observer.evaluation(epoch, before + done, total)
+                self.reported = now
+            self.stop_if_interrupted(f"in epoch {epoch}, in its evaluation")
+
+        return self.state.evaluate(images, advanced)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from fastconv.modules import Classifier
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.images import pixels_of, read_image
 from fastconv.training.recipe import make_model
-from fastconv.training.state import NonFinite
+from fastconv.training.stepper import NonFinite
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,19 +6,18 @@ learning rate of 1e-3, cross-entropy, five epochs.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
 import torch
-from torch import Tensor
 
 from fastconv.modules import Classifier
 from fastconv.training import typed
 
 Precision = Literal["fp32", "bf16"]
+TrainMetrics = Literal["evaluated", "running"]
 # What nobody trains: more asks for a mistake to be found, not for hours or terabytes.
 LARGEST = {
     "epochs": 100_000,
@@ -53,8 +52,13 @@ class Recipe:
     seed: Annotated[int, "Decides the initial weights and the order of images."] = 0
     split_seed: Annotated[int, "Decides the split into training and validation images."] = 55
     precision: Annotated[Precision, "bf16 uses torch.autocast."] = "fp32"
+    train_metrics: Annotated[
+        TrainMetrics,
+        "What an epoch reports of the training images: evaluated, loss and accuracy of its final weights, as in "
+        "the lecture; or running, means over the steps, which take no time.",
+    ] = "evaluated"
     limit: Annotated[
-        int | None, "For a quick try: use only the first so many training, validation and test images."
+        int | None, "For a quick try: use only so many training, validation and test images, drawn at random."
     ] = None
 
     def __post_init__(self) -> None:
@@ -100,13 +104,6 @@ def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Class
     check_images(recipe, image_size)
     torch.manual_seed(recipe.seed)
     return Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
-
-
-def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of an epoch's images, int64 [images]: a function of seed and epoch, so nothing to save."""
-    # PyTorch's CPU generator looks at 32 bits of its seed only. Python's hashes a string to seed itself.
-    mixed = random.Random(f"seed {seed} epoch {epoch}").getrandbits(32)
-    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from fastconv.training.checkpoint import Checkpoint
-from fastconv.training.data import Dataset, ImageSet
+from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
-from fastconv.training.recipe import Recipe, autocast, epoch_order, make_model
-
-
-class NonFinite(RuntimeError):
-    """A loss, a weight or a probability became infinite or NaN. The message is one line that says which."""
+from fastconv.training.recipe import Recipe, make_model
+from fastconv.training.sets import Batches, Sets, epoch_order
+from fastconv.training.stepper import AutogradStepper, NonFinite, Stepper, loss_and_accuracy, mean_loss
 
 
 class State:
     """A run between two steps; a new one is before its first.
 
     Args:
-        train_images: how many images of the data set an epoch has.
+        sets: the images of the data set that the recipe takes.
         resumed: a checkpoint to go on from; without one a run begins.
 
     Raises:
@@ -33,45 +31,42 @@ class State:
         CheckpointError: `resumed` does not fit the recipe or the data.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        dataset: Dataset,
-        train_images: int,
-        device: torch.device,
-        resumed: Checkpoint | None,
-    ) -> None:
-        self.recipe, self.dataset, self.train_images = recipe, dataset, train_images
-        self.device = device
+    def __init__(self, recipe: Recipe, dataset: Dataset, sets: Sets, resumed: Checkpoint | None) -> None:
+        self.recipe, self.dataset, self.sets = recipe, dataset, sets
+        self.device = sets.images.images.device
         self.image_size = list(dataset.train.images.shape[1:])
         if resumed is not None:
-            resumed.check_data(dataset, train_images)
+            resumed.check_data(dataset, len(sets.train))
         self.data_checksum = dataset.checksum() if resumed is None else resumed.data_checksum
-        self.environment = Environment.now(device)
-        self.model = make_model(recipe, self.image_size, len(dataset.classes)).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.steps = math.ceil(train_images / recipe.batch_size)
-        # Epochs done, then steps done of the next one. Losses stay on the device: to read one makes the host wait.
+        self.environment = Environment.now(self.device)
+        self.model = make_model(recipe, self.image_size, len(dataset.classes)).to(self.device)
+        self.optimizer = make_optimizer(self.model, recipe)
+        self.steps = math.ceil(len(sets.train) / recipe.batch_size)
+        # Epochs done, then steps done of the next one.
         self.epoch, self.step = 0, 0
-        self.losses = torch.zeros(self.steps, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.history: list[dict[str, float]] = []
         self.test: dict[str, float] | None = None
-        self.started = time.monotonic()
+        self.started, self.evaluation_seconds = time.monotonic(), 0.0
         if resumed is not None:
-            self._restore(resumed)
+            resumed.restore(self.model, self.optimizer, self.device)
+            self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
+            self.started -= resumed.seconds
+            self.evaluation_seconds = resumed.evaluation_seconds
+        batches = Batches(sets.images, recipe.batch_size)
+        self.stepper: Stepper = AutogradStepper(self.model, self.optimizer, recipe, batches)
+        if resumed is not None:
+            self.losses[: self.step] = resumed.losses
+            self.stepper.trained.correct += resumed.correct
+
+    @property
+    def losses(self) -> Tensor:
+        """float32 [steps], the loss of each step of the epoch so far; to read it makes the host wait."""
+        return self.stepper.trained.losses[: self.steps]
 
     @property
     def seconds(self) -> float:
         """The time spent so far, in all processes of the run."""
         return time.monotonic() - self.started
-
-    def _restore(self, resumed: Checkpoint) -> None:
-        resumed.restore(self.model, self.optimizer, self.device)
-        self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
-        self.losses[: self.step] = resumed.losses
-        self.correct += resumed.correct
-        self.started = time.monotonic() - resumed.seconds
 
     def save(self, path: Path) -> Checkpoint:
         """Write a checkpoint to `path`, and return it.
@@ -98,7 +93,7 @@ class State:
             recipe=self.recipe,
             classes=list(self.dataset.classes),
             image_size=self.image_size,
-            train_images=self.train_images,
+            train_images=len(self.sets.train),
             data_directory=self.dataset.directory,
             data_checksum=self.data_checksum,
             environment=self.environment,
@@ -108,10 +103,11 @@ class State:
             epoch=self.epoch,
             step=self.step,
             losses=self.losses[: self.step].clone(),
-            correct=int(self.correct),
+            correct=int(self.stepper.trained.correct),
             history=self.history,
             test=self.test,
             seconds=self.seconds,
+            evaluation_seconds=self.evaluation_seconds,
         )
 
     def check_finite(self) -> None:
@@ -120,47 +116,64 @@ class State:
         if len(wrong) > 0:
             step = int(wrong[0])
             raise NonFinite(f"the loss is {self.losses[step].item()} in epoch {self.epoch + 1}, step {step + 1}")
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             raise NonFinite(f"a weight is not finite in epoch {self.epoch + 1}, after step {self.step}")
 
-    def rest_of_epoch(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the batches of the epoch that are still to be trained on."""
-        order = epoch_order(len(images), self.recipe.seed, self.epoch).to(self.device)
-        batch_size = self.recipe.batch_size
-        return images.batches(batch_size, order[self.step * batch_size :])
+    def rest_of_epoch(self) -> list[int]:
+        """Go to the next of the epoch's batches; return how many images each of those to come has."""
+        order = self.sets.train.start + epoch_order(len(self.sets.train), self.recipe.seed, self.epoch)
+        return self.stepper.batches.start(order, self.step * self.recipe.batch_size)
 
-    def train_on(self, images: Tensor, labels: Tensor) -> None:
-        """Do one step of the optimizer."""
-        with autocast(self.recipe, self.device):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad()
-        # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
-        with torch.autograd.set_multithreading_enabled(False):
-            loss.backward()
-        self.optimizer.step()
-        self.losses[self.step] = loss.detach()
-        self.correct += (logits.argmax(1) == labels).sum()
+    def train(self, size: int) -> None:
+        """Do one step of the optimizer, on the next images."""
+        self.stepper.train(size)
         self.step += 1
 
-    def end_epoch(self, validation_loss: float, validation_accuracy: float) -> None:
-        """Add the epoch's metrics to the history, and stand before the next one's first step."""
+    def evaluate(self, images: range, advanced: Callable[[int], None]) -> tuple[float, float]:
+        """As `loss_and_accuracy`; its time counts as evaluation's."""
+        started = time.monotonic()
+        try:
+            return loss_and_accuracy(self.stepper, images, advanced)
+        finally:
+            self.evaluation_seconds += time.monotonic() - started
+
+    def running_metrics(self) -> tuple[float, float]:
+        """Return loss and accuracy over the epoch's images, each as it was when its step began."""
+        images, tally = len(self.sets.train), self.stepper.trained
+        return mean_loss(self.losses, images, self.recipe.batch_size), tally.correct.item() / images
+
+    def end_epoch(self, train: tuple[float, float], validation: tuple[float, float]) -> None:
+        """Add the epoch's metrics to the history, and stand before the next one's first step.
+
+        Args:
+            train, validation: loss and accuracy.
+        """
         self.history.append(
             {
                 "epoch": self.epoch + 1,
-                "train_loss": mean_loss(self.losses, self.train_images, self.recipe.batch_size),
-                "train_accuracy": self.correct.item() / self.train_images,
-                "validation_loss": validation_loss,
-                "validation_accuracy": validation_accuracy,
+                "train_loss": train[0],
+                "train_accuracy": train[1],
+                "validation_loss": validation[0],
+                "validation_accuracy": validation[1],
                 "seconds": self.seconds,
+                "evaluation_seconds": self.evaluation_seconds,
             }
         )
         self.epoch, self.step = self.epoch + 1, 0
-        self.correct.zero_()
+        self.stepper.trained.clear()
 
 
-def mean_loss(losses: Tensor, images: int, batch_size: int) -> float:
-    """Return the mean over images of the losses of an epoch's steps, each the mean over its batch."""
-    sizes = torch.full_like(losses, batch_size, dtype=torch.float64, device="cpu")
-    sizes[-1] = images - batch_size * (len(losses) - 1)
-    return (losses.cpu().double() * sizes).sum().item() / images
+def make_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
+    """Return the recipe's optimizer.
+
+    A fused step is one pass over a parameter instead of ten, on a CPU four times as fast.
+    """
+    device = next(model.parameters()).device.type
+    return AdamW(
+        model.parameters(),
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        fused=device in ("cpu", "cuda"),
+        # What may be captured as a CUDA graph counts steps on the device.
+        capturable=device == "cuda",
+    )

@@ -84,7 +84,9 @@ def test_train_saves_and_reports(run, folder, tmp_path):
     assert f"loss {test['test_loss']:.4f}, accuracy {100 * test['test_accuracy']:.2f} %" in out
     assert "image folder" in out
     assert "ConvNextBlock" in out
-    assert "2 epochs in 0 min" in out
+    assert re.search(r"2 epochs in 0 min \d\d\.\d s, of which evaluations took \d+\.\d s\n", out)
+    assert {m["train_metrics"] for m in metrics} == {"evaluated"}
+    assert "Steps are launched kernel by kernel, not as CUDA graphs: cpu has none\n" in out
     assert "\x1b" not in out, "control codes in what is not a terminal"
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["recipe"] == {
@@ -98,6 +100,7 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "seed": 0,
         "split_seed": 55,
         "precision": "fp32",
+        "train_metrics": "evaluated",
         "limit": None,
     }
     assert config["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -117,6 +120,23 @@ def test_train_json(run, folder, tmp_path):
     assert final["directory"] == str(tmp_path / "run")
     assert 0 <= final["test_accuracy"] <= 1
     assert "Epoch 2/2" in err
+
+
+def test_running_metrics_say_that_they_are(run, folder, tmp_path):
+    options = ["--train-metrics", "running", "--graph", "off"]
+    code, out, _ = run("train", "--data", folder, "--out", tmp_path / "run", *SMALL, *options)
+    assert code == 0
+    assert len(re.findall(r"training: .* %, running\n", out)) == 2
+    assert not re.search(r"validation: .*running", out)
+    assert "CUDA graphs" not in out
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["train_metrics"] for line in lines} == {"running"}
+
+
+def test_graphs_are_refused_where_there_are_none(run, folder, tmp_path):
+    result = run("train", "--data", folder, "--out", tmp_path / "run", "--graph", "on", *SMALL)
+    refused(result, "--graph is on, and cpu has no CUDA graphs; leave --graph out")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_default_directory_is_new_for_each_run(run, folder, tmp_path, monkeypatch):
@@ -313,7 +333,7 @@ def test_memory_that_cannot_be_had(run, folder, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop.State, "train_on", fail)
+    monkeypatch.setattr(loop.State, "train", fail)
     refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "out of memory; give a smaller")
 
 
@@ -575,17 +595,9 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(run, folder, tmp_path):
 def test_killed_at_random_moments_it_reaches_the_same_weights(folder, tmp_path):
     recipe = Recipe(epochs=40, batch_size=8, width=4, depth=1, patch=2)
 
-    class Silent:
-        def start(self, *_):
-            pass
-
-        def step(self, *_):
-            pass
-
-        def epoch(self, *_):
-            pass
-
-    unbroken = loop.train(recipe, data.load(folder), torch.device("cpu"), tmp_path / "unbroken.pt", Silent(), None)
+    unbroken = loop.train(
+        recipe, data.load(folder), torch.device("cpu"), tmp_path / "unbroken.pt", loop.Observer(), None
+    )
     out, rng = tmp_path / "run", random.Random(0)
     options = ["--epochs", "40", *SMALL[2:]]
     for _ in range(2):
@@ -618,7 +630,7 @@ def test_names_are_printed_as_they_are(run, folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", stop)
+        patch.setattr(loop.State, "evaluate", stop)
         code, out, _ = run("train", "--data", images, "--out", odd / "run", *SMALL)
     assert code == 130
     assert f"Data: image folder, {images}\n" in out

@@ -79,6 +79,7 @@ def types():
         "history": (),
         "test": ("none",),
         "seconds": ("int", "float"),
+        "evaluation_seconds": ("int", "float"),
     }
     for field, allowed in right.items():
         yield f"lacks {field}", remove(field)
@@ -152,6 +153,7 @@ def numbers():
         "step": (-1, 0, 1, 6, 2**62),
         "correct": (-1, 33, 2**62),
         "seconds": (-1.0, nan, inf),
+        "evaluation_seconds": (-1.0, nan, 1e9),
         "losses": (
             lambda: torch.ones(3),
             lambda: torch.ones(2, 1),

@@ -19,7 +19,7 @@ def example(seconds=1.5):
     recipe = Recipe(epochs=2, batch_size=4, width=2, depth=1, patch=2)
     images = ImageSet(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10) % 2)
     dataset = Dataset(images, images, ("a", "b"), "made", "/some/where")
-    return replace(loop.prepare(recipe, dataset, CPU, None)[0].checkpoint(), seconds=seconds)
+    return replace(loop.prepare(recipe, dataset, CPU, None).checkpoint(), seconds=seconds)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -65,9 +65,9 @@ def test_a_failure_while_saving_leaves_the_old_one(tmp_path, monkeypatch, failin
     [
         ([1, 2], "was not written by fastconv; give the checkpoint.pt of a training run"),
         ({"state_dict": {}}, "was not written by fastconv"),
-        ({"format": 1}, "has format 1; this fastconv reads 2: use the version that wrote it"),
-        ({"format": 99}, "has format 99; this fastconv reads 2"),
-        ({"format": 2, "model": {}}, "cannot be used: the checkpoint lacks classes, correct, data_checksum"),
+        ({"format": 1}, "has format 1; this fastconv reads 3: use the version that wrote it"),
+        ({"format": 99}, "has format 99; this fastconv reads 3"),
+        ({"format": 3, "model": {}}, "cannot be used: the checkpoint lacks classes, correct, data_checksum"),
     ],
     ids=["list", "other program", "older", "newer", "incomplete"],
 )

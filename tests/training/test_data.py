@@ -28,46 +28,6 @@ def image_set(count: int) -> data.ImageSet:
     return data.ImageSet(pixels.to(torch.uint8).view(count, 3, 4, 5), torch.arange(count) + 100)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 64])
-@pytest.mark.parametrize("order", [None, [9, 0, 3, 3, 7], list(range(9, -1, -1))])
-def test_batches_follow_the_order(batch_size: int, order: list[int] | None) -> None:
-    images = image_set(10)
-    visited = list(range(10)) if order is None else order
-    batches = list(images.batches(batch_size, None if order is None else torch.tensor(order)))
-
-    sizes = [len(labels) for _, labels in batches]
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert 0 < sizes[-1] <= batch_size
-    assert [int(label) for _, labels in batches for label in labels] == [100 + index for index in visited]
-    pixels = torch.cat([batch for batch, _ in batches])
-    assert pixels.dtype == torch.float32
-    expected = np.stack([images.images[index].numpy() for index in visited]).astype(np.float32)
-    assert np.array_equal(pixels.numpy(), expected / np.float32(255))
-
-
-def test_batches_scale_every_byte_exactly() -> None:
-    images = data.ImageSet(torch.arange(256).to(torch.uint8).view(1, 1, 16, 16), torch.zeros(1).long())
-    ((pixels, _),) = images.batches(1)
-    assert pixels.flatten().tolist() == [float(np.float32(level) / np.float32(255)) for level in range(256)]
-    assert (pixels.min(), pixels.max()) == (0, 1)
-
-
-def test_batches_visit_every_image_once() -> None:
-    order = torch.randperm(103, generator=torch.Generator().manual_seed(0))
-    seen = torch.cat([labels for _, labels in image_set(103).batches(10, order)])
-    assert torch.equal(seen.sort().values, torch.arange(103) + 100)
-
-
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_batches_need_a_size(batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected at least 1"):
-        next(image_set(3).batches(batch_size))
-
-
-def test_empty_set_has_no_batches() -> None:
-    assert list(image_set(3).batches(2, torch.empty(0, dtype=torch.int64))) == []
-
-
 def test_subset_is_a_copy_in_the_given_order() -> None:
     images = image_set(5)
     part = images.subset(torch.tensor([4, 1]))
@@ -76,13 +36,6 @@ def test_subset_is_a_copy_in_the_given_order() -> None:
     assert torch.equal(part.images, torch.stack([images.images[4], images.images[1]]))
     part.images.zero_()
     assert images.images[1].any()
-
-
-def test_batches_stay_on_the_device() -> None:
-    # The meta device stands for an accelerator: it has no pixels, so a detour over the CPU would raise.
-    images = image_set(5).to("meta")
-    for pixels, labels in images.batches(2, torch.randperm(5, device="meta")):
-        assert (pixels.device.type, labels.device.type) == ("meta", "meta")
 
 
 @pytest.mark.parametrize(("count", "seed"), [(50_000, 55), (50_000, 0), (103, 55), (7, 55)])

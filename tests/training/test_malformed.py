@@ -37,12 +37,12 @@ def good(tmp_path_factory):
 
     recipe = Recipe(epochs=2, batch_size=16, width=4, depth=1, patch=2)
     dataset = Dataset(images(100), images(10), ("a", "b", "c"), "made", "/nowhere")
-    state, sets = loop.prepare(recipe, dataset, torch.device("cpu"), None)
-    for batch in state.rest_of_epoch(sets.train):
-        state.train_on(*batch)
-    state.end_epoch(*loop.evaluate(state.model, sets.validation, recipe))
-    for _, batch in zip(range(2), state.rest_of_epoch(sets.train), strict=False):
-        state.train_on(*batch)
+    state = loop.prepare(recipe, dataset, torch.device("cpu"), None)
+    for size in state.rest_of_epoch():
+        state.train(size)
+    state.end_epoch(state.running_metrics(), state.evaluate(state.sets.validation, lambda done: None))
+    for size in state.rest_of_epoch()[:2]:
+        state.train(size)
     path = tmp_path_factory.mktemp("good") / "checkpoint.pt"
     state.save(path)
     return path

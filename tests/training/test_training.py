@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from torch.nn import functional as F
 
 from fastconv.operations import reference
-from fastconv.training import checkpoint, loop, memory
+from fastconv.training import checkpoint, graphed, loop, memory, stepper
 from fastconv.training import recipe as recipe_module
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.data import DataError, Dataset, ImageSet
 from fastconv.training.environment import Environment
-from fastconv.training.recipe import Recipe, epoch_order, make_model
-from fastconv.training.state import NonFinite
+from fastconv.training.recipe import Recipe, make_model
+from fastconv.training.sets import Batches, epoch_order, make_sets, random_order
+from fastconv.training.state import State
+from fastconv.training.stepper import AutogradStepper, NonFinite, loss_and_accuracy
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=16, width=4, depth=1, patch=2, seed=7)
@@ -39,15 +42,15 @@ def dataset():
     return Dataset(make_set(100, generator), make_set(33, generator), ("red", "green", "blue"), "synthetic")
 
 
-class Recorder:
+class Recorder(loop.Observer):
     """An observer that remembers, and can act at a given step."""
 
     def __init__(self, at=None, action=None):
-        self.steps, self.histories = [], []
+        self.steps, self.histories, self.evaluations, self.notes = [], [], [], []
         self.at, self.action = at, action
 
     def start(self, checkpoint):
-        assert (checkpoint.epoch, checkpoint.step) <= (self.at or (99, 0))
+        assert self.at is None or checkpoint.epoch < self.at[0]
 
     def step(self, epoch, step, steps, loss, images_per_second):
         self.steps.append((epoch, step, steps, loss))
@@ -55,8 +58,16 @@ class Recorder:
         if (epoch, step) == self.at:
             self.action()
 
+    def evaluation(self, epoch, done, images):
+        self.evaluations.append((epoch, done, images))
+        if (epoch, "evaluation") == self.at:
+            self.action()
+
     def epoch(self, history):
         self.histories.append([dict(metrics) for metrics in history])
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +75,8 @@ def _report_every_step(monkeypatch):
     monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
 
 
-def run(dataset, path, recipe=RECIPE, observer=None, resumed=None):
-    return loop.train(recipe, dataset, CPU, path, observer or Recorder(), resumed)
+def run(dataset, path, recipe=RECIPE, observer=None, resumed=None, graph="auto"):
+    return loop.train(recipe, dataset, CPU, path, observer or Recorder(), resumed, graph)
 
 
 def assert_same_weights(a, b):
@@ -73,9 +84,11 @@ def assert_same_weights(a, b):
     assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
 
 
-def test_the_loop_is_the_lectures_recipe(dataset, tmp_path):
+@pytest.mark.parametrize("train_metrics", ["evaluated", "running"])
+def test_the_loop_is_the_lectures_recipe(train_metrics, dataset, tmp_path):
     """By hand: the lecture's model, float64, its own split, AdamW, cross-entropy, and counting over images."""
-    recipe = Recipe(epochs=2, batch_size=15, width=4, depth=1, patch=2, lr=3e-3, weight_decay=0.1, seed=3)
+    options = {"lr": 3e-3, "weight_decay": 0.1, "seed": 3, "train_metrics": train_metrics}
+    recipe = Recipe(epochs=2, batch_size=15, width=4, depth=1, patch=2, **options)
     observer = Recorder()
     final = run(dataset, tmp_path / "checkpoint.pt", recipe, observer)
 
@@ -103,19 +116,30 @@ def test_the_loop_is_the_lectures_recipe(dataset, tmp_path):
             total_loss += loss.item() * len(chosen)
             total_correct += (logits.argmax(1) == labels[chosen]).sum().item()
         metrics = final.history[epoch]
+        train_loss, train_accuracy = total_loss / 80, total_correct / 80
+        if train_metrics == "evaluated":
+            train_loss, train_accuracy = evaluate(images[train], labels[train])
         validation_loss, validation_accuracy = evaluate(images[validation], labels[validation])
         assert metrics["epoch"] == epoch + 1
-        assert metrics["train_loss"] == pytest.approx(total_loss / 80, rel=1e-4)
-        assert metrics["train_accuracy"] == total_correct / 80
+        assert metrics["train_loss"] == pytest.approx(train_loss, rel=1e-4)
+        assert metrics["train_accuracy"] == train_accuracy
         assert metrics["validation_loss"] == pytest.approx(validation_loss, rel=1e-4)
         assert metrics["validation_accuracy"] == validation_accuracy
-    test_loss, test_accuracy = evaluate(dataset.test.images.double() / 255, dataset.test.labels)
+    order = random_order(33, "test 55")
+    test_loss, test_accuracy = evaluate(dataset.test.images[order].double() / 255, dataset.test.labels[order])
     assert final.test["test_loss"] == pytest.approx(test_loss, rel=1e-4)
     assert final.test["test_accuracy"] == test_accuracy
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(final.model[name].double(), parameter.detach(), rtol=1e-3, atol=1e-4)
     assert [step[:3] for step in observer.steps] == [(e, s, 6) for e in (1, 2) for s in range(1, 7)]
     assert [len(history) for history in observer.histories] == [1, 2]
+    evaluated = {"evaluated": (80, 20), "running": (20,)}[train_metrics]
+    for epoch in (1, 2):
+        found = [each[1:] for each in observer.evaluations if each[0] == epoch]
+        total = sum(evaluated)
+        ends = [sum(evaluated[: i + 1]) for i in range(len(evaluated))]
+        assert [done for done, of in found if of == total and done in ends] == ends
+    assert 0 < final.evaluation_seconds < final.seconds
 
 
 def test_it_learns(dataset, tmp_path):
@@ -133,12 +157,6 @@ def test_a_run_repeats(dataset, tmp_path):
     assert not torch.equal(first.model["stem.weight"], other.model["stem.weight"])
 
 
-def test_the_order_differs_between_epochs_and_seeds():
-    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(9) for epoch in range(9)}
-    assert len(orders) == 81
-    assert all(sorted(order) == list(range(50)) for order in orders)
-
-
 def test_bfloat16_trains_with_float32_weights(dataset, tmp_path):
     final = run(dataset, tmp_path / "checkpoint.pt", Recipe(**{**vars(RECIPE), "precision": "bf16"}))
     exact = run(dataset, tmp_path / "exact.pt")
@@ -147,13 +165,32 @@ def test_bfloat16_trains_with_float32_weights(dataset, tmp_path):
     assert not torch.equal(final.model["stem.weight"], exact.model["stem.weight"])
 
 
+def images_of(sets, name):
+    chosen = getattr(sets, name)
+    return sets.images.images[chosen.start : chosen.stop], sets.images.labels[chosen.start : chosen.stop]
+
+
 def test_limit_takes_the_first_images_of_each_set(dataset):
-    whole = loop.make_sets(dataset, RECIPE, CPU)
-    some = loop.make_sets(dataset, Recipe(limit=12), CPU)
+    whole, some = make_sets(dataset, RECIPE, CPU), make_sets(dataset, Recipe(limit=12), CPU)
     assert (len(whole.train), len(whole.validation), len(whole.test)) == (80, 20, 33)
+    assert len(some.images) == 36
     for name in ("train", "validation", "test"):
-        assert torch.equal(getattr(some, name).images, getattr(whole, name).images[:12])
-        assert torch.equal(getattr(some, name).labels, getattr(whole, name).labels[:12])
+        for part, all_ in zip(images_of(some, name), images_of(whole, name), strict=True):
+            assert torch.equal(part, all_[:12])
+
+
+def test_each_image_is_in_one_set(dataset):
+    """The images of a class lie together, as in a folder; each set has them in a random order."""
+    by_class = Dataset(*(part.subset(part.labels.argsort()) for part in (dataset.train, dataset.test)), "abc", "")
+    sets = make_sets(by_class, RECIPE, CPU)
+    whole = torch.cat([by_class.train.images, by_class.test.images])
+    assert torch.equal(sets.images.images.flatten(1).sort(0).values, whole.flatten(1).sort(0).values)
+    for name in ("train", "validation", "test"):
+        labels = images_of(sets, name)[1]
+        assert not torch.equal(labels, labels.sort().values)
+        assert len(labels[:12].unique()) == 3
+    other = make_sets(by_class, Recipe(split_seed=56), CPU)
+    assert not torch.equal(images_of(sets, "test")[1], images_of(other, "test")[1])
 
 
 def test_too_few_images_to_validate_on(dataset, tmp_path):
@@ -178,7 +215,7 @@ def test_killed_anywhere_and_resumed_it_reaches_the_same_weights(dataset, tmp_pa
     path, deaths, resumed = tmp_path / "checkpoint.pt", 0, None
     rng = random.Random(0)
     for _ in range(200):
-        calls, death = 0, rng.randrange(1, 9)
+        calls, death = 0, rng.randrange(1, 11)
 
         def maybe_die(original, *arguments, death=death, **options):
             nonlocal calls
@@ -192,7 +229,7 @@ def test_killed_anywhere_and_resumed_it_reaches_the_same_weights(dataset, tmp_pa
                 (torch, "save"),
                 (os, "fsync"),
                 (os, "replace"),
-                (loop, "evaluate"),
+                (State, "evaluate"),
                 (torch.optim.AdamW, "step"),
             ]:
                 original = getattr(owner, name)
@@ -208,7 +245,8 @@ def test_killed_anywhere_and_resumed_it_reaches_the_same_weights(dataset, tmp_pa
     assert deaths > 10
     assert_same_weights(final, unbroken)
     for mine, other in zip(final.history, unbroken.history, strict=True):
-        assert {**mine, "seconds": 0} == {**other, "seconds": 0}
+        times = {"seconds": 0, "evaluation_seconds": 0}
+        assert {**mine, **times} == {**other, **times}
     assert final.test == unbroken.test
 
 
@@ -236,6 +274,19 @@ def test_interrupted_it_finishes_the_step_and_saves(dataset, tmp_path, at, numbe
     assert_same_weights(run(dataset, path, resumed=state), run(dataset, tmp_path / "unbroken.pt"))
 
 
+def test_interrupted_in_an_evaluation_it_evaluates_again(dataset, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    observer = Recorder((2, "evaluation"), lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(loop.Interrupted, match="interrupted in epoch 2, in its evaluation"):
+        run(dataset, path, observer=observer)
+    state = checkpoint.load(path)
+    assert (state.epoch, state.step) == (1, 5)
+    unbroken = run(dataset, tmp_path / "unbroken.pt")
+    resumed = run(dataset, path, resumed=state)
+    assert_same_weights(resumed, unbroken)
+    assert [each["train_loss"] for each in resumed.history] == [each["train_loss"] for each in unbroken.history]
+
+
 def test_a_second_interrupt_is_at_once(dataset, tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -258,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
         calls += torch.is_grad_enabled()
         return original(logits, labels, **options) * (math.nan if calls >= 8 else 1.0)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", explode)
+    monkeypatch.setattr(stepper.F, "cross_entropy", explode)
     with pytest.raises(NonFinite, match="the loss is nan in epoch 2, step 3"):
         run(dataset, path)
     state = checkpoint.load(path)
@@ -301,7 +352,7 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatc
         (lambda d: Dataset(d.train, d.test, ("a", "b", "c"), ""), "another classes than the checkpoint"),
         (lambda d: Dataset(d.train.subset(torch.arange(90)), d.test, d.classes, ""), "number of training images"),
         (
-            lambda d: Dataset(ImageSet(d.train.images[..., :6], d.train.labels), d.test, d.classes, ""),
+            lambda d: Dataset(*(ImageSet(x.images[..., :6], x.labels) for x in (d.train, d.test)), d.classes, ""),
             "another image size",
         ),
         (
@@ -386,8 +437,9 @@ def test_an_evaluation_that_is_not_finite(dataset, tmp_path):
         def forward(self, x):
             return torch.full((len(x), 3), math.nan)
 
+    evaluating = AutogradStepper(Overflow(), None, RECIPE, Batches(dataset.test, 16))
     with pytest.raises(NonFinite, match="the loss of 33 images in evaluation is nan"):
-        loop.evaluate(Overflow(), dataset.test, RECIPE)
+        loss_and_accuracy(evaluating, range(33))
     assert not path.exists()
 
 
@@ -434,3 +486,65 @@ def test_the_environment_names_what_changes_bits():
     on_a_gpu = Environment("NVIDIA H200", "auto", 4, before.versions)
     assert before.changes(on_a_gpu) == ["device cpu, now NVIDIA H200"]
     assert before.changes(before) == []
+
+
+class Replayed:
+    """Stands for a captured CUDA graph where there is no GPU: it runs what would have been captured."""
+
+    def __init__(self, function, stream, pool):
+        self.replay = function
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Steps take the way through graphs on a CPU; returns what was captured."""
+    captured = []
+
+    def capture(function, stream, pool):
+        captured.append((function.func.__name__, *function.args))
+        return Replayed(function, stream, pool)
+
+    monkeypatch.setattr(graphed, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    @contextmanager
+    def on_a_cpu(stepper, graph, note):
+        yield graphed.GraphedStepper(stepper, None, note)
+
+    monkeypatch.setattr(loop, "graphed", on_a_cpu)
+    return captured
+
+
+def test_graphs_rehearsed_give_the_same_bits(dataset, tmp_path, rehearsed, monkeypatch):
+    """Captured are the second steps of each kind and size, among them the last, smaller ones."""
+    recipe = Recipe(**{**vars(RECIPE), "batch_size": 15})
+    final = run(dataset, tmp_path / "graphed.pt", recipe)
+    assert rehearsed == [("train", 15), ("evaluate", 15), ("evaluate", 5), ("train", 5)]
+    monkeypatch.undo()
+    eager = run(dataset, tmp_path / "eager.pt", recipe, graph="off")
+    assert_same_weights(final, eager)
+    for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
+        assert [each[name] for each in final.history] == [each[name] for each in eager.history]
+    assert final.test == eager.test
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(dataset, tmp_path, rehearsed, monkeypatch):
+    def refuse(function, stream, pool):
+        raise graphed.CaptureError("no")
+
+    monkeypatch.setattr(graphed, "capture", refuse)
+    observer = Recorder()
+    final = run(dataset, tmp_path / "graphed.pt", observer=observer)
+    assert observer.notes == ["no"]
+    assert_same_weights(final, run(dataset, tmp_path / "eager.pt"))
+
+
+def test_without_a_gpu_auto_says_why_there_are_no_graphs(dataset, tmp_path):
+    observer = Recorder()
+    run(dataset, tmp_path / "a.pt", observer=observer)
+    expected = "Steps are launched kernel by kernel, not as CUDA graphs: cpu has none"
+    assert observer.notes == [expected]
+    run(dataset, tmp_path / "b.pt", observer=(silent := Recorder()), graph="off")
+    assert silent.notes == []
+    with pytest.raises(ValueError, match="--graph is on, and cpu has no CUDA graphs; leave --graph out"):
+        graphed.check("on", CPU)

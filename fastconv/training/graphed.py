@@ -1,0 +1,99 @@
+"""Steps as CUDA graphs: the host replays a whole step at once instead of launching its kernels one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+
+from fastconv.graphs import CaptureError, capture
+from fastconv.training.stepper import Stepper
+
+# What `fastconv train --graph` takes.
+Graph = Literal["auto", "on", "off"]
+
+
+def check(graph: Graph, device: torch.device) -> None:
+    """Raise ValueError if graphs are asked for on a device that has none."""
+    if graph == "on" and device.type != "cuda":
+        raise ValueError(f"--graph is on, and {device.type} has no CUDA graphs; leave --graph out")
+
+
+class GraphedStepper:
+    """Another stepper's steps as CUDA graphs, one for each kind of step and each number of images.
+
+    The first step of its kind runs as it is, which compiles kernels and allocates what lasts. The second is
+    captured, which runs nothing, and replayed, as are those after it. So each step computes what it would without.
+
+    Args:
+        stepper: its steps read and write only memory that stays in place.
+        stream: the current one, on which all steps run. It is not the default stream.
+        failed: called with the reason if a step cannot be captured; from then on all run as they are.
+    """
+
+    def __init__(self, stepper: Stepper, stream: torch.cuda.Stream, failed: Callable[[str], None]) -> None:
+        self.stepper, self._stream, self._failed = stepper, stream, failed
+        self.batches, self.trained, self.evaluated = stepper.batches, stepper.trained, stepper.evaluated
+        self._pool = torch.cuda.graph_pool_handle()
+        # How to do a step of a kind that has been done once.
+        self._steps: dict[tuple[str, int], Callable[[], None]] = {}
+        self._can_capture = True
+
+    def train(self, size: int) -> None:
+        self._run("train", self.stepper.train, size)
+
+    def evaluate(self, size: int) -> None:
+        self._run("evaluate", self.stepper.evaluate, size)
+
+    def _run(self, kind: str, step: Callable[[int], None], size: int) -> None:
+        key = kind, size
+        if key not in self._steps:
+            step(size)
+            self._steps[key] = partial(self._capture, key, step, size)
+        else:
+            self._steps[key]()
+
+    def _capture(self, key: tuple[str, int], step: Callable[[int], None], size: int) -> None:
+        """Capture a step and replay it, or run it if that fails."""
+        run: Callable[[], None] = partial(step, size)
+        if self._can_capture:
+            try:
+                run = capture(run, self._stream, self._pool).replay
+            except CaptureError as error:
+                self._can_capture = False
+                self._failed(str(error))
+        self._steps[key] = run
+        run()
+
+
+@contextmanager
+def graphed(stepper: Stepper, graph: Graph, note: Callable[[str], None]) -> Iterator[Stepper]:
+    """Yield a stepper whose steps are replayed as CUDA graphs if they can be, else the same one.
+
+    Args:
+        note: called with the reason if they cannot be.
+
+    Raises:
+        CaptureError: `graph` is "on", and a step cannot be captured.
+    """
+    device = stepper.batches.position.device
+
+    def failed(reason: str) -> None:
+        if graph == "on":
+            raise CaptureError(f"{reason}; leave --graph on out")
+        note(f"Steps are launched kernel by kernel, not as CUDA graphs: {reason}")
+
+    if graph == "off":
+        yield stepper
+    elif device.type != "cuda":
+        failed(f"{device.type} has none")
+        yield stepper
+    else:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield GraphedStepper(stepper, stream, failed)
+        torch.cuda.current_stream(device).wait_stream(stream)

@@ -1,0 +1,102 @@
+"""The images of a run on its device, which of them are for what, and the batches that are cut out of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastconv.training.data import DataError, Dataset, ImageSet, split_indices
+from fastconv.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sets:
+    """All images of a run, and the ranges of those to train, validate and test on.
+
+    Within its range each set is in a random order that is a function of the split seed: the layer norm spans the
+    batch, so that of images that lie class by class, as in a folder, each batch would be normalised by its class.
+    """
+
+    images: ImageSet
+    train: range
+    validation: range
+    test: range
+
+
+def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
+    """Split the training images by the recipe, and copy what it uses to the device.
+
+    Raises:
+        DataError: there are too few to validate on.
+    """
+    count = len(dataset.train)
+    # A fifth of them, rounded down.
+    if count < 5:
+        raise DataError(f"{dataset.source}: {count} training images leave none to validate on; expected 5 or more")
+    # The lecture's split is a random order itself.
+    train, validation = split_indices(count, recipe.split_seed)
+    test = random_order(len(dataset.test), f"test {recipe.split_seed}")
+    chosen = [
+        (dataset.train, train[: recipe.limit]),
+        (dataset.train, validation[: recipe.limit]),
+        (dataset.test, test[: recipe.limit]),
+    ]
+    images = torch.cat([source.images[indices] for source, indices in chosen])
+    labels = torch.cat([source.labels[indices] for source, indices in chosen])
+    first = len(chosen[0][1])
+    second = first + len(chosen[1][1])
+    return Sets(
+        ImageSet(images, labels).to(device), range(first), range(first, second), range(second, len(labels))
+    )
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch's images, int64 [images]: a function of seed and epoch, so nothing to save."""
+    return random_order(images, f"seed {seed} epoch {epoch}")
+
+
+def random_order(images: int, name: str) -> Tensor:
+    """Return a random permutation, int64 [images], which the name decides."""
+    # PyTorch's CPU generator looks at 32 bits of its seed only. Python's hashes a string to seed itself.
+    mixed = random.Random(name).getrandbits(32)
+    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
+
+
+class Batches:
+    """Cuts batches out of images, in an order and from a position that lie on the device beside them.
+
+    Args:
+        images: all that batches may hold.
+        batch_size: images of each batch but the last one of an order, which holds what is left.
+
+    Attributes:
+        order: int64 [at most len(images)], which images to visit.
+        position: int64 [1], how many of them have been visited.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        device = images.images.device
+        self.images, self.batch_size = images, batch_size
+        self.order = torch.zeros(len(images), dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._offsets = torch.arange(batch_size, device=device)
+
+    def start(self, order: Tensor, position: int = 0) -> list[int]:
+        """Go to a position of an order; return the sizes of the batches from there on.
+
+        Args:
+            order: int64 [n], at most as many as there are images.
+        """
+        count = len(order)
+        self.order[:count] = order.to(self.order.device)
+        self.position.fill_(position)
+        return [min(self.batch_size, count - start) for start in range(position, count, self.batch_size)]
+
+    def next(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the next images, float32 [size, 3, height, width] in [0, 1], and their labels, int64 [size]."""
+        chosen = self.order[self.position + self._offsets[:size]]
+        self.position += size
+        return self.images.images[chosen].float() / 255, self.images.labels[chosen]

@@ -1,0 +1,123 @@
+"""The steps of a training and of its evaluations: all that they read and write stays in place on the device.
+
+The host only starts a step, and knows no more than how many images it takes. So the very code that runs step by
+step can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from fastconv.training.recipe import Recipe, autocast
+from fastconv.training.sets import Batches
+
+
+class NonFinite(RuntimeError):
+    """A loss, a weight or a probability became infinite or NaN. The message is one line that says which."""
+
+
+class Tally:
+    """What the steps of an epoch, or of an evaluation, came to; only to read it makes the host wait.
+
+    Attributes:
+        losses: float32 [steps], the mean loss of each step's images.
+        correct: int64 [1], how many images were classified correctly.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.losses = torch.zeros(steps, device=device)
+        self.correct = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def clear(self) -> None:
+        self.losses.zero_()
+        self.correct.zero_()
+
+
+class Stepper(Protocol):
+    """Takes the next images of `batches`, and enters what came of them into a tally."""
+
+    batches: Batches
+    trained: Tally
+    evaluated: Tally
+
+    def train(self, size: int) -> None:
+        """Do one step of the optimizer."""
+
+    def evaluate(self, size: int) -> None:
+        """Only classify."""
+
+
+class AutogradStepper:
+    """Steps by PyTorch's autograd and an optimizer of torch.optim.
+
+    Args:
+        optimizer: of the model's parameters; None for evaluations only.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, recipe: Recipe, batches: Batches) -> None:
+        self.model, self.optimizer, self.recipe, self.batches = model, optimizer, recipe, batches
+        device = batches.position.device
+        steps = math.ceil(len(batches.images) / recipe.batch_size)
+        self.trained, self.evaluated = Tally(steps, device), Tally(steps, device)
+
+    def train(self, size: int) -> None:
+        assert self.optimizer is not None
+        loss = self._classify(size, self.trained)
+        self.optimizer.zero_grad()
+        # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, size: int) -> None:
+        self._classify(size, self.evaluated)
+
+    def _classify(self, size: int, tally: Tally) -> Tensor:
+        step = self.batches.position // self.batches.batch_size
+        images, labels = self.batches.next(size)
+        with autocast(self.recipe, images.device):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        tally.losses.index_copy_(0, step, loss.detach()[None])
+        tally.correct += (logits.argmax(1) == labels).sum()
+        return loss
+
+
+def loss_and_accuracy(
+    stepper: Stepper, images: range, advanced: Callable[[int], None] = lambda count: None
+) -> tuple[float, float]:
+    """Return the mean loss, and the accuracy in [0, 1], over some of the stepper's images.
+
+    Args:
+        advanced: called after each batch with the number of images done; the device may be behind.
+
+    Raises:
+        NonFinite: the loss is infinite or NaN.
+    """
+    count, batch_size = len(images), stepper.batches.batch_size
+    stepper.evaluated.clear()
+    done = 0
+    for size in stepper.batches.start(torch.arange(images.start, images.stop)):
+        stepper.evaluate(size)
+        done += size
+        advanced(done)
+    steps = math.ceil(count / batch_size)
+    mean = mean_loss(stepper.evaluated.losses[:steps], count, batch_size)
+    if not math.isfinite(mean):
+        raise NonFinite(f"the loss of {count:,} images in evaluation is {mean}")
+    return mean, stepper.evaluated.correct.item() / count
+
+
+def mean_loss(losses: Tensor, images: int, batch_size: int) -> float:
+    """Return the mean over images of the losses of steps, each the mean over its batch."""
+    sizes = torch.full_like(losses, batch_size, dtype=torch.float64, device="cpu")
+    sizes[-1] = images - batch_size * (len(losses) - 1)
+    return (losses.cpu().double() * sizes).sum().item() / images
