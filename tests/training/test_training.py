@@ -18,6 +18,7 @@ from fastconv.training import recipe as recipe_module
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.data import DataError, Dataset, ImageSet
 from fastconv.training.environment import Environment
+from fastconv.training.prediction import load_model
 from fastconv.training.recipe import Recipe, make_model
 from fastconv.training.sets import Batches, epoch_order, make_sets, random_order
 from fastconv.training.state import State
@@ -191,6 +192,39 @@ def test_each_image_is_in_one_set(dataset):
         assert len(labels[:12].unique()) == 3
     other = make_sets(by_class, Recipe(split_seed=56), CPU)
     assert not torch.equal(images_of(sets, "test")[1], images_of(other, "test")[1])
+
+
+def shaded(count, generator):
+    """Images that only their brightness tells apart, which overlaps a little."""
+    labels = torch.randint(3, (count,), generator=generator)
+    shade = 40 * labels + 12 * torch.randn(count, generator=generator)
+    noise = torch.randint(100, (count, 3, 8, 8), generator=generator)
+    return ImageSet((noise + shade[:, None, None, None]).clamp(0, 255).to(torch.uint8), labels)
+
+
+def test_accuracy_does_not_depend_on_the_order_of_files(tmp_path):
+    """The norm spans the batch: images that lie class by class would be normalised by their class."""
+    generator = torch.Generator().manual_seed(1)
+    dataset = Dataset(shaded(500, generator), shaded(2000, generator), ("dark", "grey", "bright"), "mixed")
+    recipe = Recipe(epochs=4, batch_size=100, width=4, depth=1, patch=2, lr=1e-2)
+    final = run(dataset, tmp_path / "checkpoint.pt", recipe)
+    model = load_model(final, CPU)
+
+    def accuracy(images, chosen):
+        stepper = AutogradStepper(model, None, recipe, Batches(images, recipe.batch_size))
+        return loss_and_accuracy(stepper, chosen)[1]
+
+    def evaluated(test):
+        sets = make_sets(Dataset(dataset.train, test, dataset.classes, ""), recipe, CPU)
+        return accuracy(sets.images, sets.test)
+
+    by_class = dataset.test.subset(dataset.test.labels.argsort())
+    reversed_ = dataset.test.subset(torch.arange(2000).flip(0))
+    expected = final.test["test_accuracy"]
+    assert 0.8 < expected < 0.99
+    for test in (dataset.test, reversed_, by_class):
+        assert abs(evaluated(test) - expected) < 0.005
+    assert accuracy(by_class, range(2000)) < expected - 0.1
 
 
 def test_too_few_images_to_validate_on(dataset, tmp_path):
