@@ -35,6 +35,8 @@ def show(report: Report, console: Console) -> None:
     if report.training.divergence is not None:
         console.print(losses_table(report.training.divergence))
         show_divergence(report.training.divergence, console)
+    if report.graphs.verdict == "right":
+        console.print("Steps in CUDA graphs give the same losses and weights, bit for bit.")
     console.print(summary(report))
 
 
@@ -80,7 +82,7 @@ def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
 
 def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Console) -> None:
     """Print why cases were skipped, and the worst of what is wrong in each row of the table."""
-    skipped = Counter(result.reason for result in report.results if result.verdict == "skipped")
+    skipped = Counter(each.reason for each in (*report.results, report.graphs) if each.verdict == "skipped")
     for reason, count in skipped.items():
         console.print(f"skipped {count}: {reason}", style=STYLES["skipped"])
     for group in groups:
@@ -91,8 +93,9 @@ def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Co
             if len(wrong) > 1:
                 text += f"; and {len(wrong) - 1} other inputs"
             console.print(Text(text, STYLES["wrong"]))
-    if report.training.verdict == "wrong":
-        console.print(Text(f"WRONG training: {report.training.reason}", STYLES["wrong"]))
+    for name, trained in [("training", report.training), ("training in CUDA graphs", report.graphs)]:
+        if trained.verdict == "wrong":
+            console.print(Text(f"WRONG {name}: {trained.reason}", STYLES["wrong"]))
 
 
 def losses_table(found: Divergence) -> Table:

@@ -1,4 +1,4 @@
-"""What `fastconv check` finds: a result for each case, the training, and the verdict on all of it."""
+"""What `fastconv check` finds: a result for each case, for the trainings, and the verdict on all of it."""
 
 from __future__ import annotations
 
@@ -61,14 +61,26 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """What became of the training in CUDA graphs."""
+
+    verdict: str
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "reason": self.reason}
+
+
+@dataclass(frozen=True)
 class Report:
     device: torch.device
     results: list[Result]
     training: Training
+    graphs: Graphs
     seconds: float
 
     def count(self, verdict: str) -> int:
-        return [*(result.verdict for result in self.results), self.training.verdict].count(verdict)
+        return [each.verdict for each in (*self.results, self.training, self.graphs)].count(verdict)
 
     @property
     def right(self) -> bool:
@@ -86,6 +98,7 @@ class Report:
             "backend": backends.current(),
             "cases": [result.as_json() for result in self.results],
             "training": self.training.as_json(),
+            "graphs": self.graphs.as_json(),
         }
 
 

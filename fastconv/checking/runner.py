@@ -1,4 +1,4 @@
-"""Runs `fastconv check`: every operation and module against float64, then a training against the reference's."""
+"""Runs `fastconv check`: every operation and module against float64, then trainings against each other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import IO
 import torch
 
 from fastconv import accuracy
-from fastconv.checking import divergence, problems
+from fastconv.checking import divergence, graphs, problems
 from fastconv.checking.cases import Case
 from fastconv.checking.precisions import PRECISIONS, float32_products
-from fastconv.checking.report import Report, Result, Training
+from fastconv.checking.report import Graphs, Report, Result, Training
 from fastconv.operations import backends, functional
 
 # Triton's interpreter takes up to a second for one.
@@ -47,17 +47,19 @@ def run(
             advanced(str(case))
         training = examine_training(device, lambda: advanced("training"))
         keep(training, kept)
-    return Report(device, results, training, time.monotonic() - started)
+        found = examine_graphs(device, lambda: advanced("CUDA graphs"))
+        keep(found, kept)
+    return Report(device, results, training, found, time.monotonic() - started)
 
 
-def keep(result: Result | Training, file: IO[str] | None) -> None:
+def keep(result: Result | Training | Graphs, file: IO[str] | None) -> None:
     if file is not None:
         print(json.dumps(result.as_json(), allow_nan=False), file=file, flush=True)
 
 
 def steps(cases: Sequence[Case]) -> int:
     """How often `run` calls `advanced`."""
-    return len(cases) + 3 * divergence.STEPS
+    return len(cases) + 3 * divergence.STEPS + graphs.STEPS
 
 
 def check_interpreter(device: torch.device) -> None:
@@ -110,6 +112,16 @@ def examine_training(device: torch.device, stepped: Callable[[], None]) -> Train
         return Training("right", divergence=found)
     reason = f"losses differ by {found.difference:.1e}; at most {found.bound:.1e} is right"
     return Training("wrong", reason, found)
+
+
+def examine_graphs(device: torch.device, stepped: Callable[[], None]) -> Graphs:
+    if device.type != "cuda":
+        return Graphs("skipped", f"{device.type} has no CUDA graphs")
+    try:
+        difference = graphs.compare(device, stepped)
+    except Exception as error:
+        return Graphs("wrong", describe(error))
+    return Graphs("right") if difference is None else Graphs("wrong", difference)
 
 
 def choose_backend(case: Case, device: torch.device) -> tuple[str | None, str]:

@@ -28,7 +28,8 @@ def check(
     """Report whether all results are right on this machine; the exit code is 0 if they are, else 1.
 
     Every operation and module, forward and each gradient, is compared with float64, and PyTorch's own with it: an
-    error is right up to twice PyTorch's. Then the fused and the reference classifier are trained for 50 steps.
+    error is right up to twice PyTorch's. Then the fused and the reference classifier are trained for 50 steps,
+    and on a GPU the fused one with and without CUDA graphs.
     [bold]TRITON_INTERPRET=1 fastconv check --backend triton[/bold] checks the kernels on a CPU, in minutes.
     """
     place = choose(device, backend)

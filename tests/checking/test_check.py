@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch.nn import functional as F
 
 import fastconv
 from fastconv import accuracy
-from fastconv.checking import divergence, problems, runner
+from fastconv.checking import divergence, graphs, problems, runner
 from fastconv.checking.cases import MODULES, OPERATIONS, Case, all_cases
 from fastconv.checking.inputs import INPUTS
-from fastconv.checking.report import Report, Result, Training
+from fastconv.checking.report import Graphs, Report, Result, Training
 from fastconv.commands import check as command
 from fastconv.operations import autograd, backends, columns, decisions, functional, portable
+from fastconv.training.recipe import Recipe
+from fastconv.training.stepper import AutogradStepper
 
 CPU = torch.device("cpu")
 NORMED = {"layer_norm", "depthwise_conv_layer_norm", "convnext_block", "DepthwiseConvLayerNorm", "ConvNextBlock"}
@@ -52,9 +55,10 @@ def test_right_here(run, quick, monkeypatch):
     assert code == 0, err
     tried = all_cases()
     skipped = sum(case.precision == "tf32" for case in tried)
-    summary = rf"fastconv check: {len(tried) - skipped + 1} right, 0 wrong, {skipped} skipped in \d+ s"
+    summary = rf"fastconv check: {len(tried) - skipped + 1} right, 0 wrong, {skipped + 1} skipped in \d+ s"
     assert re.fullmatch(summary, err.splitlines()[-1])
     assert f"skipped {skipped}: tf32 is a format of GPUs" in err
+    assert "skipped 1: cpu has no CUDA graphs" in err
     for subject in (*OPERATIONS, *MODULES):
         assert re.search(rf"^{subject} .* float32 +portable +\d+ .* \d\.\de-\d\d .* right *$", err, re.MULTILINE)
     assert re.search(r"^loss at step +1 +10 +20 +30 +40 +50 *$", err, re.MULTILINE)
@@ -329,7 +333,7 @@ def test_training_that_ends_in_nan_is_wrong(monkeypatch, quick):
 
 def test_checking_nothing_is_not_right():
     skipped = Result(all_cases()[0], None, "skipped", "no reason")
-    assert not Report(CPU, [skipped], Training("skipped"), 0.0).right
+    assert not Report(CPU, [skipped], Training("skipped"), Graphs("skipped"), 0.0).right
 
 
 def test_results_are_kept_as_soon_as_they_are_there(monkeypatch):
@@ -339,4 +343,39 @@ def test_results_are_kept_as_soon_as_they_are_there(monkeypatch):
     report = runner.run(CPU, first, lambda _: seen.append(kept.getvalue().count("\n")), kept)
     assert seen == [1, 2]
     lines = [json.loads(line) for line in kept.getvalue().splitlines()]
-    assert lines == [result.as_json() for result in (*report.results, report.training)]
+    assert lines == [result.as_json() for result in (*report.results, report.training, report.graphs)]
+
+
+@pytest.fixture
+def graphs_rehearsed(monkeypatch):
+    """A training of seconds, whose steps in graphs are the steps themselves."""
+    monkeypatch.setattr(graphs, "RECIPE", Recipe(epochs=2, batch_size=32, width=4, depth=1))
+
+    @contextmanager
+    def on_a_cpu(stepper, graph, note):
+        yield stepper
+
+    monkeypatch.setattr(graphs, "graphed", on_a_cpu)
+
+
+def test_training_in_graphs_is_right_if_no_bit_differs(graphs_rehearsed):
+    assert graphs.compare(CPU, lambda: None) is None
+
+
+@pytest.mark.parametrize(("method", "call", "name"), [("train", 24, "the loss"), ("evaluate", 7, "an evaluation")])
+def test_training_in_graphs_is_wrong_if_a_bit_differs(graphs_rehearsed, monkeypatch, method, call, name):
+    """In the second of the two trainings, of 14 steps and 4 of evaluations each."""
+    calls = 0
+    original = getattr(AutogradStepper, method)
+
+    def spoil(stepper, size):
+        nonlocal calls
+        calls += 1
+        original(stepper, size)
+        if calls == call:
+            tally = stepper.trained if method == "train" else stepper.evaluated
+            tally.losses.mul_(1 + 2**-20)
+
+    monkeypatch.setattr(AutogradStepper, method, spoil)
+    found = graphs.compare(CPU, lambda: None)
+    assert found == f"{name} differs between steps in a CUDA graph and the same steps without"
