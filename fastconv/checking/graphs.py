@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastconv.training import loop
 from fastconv.training.data import Dataset, ImageSet
-from fastconv.training.graphed import Graph, graphed
+from fastconv.training.graphed import Graph
 from fastconv.training.recipe import Recipe
 
 # The second epoch captures, the third replays. The last batch of each set is a smaller one.
@@ -40,15 +40,15 @@ def train(device: torch.device, graph: Graph, stepped: Callable[[], None]) -> di
     def refuse(reason: str) -> None:
         raise AssertionError(reason)
 
-    with graphed(state.stepper, graph, refuse) as state.stepper:
-        for _ in range(RECIPE.epochs):
-            for size in state.rest_of_epoch():
-                state.train(size)
-            losses.append(state.losses.clone())
-            validation = state.evaluate(state.sets.validation, lambda done: None)
-            evaluated.append(torch.tensor(validation, dtype=torch.float64))
-            state.end_epoch(state.running_metrics(), validation)
-            stepped()
+    state.choose_steps(graph, refuse)
+    for _ in range(RECIPE.epochs):
+        for size in state.rest_of_epoch():
+            state.train(size)
+        losses.append(state.losses.clone())
+        validation = state.evaluate(state.sets.validation, lambda done: None)
+        evaluated.append(torch.tensor(validation, dtype=torch.float64))
+        state.end_epoch(state.running_metrics(), validation)
+        stepped()
     weights = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     return {"the loss": torch.cat(losses), "an evaluation": torch.cat(evaluated), **weights}
 

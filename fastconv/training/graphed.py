@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,14 +29,14 @@ class GraphedStepper:
 
     Args:
         stepper: its steps read and write only memory that stays in place.
-        stream: the current one, on which all steps run. It is not the default stream.
         failed: called with the reason if a step cannot be captured; from then on all run as they are.
     """
 
-    def __init__(self, stepper: Stepper, stream: torch.cuda.Stream, failed: Callable[[str], None]) -> None:
-        self.stepper, self._stream, self._failed = stepper, stream, failed
+    def __init__(self, stepper: Stepper, failed: Callable[[str], None]) -> None:
+        self.stepper, self._failed = stepper, failed
         self.batches, self.trained, self.evaluated = stepper.batches, stepper.trained, stepper.evaluated
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = stepper.batches.position.device
+        self._pool: Any = None
         # How to do a step of a kind that has been done once.
         self._steps: dict[tuple[str, int], Callable[[], None]] = {}
         self._can_capture = True
@@ -50,34 +49,34 @@ class GraphedStepper:
 
     def _run(self, kind: str, step: Callable[[int], None], size: int) -> None:
         key = kind, size
-        if key not in self._steps:
-            step(size)
-            self._steps[key] = partial(self._capture, key, step, size)
-        else:
+        if key in self._steps:
             self._steps[key]()
+        else:
+            step(size)
+            self._steps[key] = partial(self._capture, key, partial(step, size))
 
-    def _capture(self, key: tuple[str, int], step: Callable[[int], None], size: int) -> None:
+    def _capture(self, key: tuple[str, int], step: Callable[[], None]) -> None:
         """Capture a step and replay it, or run it if that fails."""
-        run: Callable[[], None] = partial(step, size)
         if self._can_capture:
             try:
-                run = capture(run, self._stream, self._pool).replay
+                # All graphs share their memory: one runs at a time.
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                step = capture(step, self._device, warm_ups=0, pool=self._pool)
             except CaptureError as error:
                 self._can_capture = False
                 self._failed(str(error))
-        self._steps[key] = run
-        run()
+        self._steps[key] = step
+        step()
 
 
-@contextmanager
-def graphed(stepper: Stepper, graph: Graph, note: Callable[[str], None]) -> Iterator[Stepper]:
-    """Yield a stepper whose steps are replayed as CUDA graphs if they can be, else the same one.
+def graphed(stepper: Stepper, graph: Graph, note: Callable[[str], None]) -> Stepper:
+    """Return a stepper whose steps are replayed as CUDA graphs if they can be, else the same one.
 
     Args:
         note: called with the reason if they cannot be.
 
     Raises:
-        CaptureError: `graph` is "on", and a step cannot be captured.
+        CaptureError: `graph` is "on", and there are no graphs; or later, a step cannot be captured.
     """
     device = stepper.batches.position.device
 
@@ -87,13 +86,8 @@ def graphed(stepper: Stepper, graph: Graph, note: Callable[[str], None]) -> Iter
         note(f"Steps are launched kernel by kernel, not as CUDA graphs: {reason}")
 
     if graph == "off":
-        yield stepper
-    elif device.type != "cuda":
+        return stepper
+    if device.type != "cuda":
         failed(f"{device.type} has none")
-        yield stepper
-    else:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            yield GraphedStepper(stepper, stream, failed)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        return stepper
+    return GraphedStepper(stepper, failed)

@@ -14,7 +14,7 @@ import torch
 from fastconv.machine import keep_freed_memory
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
-from fastconv.training.graphed import Graph, graphed
+from fastconv.training.graphed import Graph
 from fastconv.training.recipe import Recipe
 from fastconv.training.sets import make_sets
 from fastconv.training.state import State
@@ -101,7 +101,8 @@ def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -
         CaptureError: `graph` is "on", and a step cannot be captured.
     """
     keep_freed_memory()
-    with interruption() as interrupted, graphed(state.stepper, graph, observer.note) as state.stepper:
+    with interruption() as interrupted:
+        state.choose_steps(graph, observer.note)
         run = _Run(state, path, observer, interrupted)
         observer.start(run.save())
         while state.epoch < state.recipe.epochs:

@@ -106,5 +106,5 @@ def make_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Class
     return Classifier(recipe.width, recipe.depth, recipe.patch, image_size[0], classes)
 
 
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+def autocast(recipe: Recipe, device: torch.device, enabled: bool = True) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and recipe.precision == "bf16")

@@ -14,6 +14,8 @@ from torch.optim import AdamW
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
+from fastconv.training.graphed import Graph, graphed
+from fastconv.training.planned import planned
 from fastconv.training.recipe import Recipe, make_model
 from fastconv.training.sets import Batches, Sets, epoch_order
 from fastconv.training.stepper import AutogradStepper, NonFinite, Stepper, loss_and_accuracy, mean_loss
@@ -53,10 +55,19 @@ class State:
             self.started -= resumed.seconds
             self.evaluation_seconds = resumed.evaluation_seconds
         batches = Batches(sets.images, recipe.batch_size)
-        self.stepper: Stepper = AutogradStepper(self.model, self.optimizer, recipe, batches)
+        self._autograd = AutogradStepper(self.model, self.optimizer, recipe, batches)
+        self.stepper: Stepper = self._autograd
         if resumed is not None:
             self.losses[: self.step] = resumed.losses
             self.stepper.trained.correct += resumed.correct
+
+    def choose_steps(self, graph: Graph, note: Callable[[str], None]) -> None:
+        """Take the fastest way to do steps that runs here.
+
+        Args:
+            note: called with one line for each way that should have been there and is not.
+        """
+        self.stepper = graphed(planned(self._autograd, note), graph, note)
 
     @property
     def losses(self) -> Tensor:
@@ -98,7 +109,8 @@ class State:
             data_checksum=self.data_checksum,
             environment=self.environment,
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict()["state"],
+            # A plan keeps its zeros there before the first step already.
+            optimizer=self.optimizer.state_dict()["state"] if self.epoch + self.step > 0 else {},
             rng=rng,
             epoch=self.epoch,
             step=self.step,
