@@ -1,15 +1,18 @@
 """Fused convolution modules for PyTorch: depthwise convolution + layer norm, pointwise convolution + GELU."""
 
 from fastconv import functional, reference
+from fastconv.graphs import CaptureError, GraphedStep
 from fastconv.modules import Classifier, ConvNextBlock, DepthwiseConvLayerNorm, PointwiseConvGELU
 from fastconv.operations.backends import BackendUnavailable, backend
 from fastconv.swapping import SwapReport, swap, unswap
 
 __all__ = [
     "BackendUnavailable",
+    "CaptureError",
     "Classifier",
     "ConvNextBlock",
     "DepthwiseConvLayerNorm",
+    "GraphedStep",
     "PointwiseConvGELU",
     "SwapReport",
     "backend",
