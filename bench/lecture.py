@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, random_split
+from torch.utils.data import DataLoader, Subset, random_split
 from torchvision import datasets, transforms
 
 from fastconv import reference
@@ -68,9 +68,10 @@ def run(
     Returns:
         The metrics of each epoch, named as `fastconv train` names them.
     """
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    parts: list[Subset[Batch]] = random_split(CIFAR10(images), [0.8, 0.2], generator=generator)
-    training, validation = (make_loader(first(part, limit), device, clock) for part in parts)
+    training, validation = (
+        DeviceLoader(DataLoader(part, batch_size=BATCH_SIZE, shuffle=True), device, clock)
+        for part in split(images, limit)
+    )
     model = reference.Classifier().to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -93,12 +94,11 @@ def run(
     return history
 
 
-def first(part: Subset[Batch], limit: int | None) -> Subset[Batch]:
-    return Subset(part.dataset, part.indices[:limit])
-
-
-def make_loader(images: Dataset[Batch], device: torch.device, clock: Clock) -> DeviceLoader:
-    return DeviceLoader(DataLoader(images, batch_size=BATCH_SIZE, shuffle=True), device, clock)
+def split(images: ImageSet, limit: int | None) -> list[Subset[Batch]]:
+    """The training images and the validation images, and of each the first `limit`."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    parts: list[Subset[Batch]] = random_split(CIFAR10(images), [0.8, 0.2], generator=generator)
+    return [Subset(part.dataset, part.indices[:limit]) for part in parts]
 
 
 def train(

@@ -67,8 +67,8 @@ def headline(about: dict[str, Any], rows: list[Row]) -> str:
     ours, theirs = median(totals(rows, FASTCONV)), median(totals(rows, LECTURE))
     place = about["device"] if about["driver"] else f"{about['device']}, {about['threads']} threads"
     return (
-        f"The lecture's training with all its evaluations takes **{ours} s with `{FASTCONV}` instead of {theirs} s "
-        f"with {LECTURE}: {ratio(rows).p50:.1f} times as fast** ({place}; {how_scaled(rows)})."
+        f"The lecture's training with all its evaluations takes **{ours} s with `{FASTCONV}` instead of "
+        f"{theirs} s with {LECTURE}: {ratio(rows).p50:.1f} times as fast** ({place}; {how_scaled(rows)})."
     )
 
 
