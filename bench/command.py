@@ -5,18 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from fastconv import machine
-from fastconv.commands.options import nonempty_path
+from fastconv.commands.options import DataOption, load_data, nonempty_path
 from fastconv.console import console
+from fastconv.extras import import_extra
 from fastconv.progress import progress
+from fastconv.training.recipe import Precision, Recipe
 
-from . import contenders, plots, results, suite, tables, workloads
+from . import contenders, plots, results, suite, tables, trainings, workloads
 from .suite import Row
 
 # How long each direction of a workload is timed.
 SECONDS, QUICK_SECONDS = 6.0, 1.5
+# What runs of whole trainings by default, and our precision in each dtype.
+TRAINING_ROUNDS, TRAINING_LIMIT = 5, 1280
+TRAINING_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def bench(
@@ -52,6 +58,27 @@ def bench(
     render: Annotated[
         Path | None, typer.Option(help="Run nothing; print the tables of a file, and draw its pictures beside it.")
     ] = None,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Instead, time the lecture's own program and fastconv train, end to end.",
+            rich_help_panel="Whole training",
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train and validate on the first so many images; times are scaled up.",
+            rich_help_panel="Whole training",
+            show_default=f"{TRAINING_LIMIT} on a CPU, all on a GPU",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of both.", rich_help_panel="Whole training")
+    ] = TRAINING_ROUNDS,
+    data_directory: DataOption = None,
 ) -> None:
     """Time operations, block, classifier and training step against what PyTorch offers.
 
@@ -63,11 +90,14 @@ def bench(
             show_comparison(*compare)
             return
         if render is not None:
-            show(render)
+            (show_training if training else show)(render)
             return
         place = machine.choose_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if training:
+        bench_training(place, dtype, limit, rounds, data_directory, out)
+        return
     chosen = [w for w in (workloads.quick() if quick else workloads.full()) if only in str(w)]
     if not chosen:
         names = "\n".join(map(str, workloads.quick() if quick else workloads.full()))
@@ -82,6 +112,35 @@ def bench(
             rows += found
             results.write(path, about, rows)
     show(path)
+
+
+def bench_training(
+    place: torch.device, dtype: str, limit: int | None, rounds: int, data_directory: Path | None, out: Path | None
+) -> None:
+    if dtype not in TRAINING_PRECISIONS:
+        expected = " or ".join(TRAINING_PRECISIONS)
+        raise typer.BadParameter(f"trainings are in {expected}; got {dtype}", param_hint="--dtype")
+    # torchvision belongs to an extra.
+    import_extra("torchvision")
+    from . import end_to_end
+
+    if limit is None and place.type != "cuda":
+        limit = TRAINING_LIMIT
+    recipe = Recipe(precision=TRAINING_PRECISIONS[dtype], limit=limit)
+    dataset = load_data(data_directory)
+    about = {**results.provenance(place), "data": dataset.source}
+    path = out or results.default_path(about, trainings.FOLDER)
+    rows: list[Row] = []
+    with progress(console(stderr=True), rounds, otherwise_lines=True) as advanced:
+        for found in end_to_end.measure(dataset, place, recipe, rounds, advanced):
+            rows += found
+            results.write(path, about, rows)
+    show_training(path)
+
+
+def show_training(path: Path) -> None:
+    about, rows = trainings.read(path)
+    print(f"{tables.machine(about)}:\n\n{trainings.table(rows)}\n\n{path}")
 
 
 def show(path: Path) -> None:

@@ -41,11 +41,19 @@ CONTENDERS = (
     # Without CUDA graphs, to compare kernels.
     Contender("compile max-autotune", compile_mode="max-autotune-no-cudagraphs"),
     Contender("compile reduce-overhead", compile_mode="reduce-overhead", gpu_only=True),
+    Contender("eager in a CUDA graph", graph=True, gpu_only=True),
     FASTCONV,
     Contender("fastconv compiled", fused=True, compile_mode="default"),
     Contender("fastconv in a CUDA graph", fused=True, graph=True, gpu_only=True),
 )
-QUICK = (BASELINE, "eager channels_last", "compile", "fastconv", "fastconv in a CUDA graph")
+QUICK = (
+    BASELINE,
+    "eager channels_last",
+    "compile",
+    "eager in a CUDA graph",
+    "fastconv",
+    "fastconv in a CUDA graph",
+)
 
 
 def choose(device: torch.device, quick: bool) -> list[Contender]:

@@ -21,7 +21,7 @@ from .workloads import LECTURE, ConvNextBlock
 COLOURS = dict(
     zip(
         (contender.name for contender in CONTENDERS),
-        ("#222222", "#777777", "#3b6ea5", "#6fa3d2", "#a9cbe8", "#d1495b", "#edae49", "#c2571a"),
+        ("#222222", "#777777", "#3b6ea5", "#6fa3d2", "#a9cbe8", "#7a6bb5", "#d1495b", "#edae49", "#c2571a"),
         strict=True,
     )
 )

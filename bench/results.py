@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import date
 from operator import itemgetter
 from pathlib import Path
@@ -94,14 +95,17 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def default_path(about: dict[str, Any]) -> Path:
+def default_path(about: dict[str, Any], within: str = "") -> Path:
     """<device>-<torch>-<date>.json, in the repository's folder of results, or here if this is not a clone.
 
     If that file exists, its name ends in -2, -3 and so on.
+
+    Args:
+        within: a folder inside that of results.
     """
     name = f"{about['device']}-{about['torch']}-{about['date']}"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
-    folder = FOLDER if FOLDER.is_dir() else Path()
+    folder = FOLDER / within if FOLDER.is_dir() else Path()
     suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     return next(path for suffix in suffixes if not (path := folder / f"{name}{suffix}.json").exists())
 
@@ -124,19 +128,19 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def read(path: Path, levels: Collection[str] = KINDS.keys()) -> tuple[dict[str, Any], list[Row]]:
     """The provenance and the rows of a file.
 
     Raises:
-        ResultsError: the file cannot be read, or `write` did not write it.
+        ResultsError: the file cannot be read, `write` did not write it, or it has rows of other levels.
     """
     try:
         found = json.loads(path.read_text())
         if found["schema"] != SCHEMA:
             raise ResultsError(f"{path} has schema {found['schema']}; this version reads {SCHEMA}")
-        if unknown := {row["level"] for row in found["rows"]} - set(KINDS):
+        if unknown := {row["level"] for row in found["rows"]} - set(levels):
             raise ResultsError(
-                f"{path} has workloads {', '.join(sorted(unknown))}; this version knows {', '.join(KINDS)}: "
+                f"{path} has workloads {', '.join(sorted(unknown))}; this version knows {', '.join(levels)}: "
                 "use the version that wrote it"
             )
         return found["provenance"], found["rows"]

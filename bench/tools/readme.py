@@ -2,21 +2,24 @@
 
     python -m bench.tools.readme
 
-rewrites what stands between pairs of marks: the picture at the top, and the tables and pictures of a CPU and of
-a GPU.
+rewrites what stands between pairs of marks: headline and picture at the top, the tables and pictures of a CPU and
+of a GPU, and the tables of whole trainings.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .. import plots, results, tables
+from .. import plots, results, tables, trainings
 from ..suite import Row
 from ..workloads import TrainingStep
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 MACHINES = ("CPU", "GPU")
-BEGINS = {name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n" for name in ("top", *MACHINES)}
+BEGINS = {
+    name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n" for name in ("top", *MACHINES, "training")
+}
 END = "<!-- end -->\n"
 # The picture at the top: whose, and which.
 TOP = ("CPU", "speedups")
@@ -37,6 +40,16 @@ def committed(machine: str) -> Path:
     return max(found, key=found.__getitem__)
 
 
+def committed_trainings() -> list[tuple[dict[str, Any], list[Row]]]:
+    """The whole trainings that the README shows: the newest on a CPU and on a GPU, as far as there are any."""
+    found = sorted(
+        (trainings.read(path) for path in (results.FOLDER / trainings.FOLDER).glob("*.json")),
+        key=lambda result: result[0]["date"],
+    )
+    newest = {about["driver"] is None: (about, rows) for about, rows in found}
+    return [newest[on_cpu] for on_cpu in (True, False) if on_cpu in newest]
+
+
 def shown(rows: list[Row]) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in SHOWN.items())]
 
@@ -48,7 +61,11 @@ def picture(machine: str, suffix: str) -> str:
 def section(name: str) -> str:
     """What stands between the marks of one of BEGINS."""
     if name == "top":
-        return picture(*TOP) + "\n"
+        headlines = [trainings.headline(about, rows) for about, rows in committed_trainings()]
+        return "\n\n".join([*headlines, picture(*TOP)]) + "\n"
+    if name == "training":
+        found = [(tables.machine(about), trainings.table(rows)) for about, rows in committed_trainings()]
+        return "\n\n".join(f"{machine}:\n\n{table}" for machine, table in found) + "\n"
     path = committed(name)
     about, rows = results.read(path)
     # Results of a GPU go on with other dtypes.

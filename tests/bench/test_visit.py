@@ -21,8 +21,13 @@ from fastconv.bench.tools.visit import (
     prove,
     pytest_outcomes,
     report,
+    training,
     whole,
 )
+from fastconv.operations import setting
+from fastconv.training import Recipe, loop
+from fastconv.training.cifar10 import CIFAR10_CLASSES
+from fastconv.training.data import Dataset, ImageSet
 
 SCRIPT = parts.ROOT / "bench/gpu.sh"
 # Seconds that all three calls may take together, and that each start of the machine takes.
@@ -70,6 +75,26 @@ import fastconv.bench.tools.visit.prove, fastconv.bench.tools.visit.measure, fas
 import fastconv.bench.tools.visit.benchmarks, fastconv.bench.tools.visit.training
 """
     printed_by("-c", code)
+
+
+@pytest.mark.parametrize("way", sorted({run.way for run in training.RUNS}), ids=lambda way: way.name)
+def test_each_way_to_train_runs_as_it_says(way, monkeypatch):
+    """The last run of the three is the one whose numbers are kept."""
+    seen = []
+
+    def prepare(recipe, dataset, device, resumed, graph, prepare=loop.prepare):
+        seen.append([setting.current(), graph, False])
+        return prepare(recipe, dataset, device, resumed)
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: seen[-1].__setitem__(2, True))
+    monkeypatch.setattr(training, "DEVICE", torch.device("cpu"))
+    images = ImageSet(torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (50,)))
+    dataset = Dataset(images, images, CIFAR10_CLASSES, "random images")
+    recipe = Recipe(epochs=2, batch_size=8, width=2, depth=1, limit=16)
+    found = training.run(way, recipe, dataset)
+    assert seen == [[way.backend, way.graph, way.compiled]] * 3
+    assert (len(found["history"]), found["recipe"]["limit"]) == (2, 16)
 
 
 # Launches the kernels of a layer norm, forward and backward.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ... import contenders, results, suite, workloads
 from ...contenders import Contender
 from ...suite import Row
-from ...workloads import LECTURE, ConvNextBlock, Epoch, Workload
+from ...workloads import LECTURE, ConvNextBlock, Workload
 from . import compilations, report
 from .stage import DEVICE, ON_GPU
 
@@ -42,7 +42,7 @@ def series(stage: str) -> list[Series]:
         quick = workloads.quick()
         of_lecture = [workload for workload in quick if workload.images == 128]
         return [Series("bfloat16", quick, ways), *(Series(name, of_lecture, ways) for name in ("tf32", "float32"))]
-    return [Series("bfloat16", [*workloads.convnext(64), Epoch(128, *LECTURE[0])], ways)]
+    return [Series("bfloat16", workloads.convnext(64), ways)]
 
 
 def main() -> None:

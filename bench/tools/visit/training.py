@@ -1,4 +1,4 @@
-"""The lecture's training, five epochs: fused and by the reference, in bf16 and in float32.
+"""The lecture's training in each way to run it: by fastconv and by the reference, eager, compiled, as CUDA graphs.
 
     python3 -m fastconv.bench.tools.visit.training OUT [DATA]
 
@@ -14,62 +14,108 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 import fastconv
 from fastconv import training
 from fastconv.files import write_atomically
-from fastconv.training import data
+from fastconv.training import data, loop
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset, ImageSet
+from fastconv.training.recipe import Precision
 
 from ... import results
+from ...silent import Silent
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
-RECIPE = training.Recipe() if ON_GPU else training.Recipe(epochs=1, limit=1280)
+RECIPE = training.Recipe() if ON_GPU else training.Recipe(limit=256)
+# Images of the smaller last batch of CIFAR-10's 40,000 training images, and of 10,000 others.
+LAST_BATCHES = (64, 16)
+
+
+class Way(NamedTuple):
+    """A way to run a training.
+
+    Args:
+        backend: "auto" for our kernels, or "reference".
+        graph: `loop.prepare`'s.
+        compiled: by torch.compile.
+    """
+
+    name: str
+    backend: str
+    graph: Literal["on", "off"]
+    compiled: bool = False
+
+
+FASTCONV_EAGER = Way("fastconv eager", "auto", "off")
+FASTCONV_GRAPHED = Way("fastconv graphed", "auto", "on")
+EAGER = Way("reference eager", "reference", "off")
+GRAPHED = Way("reference graphed", "reference", "on")
+COMPILED = Way("reference compiled", "reference", "off", compiled=True)
+COMPILED_GRAPHED = Way("reference compiled and graphed", "reference", "on", compiled=True)
+
+
+class Run(NamedTuple):
+    way: Way
+    precision: Precision
+    epochs: int
+
+
+# The most important first: a visit may be cut short. An epoch of the reference takes ten seconds on an H200, and
+# compiling it takes longer.
+RUNS = (
+    Run(FASTCONV_GRAPHED, "bf16", 5),
+    Run(FASTCONV_GRAPHED, "fp32", 5),
+    Run(EAGER, "bf16", 1),
+    Run(GRAPHED, "bf16", 1),
+    Run(FASTCONV_EAGER, "bf16", 1),
+    Run(COMPILED_GRAPHED, "bf16", 1),
+    Run(COMPILED, "bf16", 1),
+    Run(EAGER, "fp32", 1),
+)
 
 
 def main() -> None:
-    out, *directory = map(Path, sys.argv[1:])
+    out = Path(sys.argv[1])
     compilations.count()
-    dataset = data.load(directory[0]) if directory else pictures()
+    dataset = load(sys.argv[2:])
     found: dict[str, Any] = {
         "provenance": results.provenance(DEVICE, "bench/gpu.sh whole"),
         "data": dataset.source,
     }
-    for precision in ("bf16", "fp32"):
-        for backend in ("auto", "reference"):
-            recipe = replace(RECIPE, precision=precision)
-            name = f"{backend}, {precision}"
-            found[name] = run(recipe, backend, dataset)
+    for way, precision, epochs in RUNS:
+        # Without a GPU there are no graphs.
+        if ON_GPU or way.graph == "off":
+            name = f"{way.name}, {precision}"
+            took = found[name] = run(way, replace(RECIPE, precision=precision, epochs=epochs), dataset)
             text = json.dumps(found, indent=1)
             write_atomically(out / "training.json", lambda file, text=text: file.write(text.encode()))
-            print(f"training, {name}: {found[name]['seconds']:.1f} s, {found[name]['test']}", flush=True)
+            print(f"training, {name}: {epochs} epochs in {took['seconds']:.2f} s, {took['test']}", flush=True)
 
 
-def run(recipe: training.Recipe, backend: str, dataset: Dataset) -> dict[str, Any]:
-    with fastconv.backend(backend), tempfile.TemporaryDirectory() as folder:
-        # The first steps compile kernels.
-        warm = replace(recipe, epochs=1, limit=256)
-        training.train(warm, dataset, DEVICE, Path(folder, "warm"), Silent(), None)
-        final = training.train(recipe, dataset, DEVICE, Path(folder, "run"), Silent(), None)
+def run(way: Way, recipe: training.Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Train once for each size of batch, which compiles kernels, and then for the result."""
+    with fastconv.backend(way.backend), tempfile.TemporaryDirectory() as folder:
+        for rest in LAST_BATCHES:
+            train(way, replace(recipe, epochs=1, limit=recipe.batch_size + rest), dataset, Path(folder, f"{rest}"))
+        final = train(way, recipe, dataset, Path(folder, "run"))
     return {"recipe": asdict(recipe), "history": final.history, "test": final.test, "seconds": final.seconds}
 
 
-class Silent:
-    """An observer that shows nothing."""
+def train(way: Way, recipe: training.Recipe, dataset: Dataset, path: Path) -> Checkpoint:
+    state, sets = loop.prepare(recipe, dataset, DEVICE, None, graph=way.graph)
+    if way.compiled:
+        state.model.compile(dynamic=False)
+    return loop.go_on(state, sets, path, Silent())
 
-    def start(self, checkpoint: Checkpoint) -> None:
-        pass
 
-    def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
-        pass
-
-    def epoch(self, history: Sequence[dict[str, float]]) -> None:
-        pass
+def load(directory: Sequence[str]) -> Dataset:
+    """The data set in a folder, if one is given."""
+    return data.load(Path(*directory)) if directory else pictures()
 
 
 def pictures() -> Dataset:
