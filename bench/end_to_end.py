@@ -15,10 +15,10 @@ import torch
 
 from fastconv import training
 from fastconv.training.data import Dataset, split_indices
+from fastconv.training.loop import Observer
 
 from . import lecture
 from .clock import Clock
-from .silent import Silent
 from .suite import Row
 from .trainings import FASTCONV, LECTURE, LEVEL
 
@@ -77,9 +77,9 @@ def run_lecture(dataset: Dataset, device: torch.device, recipe: training.Recipe)
 
 def run_fastconv(dataset: Dataset, device: torch.device, recipe: training.Recipe) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        final = training.train(recipe, dataset, device, Path(folder, "checkpoint.pt"), Silent(), None)
+        final = training.train(recipe, dataset, device, Path(folder, "checkpoint.pt"), Observer(), None)
     *_, metrics = final.history
-    evaluations = metrics.get("evaluation_seconds", 0.0)
+    evaluations = metrics["evaluation_seconds"]
     seconds = {
         lecture.TRAINING: {COMPUTING: metrics["seconds"] - evaluations},
         EVALUATIONS: {COMPUTING: evaluations},

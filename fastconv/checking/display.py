@@ -14,7 +14,7 @@ from rich.text import Text
 from fastconv import machine
 from fastconv.accuracy import worst
 from fastconv.checking.divergence import FLOOR, MARGIN, STEPS, Divergence
-from fastconv.checking.report import VERDICTS, Report, Result
+from fastconv.checking.report import VERDICTS, Graphs, Report, Result, Training
 from fastconv.console import console as plain_console
 
 STYLES = {"right": "green", "wrong": "bold red", "skipped": "dim"}
@@ -82,7 +82,7 @@ def errors_table(groups: Sequence[Sequence[Result]], narrow: bool) -> Table:
 
 def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Console) -> None:
     """Print why cases were skipped, and the worst of what is wrong in each row of the table."""
-    skipped = Counter(each.reason for each in (*report.results, report.graphs) if each.verdict == "skipped")
+    skipped = Counter(result.reason for result in report.all_results if result.verdict == "skipped")
     for reason, count in skipped.items():
         console.print(f"skipped {count}: {reason}", style=STYLES["skipped"])
     for group in groups:
@@ -93,9 +93,10 @@ def show_reasons(report: Report, groups: Sequence[Sequence[Result]], console: Co
             if len(wrong) > 1:
                 text += f"; and {len(wrong) - 1} other inputs"
             console.print(Text(text, STYLES["wrong"]))
-    for name, trained in [("training", report.training), ("training in CUDA graphs", report.graphs)]:
-        if trained.verdict == "wrong":
-            console.print(Text(f"WRONG {name}: {trained.reason}", STYLES["wrong"]))
+    trained: dict[str, Training | Graphs] = {"training": report.training, "CUDA graphs": report.graphs}
+    for name, found in trained.items():
+        if found.verdict == "wrong":
+            console.print(Text(f"WRONG {name}: {found.reason}", STYLES["wrong"]))
 
 
 def losses_table(found: Divergence) -> Table:

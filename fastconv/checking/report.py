@@ -79,8 +79,12 @@ class Report:
     graphs: Graphs
     seconds: float
 
+    @property
+    def all_results(self) -> list[Result | Training | Graphs]:
+        return [*self.results, self.training, self.graphs]
+
     def count(self, verdict: str) -> int:
-        return [each.verdict for each in (*self.results, self.training, self.graphs)].count(verdict)
+        return [result.verdict for result in self.all_results].count(verdict)
 
     @property
     def right(self) -> bool:

@@ -78,7 +78,7 @@ def judge(stepper: AutogradStepper, make_planned: Callable[[AutogradStepper], An
 
 
 def gradients(recipe: Recipe, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the reference's gradients in float64, by name: as the recipe computes, or exact for float64 images."""
+    """Return the reference's gradients, float64 by name: as the recipe computes, exact for float64 images."""
     classes = len(weights["bottleneck.bias"])
     model = reference.Classifier(recipe.width, recipe.depth, recipe.patch, images.shape[1], classes)
     model.load_state_dict(weights)

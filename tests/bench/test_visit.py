@@ -82,11 +82,16 @@ def test_each_way_to_train_runs_as_it_says(way, monkeypatch):
     """The last run of the three is the one whose numbers are kept."""
     seen = []
 
-    def prepare(recipe, dataset, device, resumed, graph, prepare=loop.prepare):
-        seen.append([setting.current(), graph, False])
-        return prepare(recipe, dataset, device, resumed)
+    def prepare(*arguments, prepare=loop.prepare):
+        seen.append([setting.current(), None, False])
+        return prepare(*arguments)
+
+    def go_on(state, path, observer, graph, go_on=loop.go_on):
+        seen[-1][1] = graph
+        return go_on(state, path, observer, "off")
 
     monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(loop, "go_on", go_on)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: seen[-1].__setitem__(2, True))
     monkeypatch.setattr(training, "DEVICE", torch.device("cpu"))
     images = ImageSet(torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (50,)))

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fastconv.checking.inputs import INPUTS
 from fastconv.checking.report import Graphs, Report, Result, Training
 from fastconv.commands import check as command
 from fastconv.operations import autograd, backends, columns, decisions, functional, portable
+from fastconv.training import state
 from fastconv.training.recipe import Recipe
 from fastconv.training.stepper import AutogradStepper
 
@@ -343,7 +343,7 @@ def test_results_are_kept_as_soon_as_they_are_there(monkeypatch):
     report = runner.run(CPU, first, lambda _: seen.append(kept.getvalue().count("\n")), kept)
     assert seen == [1, 2]
     lines = [json.loads(line) for line in kept.getvalue().splitlines()]
-    assert lines == [result.as_json() for result in (*report.results, report.training, report.graphs)]
+    assert lines == [result.as_json() for result in report.all_results]
 
 
 @pytest.fixture
@@ -351,11 +351,7 @@ def graphs_rehearsed(monkeypatch):
     """A training of seconds, whose steps in graphs are the steps themselves."""
     monkeypatch.setattr(graphs, "RECIPE", Recipe(epochs=2, batch_size=32, width=4, depth=1))
 
-    @contextmanager
-    def on_a_cpu(stepper, graph, note):
-        yield stepper
-
-    monkeypatch.setattr(graphs, "graphed", on_a_cpu)
+    monkeypatch.setattr(state, "graphed", lambda stepper, graph, note: stepper)
 
 
 def test_training_in_graphs_is_right_if_no_bit_differs(graphs_rehearsed):

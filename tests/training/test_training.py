@@ -5,7 +5,6 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from fastconv.operations import reference
 from fastconv.training import checkpoint, graphed, loop, memory, stepper
 from fastconv.training import recipe as recipe_module
+from fastconv.training import state as state_module
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.data import DataError, Dataset, ImageSet
 from fastconv.training.environment import Environment
@@ -522,30 +522,20 @@ def test_the_environment_names_what_changes_bits():
     assert before.changes(before) == []
 
 
-class Replayed:
-    """Stands for a captured CUDA graph where there is no GPU: it runs what would have been captured."""
-
-    def __init__(self, function, stream, pool):
-        self.replay = function
-
-
 @pytest.fixture
 def rehearsed(monkeypatch):
-    """Steps take the way through graphs on a CPU; returns what was captured."""
+    """Steps take the way through graphs, where a graph is the function itself; returns what was captured."""
     captured = []
 
-    def capture(function, stream, pool):
+    def capture(function, device, warm_ups, pool):
         captured.append((function.func.__name__, *function.args))
-        return Replayed(function, stream, pool)
+        return function
 
     monkeypatch.setattr(graphed, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-
-    @contextmanager
-    def on_a_cpu(stepper, graph, note):
-        yield graphed.GraphedStepper(stepper, None, note)
-
-    monkeypatch.setattr(loop, "graphed", on_a_cpu)
+    monkeypatch.setattr(
+        state_module, "graphed", lambda stepper, graph, note: graphed.GraphedStepper(stepper, note)
+    )
     return captured
 
 
@@ -563,7 +553,7 @@ def test_graphs_rehearsed_give_the_same_bits(dataset, tmp_path, rehearsed, monke
 
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(dataset, tmp_path, rehearsed, monkeypatch):
-    def refuse(function, stream, pool):
+    def refuse(*_, **__):
         raise graphed.CaptureError("no")
 
     monkeypatch.setattr(graphed, "capture", refuse)

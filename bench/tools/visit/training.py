@@ -27,7 +27,6 @@ from fastconv.training.data import Dataset, ImageSet
 from fastconv.training.recipe import Precision
 
 from ... import results
-from ...silent import Silent
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
@@ -41,7 +40,7 @@ class Way(NamedTuple):
 
     Args:
         backend: "auto" for our kernels, or "reference".
-        graph: `loop.prepare`'s.
+        graph: `loop.go_on`'s.
         compiled: by torch.compile.
     """
 
@@ -107,10 +106,10 @@ def run(way: Way, recipe: training.Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def train(way: Way, recipe: training.Recipe, dataset: Dataset, path: Path) -> Checkpoint:
-    state, sets = loop.prepare(recipe, dataset, DEVICE, None, graph=way.graph)
+    state = loop.prepare(recipe, dataset, DEVICE, None)
     if way.compiled:
         state.model.compile(dynamic=False)
-    return loop.go_on(state, sets, path, Silent())
+    return loop.go_on(state, path, loop.Observer(), way.graph)
 
 
 def load(directory: Sequence[str]) -> Dataset:
