@@ -35,9 +35,9 @@ def reduce_partials(
     COLUMN_PROGRAMS: tl.constexpr = (LENGTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0).to(tl.int64)
     if program < COLUMN_PROGRAMS:
-        _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+        sum_column_block(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        _fold_onto_taps(
+        fold_onto_taps(
             matrices,
             biases,
             result + LENGTH,
@@ -63,28 +63,34 @@ def sum_columns(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+    sum_column_block(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
-def _sum_columns(
-    columns, result, program, rows, LENGTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+def sum_column_block(
+    columns,  # [rows, length]
+    result,  # [length]
+    block,
+    rows,
+    length,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    column = program * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), columns.dtype.element_ty)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < rows)[:, None] & (column < LENGTH)[None, :]
-        total += tl.load(columns + row[:, None].to(tl.int64) * LENGTH + column[None, :], mask=inside, other=0.0)
-    tl.store(result + column, tl.sum(total, 0), mask=column < LENGTH)
+        inside = (row < rows)[:, None] & (column < length)[None, :]
+        total += tl.load(columns + row[:, None].to(tl.int64) * length + column[None, :], mask=inside, other=0.0)
+    tl.store(result + column, tl.sum(total, 0), mask=column < length)
 
 
 @triton.jit
-def _fold_onto_taps(
-    matrices,
-    biases,
-    result,
-    k,
+def fold_onto_taps(
+    matrices,  # [blocks, outputs, P, P], with input pixels first
+    biases,  # [blocks, outputs]
+    result,  # [outputs * taps + outputs]
+    k,  # the output
     blocks,
     outputs,
     HEIGHT: tl.constexpr,
