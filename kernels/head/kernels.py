@@ -41,13 +41,13 @@ def mean_over_pixels(
 
 
 @triton.jit
-def largest_and_first(logits, j, CLASSES: tl.constexpr):
-    """The largest number, and the class that torch.argmax takes: the first of equal ones, and NaN before numbers."""
+def largest_and_prediction(logits, j, CLASSES: tl.constexpr):
+    """The largest number, and the class that torch.argmax takes: the first NaN, else the first of the largest."""
     is_nan = logits != logits
     largest = tl.max(tl.where(is_nan, float("-inf"), logits), 0)
     has_nan = tl.max(is_nan.to(tl.int32), 0) > 0
-    is_first = tl.where(has_nan, is_nan, logits == largest)
-    return largest, tl.min(tl.where(is_first, j, CLASSES), 0)
+    is_candidate = tl.where(has_nan, is_nan, logits == largest)
+    return largest, tl.min(tl.where(is_candidate, j, CLASSES), 0)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def head(
         logits = tl.where(j < CLASSES, logits, float("-inf"))
 
         label = tl.load(labels + tl.load(order + start + n))
-        largest, prediction = largest_and_first(logits, j, CLASSES)
+        largest, prediction = largest_and_prediction(logits, j, CLASSES)
         hits += (prediction == label).to(hits.dtype)
         shifted = logits - largest
         exponentials = tl.exp(shifted)

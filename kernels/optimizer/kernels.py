@@ -11,43 +11,51 @@ from ..common.reduction import fold_onto_taps, sum_column_block
 
 
 @triton.jit
+def merge_outcome(losses, correct, parts, BLOCK_OUTCOME: tl.constexpr):
+    """The batch's sum of losses and its number of correct answers, an int64, from their parts [parts]."""
+    i = tl.arange(0, BLOCK_OUTCOME)
+    loss = tl.sum(tl.load(losses + i, mask=i < parts, other=0.0), 0)
+    return loss, tl.sum(tl.load(correct + i, mask=i < parts, other=0).to(tl.int64), 0)
+
+
+@triton.jit
 def reduce_step(
-    workspace,  # partial gradients: columns [rows, length]; matrices [blocks, outputs, P, P] with [blocks, outputs]
-    table,  # [sums, 6]: what each program sums, as `StepReduction.table` says
-    losses,  # [heads]: parts of the batch's sum of losses
-    correct,  # [heads]: parts of its number of correct answers
-    position,  # [1]: how many images of the epoch came before the batch
+    workspace,  # [size]: columns [rows, length]; matrices [blocks, outputs, P, P], then biases [blocks, outputs]
+    table,  # [sums, 6], int64: what each program sums, as `StepReduction.table` says
+    losses,  # [parts]: parts of the batch's sum of losses
+    correct,  # [parts]: parts of its number of correct answers
+    position,  # [1]: how many images of the epoch come before the batch
     gradients,  # [L]
     step_losses,  # [steps of the epoch]: mean losses
     total_correct,  # [1]: is added to
-    steps,  # [parameters]: AdamW's counters of steps, which are increased
+    steps,  # [parameters]: AdamW's counters of steps, to which 1 is added
     sums,
-    heads,
+    parts,
     images,
     batch,
     parameters,
     GEOMETRIES: tl.constexpr,  # `Matrices.geometry` of each kind
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    BLOCK_OUTCOME: tl.constexpr,
     BLOCK_PARAMETERS: tl.constexpr,
 ):
     """Each program sums BLOCK_COLUMNS columns, or folds the matrices of one output; the last ends the step."""
     program = tl.program_id(0).to(tl.int64)
     if program == sums:
-        loss, hits = outcome(losses, correct, heads, BLOCK_HEADS)
+        loss, hits = merge_outcome(losses, correct, parts, BLOCK_OUTCOME)
         tl.store(step_losses + tl.load(position) // batch, loss / images)
         tl.store(total_correct, tl.load(total_correct) + hits)
         i = tl.arange(0, BLOCK_PARAMETERS)
         tl.store(steps + i, tl.load(steps + i, mask=i < parameters) + 1, mask=i < parameters)
     else:
-        task = table + program * 6
-        kind = tl.load(task)
-        source = workspace + tl.load(task + 1)
-        rows = tl.load(task + 2).to(tl.int32)
-        length = tl.load(task + 3)
-        number = tl.load(task + 4)
-        result = gradients + tl.load(task + 5)
+        row = table + program * 6
+        kind = tl.load(row)
+        source = workspace + tl.load(row + 1)
+        rows = tl.load(row + 2).to(tl.int32)
+        length = tl.load(row + 3)
+        number = tl.load(row + 4)
+        result = gradients + tl.load(row + 5)
         if kind == 0:
             sum_column_block(source, result, number, rows, length, BLOCK_ROWS, BLOCK_COLUMNS)
         for i in tl.static_range(len(GEOMETRIES)):
@@ -58,25 +66,17 @@ def reduce_step(
 
 
 @triton.jit
-def outcome(losses, correct, heads, BLOCK_HEADS: tl.constexpr):
-    """The batch's sum of losses and its number of correct answers, an int64, from their parts [heads]."""
-    i = tl.arange(0, BLOCK_HEADS)
-    loss = tl.sum(tl.load(losses + i, mask=i < heads, other=0.0), 0)
-    return loss, tl.sum(tl.load(correct + i, mask=i < heads, other=0).to(tl.int64), 0)
-
-
-@triton.jit
 def add_outcome(
-    losses,  # [heads]: parts of the batch's sum of losses
-    correct,  # [heads]: parts of its number of correct answers
+    losses,  # [parts]: parts of the batch's sum of losses
+    correct,  # [parts]: parts of its number of correct answers
     total_loss,  # [1]: is added to
     total_correct,  # [1]: is added to
-    position,  # [1]: is increased by `images`
-    heads,
+    position,  # [1]: `images` are added
+    parts,
     images,
-    BLOCK_HEADS: tl.constexpr,
+    BLOCK_OUTCOME: tl.constexpr,
 ):
-    loss, hits = outcome(losses, correct, heads, BLOCK_HEADS)
+    loss, hits = merge_outcome(losses, correct, parts, BLOCK_OUTCOME)
     tl.store(total_loss, tl.load(total_loss) + loss)
     tl.store(total_correct, tl.load(total_correct) + hits)
     tl.store(position, tl.load(position) + images)
@@ -91,7 +91,7 @@ def adamw(
     steps,  # [parameters]: the number of this step, the same for all of them
     hyperparameters,  # [5], float64: lr, beta1, beta2, eps, weight decay
     rounded,  # [L]: the parameters in the dtype in which kernels read them
-    position,  # [1]: is increased by `images`
+    position,  # [1]: `images` are added
     length,
     images,
     HAS_ROUNDED: tl.constexpr,

@@ -16,7 +16,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 # Partial gradients are aligned to so many elements of the workspace: in float32, to a line of the cache.
 ALIGNMENT = 32
 # Elements of the flat vectors that a program of AdamW takes.
-BLOCK_ELEMENTS = 1024
+BLOCK_ELEMENTS = 512
 
 
 class Columns(NamedTuple):
@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 class Matrices(NamedTuple):
     """Partial gradients of Toeplitz matrices [blocks, outputs, P, P] and of biases [blocks, outputs].
 
-    The matrices are folded onto the taps of the convolution: the result is gradients [outputs, taps], then [outputs].
+    The matrices are folded onto the taps of a convolution. The sums are [outputs, taps], then [outputs].
     """
 
     blocks: int
@@ -81,33 +81,29 @@ class StepReduction:
     Each sum is taken in a fixed order: results repeat bit for bit.
 
     Args:
-        parts: partial gradients in the order of the parameters: their sums, one after the other, are the gradients.
+        partials: in the order of the parameters: their sums, one after the other, are the gradients.
 
     Attributes:
         size: elements of the workspace, a vector that holds all partial gradients.
         length: L, elements of the gradients.
     """
 
-    def __init__(self, parts: Sequence[Columns | Matrices]) -> None:
-        self._parts = parts
-        self._geometries = tuple(dict.fromkeys(part.geometry for part in parts if isinstance(part, Matrices)))
+    def __init__(self, partials: Sequence[Columns | Matrices]) -> None:
+        self._partials = partials
+        self._geometries = tuple(dict.fromkeys(part.geometry for part in partials if isinstance(part, Matrices)))
+        self._sums = sum(part.programs for part in partials)
         self.size, self.length = 0, 0
-        # Where each part starts in the workspace, and in the gradients.
+        # Where each part starts in the workspace, and where its sums start in the gradients.
         self._starts: list[tuple[int, int]] = []
-        for part in parts:
+        for part in partials:
             self._starts.append((self.size, self.length))
             self.size += ceil_div(sum(map(math.prod, part.shapes)), ALIGNMENT) * ALIGNMENT
             self.length += part.length
-        self._sums = sum(part.programs for part in parts)
 
     def views(self, workspace: Tensor) -> list[tuple[Tensor, ...]]:
-        """What kernels write, for each part: (columns,), or (matrices, biases).
-
-        Args:
-            workspace: [size]
-        """
+        """The views of a workspace [size] that kernels write, for each part: (columns,), or (matrices, biases)."""
         views = []
-        for part, (start, _) in zip(self._parts, self._starts, strict=True):
+        for part, (start, _) in zip(self._partials, self._starts, strict=True):
             sizes = [math.prod(shape) for shape in part.shapes]
             vectors = workspace[start : start + sum(sizes)].split(sizes)
             views.append(tuple(vector.view(shape) for vector, shape in zip(vectors, part.shapes, strict=True)))
@@ -116,75 +112,75 @@ class StepReduction:
     def table(self) -> Tensor:
         """What each program sums, int64 [sums, 6].
 
-        Its kind, 0 for columns or 1 + the number of the geometry; where its part starts in the workspace; the part's
-        rows or blocks; its columns or outputs; which block of columns or which output is the program's; and where
-        the part's sums start in the gradients.
+        A row is: 0 for columns, or the number of the matrices' geometry, from 1 on; where the part starts in the
+        workspace; its rows or blocks; its columns or outputs; which block of columns, or which output, the program
+        takes; where the part's sums start in the gradients.
         """
-        # The longest first, so that none is left to run alone. Equal ones keep the order of the parameters: what the
-        # backward has just written comes first, and is still in the cache.
-        order = sorted(zip(self._parts, self._starts, strict=True), key=lambda item: -item[0].loads)
+        # The longest programs first, so that none is left to run alone. Equal ones keep the order of the parameters,
+        # in which what the backward wrote last, and the cache still holds, comes first.
+        parts = sorted(zip(self._partials, self._starts, strict=True), key=lambda item: -item[0].loads)
         rows = []
-        for part, (source, destination) in order:
-            if isinstance(part, Columns):
-                kind, (count, columns) = 0, part
-            else:
-                kind, (count, columns, *_) = 1 + self._geometries.index(part.geometry), part
-            rows += [(kind, source, count, columns, number, destination) for number in range(part.programs)]
+        for part, (source, destination) in parts:
+            kind = 1 + self._geometries.index(part.geometry) if isinstance(part, Matrices) else 0
+            count, length = part[:2]
+            rows += [(kind, source, count, length, number, destination) for number in range(part.programs)]
         return torch.tensor(rows)
 
-    def launch(self, heads: int, images: int, batch: int, parameters: int) -> Launch:
-        """
-        A launch for workspace, table, losses, correct, position, gradients [L], step_losses, total_correct and steps.
+    def launch(self, parts: int, images: int, batch: int, parameters: int) -> Launch:
+        """A launch for workspace, table, losses, correct, position, gradients, step_losses, total_correct, steps.
 
-        It writes gradients; the mean loss, sum(losses) / images, into step_losses[position // batch]; adds
-        sum(correct) to total_correct int64 [1]; and 1 to each of AdamW's counters of steps [parameters].
+        It writes gradients [L], and the mean loss into step_losses[position // batch]. It adds the correct answers
+        to total_correct int64 [1], and 1 to each of AdamW's counters of steps [parameters].
 
         Args:
-            heads: parts of losses and correct, as HeadTiling.programs.
+            parts: of losses and correct, HeadTiling's `programs`.
             images: in this batch.
-            batch: images of all batches but the last, which may have fewer.
-            parameters: how many tensors.
+            batch: images of each batch of the epoch, but perhaps the last.
+            parameters: how many tensors of parameters have a counter.
         """
         return Launch(
             reduce_step,
             self._sums + 1,
             self._sums,
-            heads,
+            parts,
             images,
             batch,
             parameters,
             GEOMETRIES=self._geometries,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,
-            BLOCK_HEADS=next_power_of_2(heads),
+            BLOCK_OUTCOME=next_power_of_2(parts),
             BLOCK_PARAMETERS=next_power_of_2(parameters),
         )
 
 
-def add_outcome_launch(heads: int, images: int) -> Launch:
-    """A launch for losses, correct, total_loss float64 [1], total_correct int64 [1] and position; adds to the last three.
+def add_outcome_launch(parts: int, images: int) -> Launch:
+    """A launch for losses, correct, total_loss float64 [1], total_correct int64 [1] and position.
+
+    It adds the batch's losses and correct answers to the totals, and `images` to position, for the next batch.
 
     Args:
-        heads: parts of losses and correct, as HeadTiling.programs.
+        parts: of losses and correct, HeadTiling's `programs`.
         images: in this batch.
     """
-    return Launch(add_outcome, 1, heads, images, BLOCK_HEADS=next_power_of_2(heads))
+    return Launch(add_outcome, 1, parts, images, BLOCK_OUTCOME=next_power_of_2(parts))
 
 
 def adamw_launch(length: int, images: int, has_rounded: bool) -> Launch:
     """A launch for parameters, gradients, exp_avg, exp_avg_sq, steps, hyperparameters, rounded and position.
 
-    One step of AdamW (Loshchilov and Hutter, arXiv:1711.05101), whose results are parameters, moments, and their
-    rounded copy. It adds `images` to position, for the next batch.
+    A step of AdamW (Loshchilov and Hutter, arXiv:1711.05101): it writes parameters, both moments, and the rounded
+    copy of the parameters. It adds `images` to position, for the next batch.
 
     Args:
-        length: L, of the first four and of rounded; without it, rounded is None.
+        length: L, of parameters, gradients, moments and rounded. Accesses are wide if it is a multiple of 16.
+        images: in this batch.
+        has_rounded: if not, rounded is None.
     """
-    return Launch(
-        adamw, ceil_div(length, BLOCK_ELEMENTS), length, images, HAS_ROUNDED=has_rounded, BLOCK=BLOCK_ELEMENTS
-    )
+    programs = ceil_div(length, BLOCK_ELEMENTS)
+    return Launch(adamw, programs, length, images, HAS_ROUNDED=has_rounded, BLOCK=BLOCK_ELEMENTS)
 
 
 def adamw_hyperparameters(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Tensor:
-    """float64 [5]: a tensor, so that a captured graph takes a learning rate that changes."""
+    """float64 [5]: a tensor, so that launches of a captured graph take what is written to it later."""
     return torch.tensor([lr, beta1, beta2, eps, weight_decay], dtype=torch.float64)
