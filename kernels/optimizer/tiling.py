@@ -116,8 +116,8 @@ class StepReduction:
         workspace; its rows or blocks; its columns or outputs; which block of columns, or which output, the program
         takes; where the part's sums start in the gradients.
         """
-        # The longest programs first, so that none is left to run alone. Equal ones keep the order of the parameters,
-        # in which what the backward wrote last, and the cache still holds, comes first.
+        # The longest programs first, so that none is left to run alone. Equal ones keep the order of parameters:
+        # what the backward wrote last, and the cache still holds, comes first.
         parts = sorted(zip(self._partials, self._starts, strict=True), key=lambda item: -item[0].loads)
         rows = []
         for part, (source, destination) in parts:
