@@ -29,6 +29,8 @@ Form = Literal[
     "channel norm",
     # A pointwise convolution fused with GELU.
     "pointwise",
+    # A classifier's whole step of training, or evaluation, as a fixed list of launches.
+    "plan",
     # PyTorch's own operations.
     "pytorch",
 ]
@@ -55,6 +57,16 @@ def is_large(x: Tensor) -> bool:
 def convnext_block(x: Tensor, pointwise: Convolution, norm: Norm) -> Form:
     too_wide = x.shape[1] > WIDEST_BLOCK or pointwise.weight.shape[0] > WIDEST_BLOCK
     return "parts" if _norms_pixels(norm) or too_wide or is_large(x) else "block"
+
+
+def classifier(norm: str, width: int, pixels: int) -> Form:
+    """
+    Args:
+        width: channels after the stem; there are twice as many after the downsampling.
+        pixels: of a map after the stem.
+    """
+    too_wide = 2 * width > WIDEST_BLOCK
+    return "parts" if norm != "tensor" or too_wide or pixels > LARGEST_TOEPLITZ_MAP else "plan"
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Form:

@@ -90,7 +90,7 @@ class BackwardPlan:
         tiling = self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
         mlp = MlpTiling(tiling, inputs.weight, inputs.approximate)
         sizes = _gradient_sizes(inputs)
-        self.length, self.sum_parts, self.partials = sum(sizes), mlp.sum_parts, (mlp.partials, sum(sizes[:4]))
+        self.length, self.sum_parts, self.partials = sum(sizes), mlp.sum_parts, (mlp.partials, mlp.length)
         self.collapse_moments = tiling.collapse_moments(inputs.moments.shape[2])
         self.collapse_sums = tiling.collapse_sums(self.sum_parts)
         self.norm_mlp_residual = mlp.backward(grad, self.collapse_moments.parts, inputs.eps)

@@ -33,9 +33,10 @@ class MlpTiling:
         pixel_blocks = ceil_div(toeplitz.pixels, block_pixels)
         self._images, self._inputs = toeplitz.images, toeplitz.outputs
         self._blocks = ceil_div(toeplitz.images, block_images) * pixel_blocks
-        # Parts of the sums for the norm's backward, and how the parameters' gradients are divided.
+        # Parts of the sums for the norm's backward; rows and columns of the parameters' partial gradients.
         self.sum_parts = toeplitz.parts_of_group(in_batch=self._blocks, in_image=pixel_blocks)
         self._rounds, self.partials = rounds_and_parts(self._blocks, MAX_PARTIALS)
+        self.length = hidden * (toeplitz.outputs + 1) + toeplitz.channels * (hidden + 1)
         self._constants: dict[str, Any] = {
             "PIXELS": toeplitz.pixels,
             "INPUTS": toeplitz.outputs,
@@ -74,7 +75,7 @@ class MlpTiling:
         """A launch for grad, h, its moments, z, weight, projection, and g, sums and partials, which it writes.
 
         g is the gradient of the normalised tensor; sums are those of g and of g * normalised, [groups, 2,
-        sum_parts]; partials are gradients of weight, projection, bias and projection bias, [partials, elements].
+        sum_parts]; partials are gradients of weight, projection, bias and projection bias, [partials, length].
         """
         return Launch(
             norm_mlp_residual_backward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -18,6 +19,7 @@ from .errors import KernelError
 # enable_fp_fusion: a multiplication and an addition become one instruction, which rounds once; a stencil is little
 # else. Up to Triton 3.9 that is the default, which the environment can change.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+_HERE = nullcontext()
 
 
 class Launch:
@@ -53,15 +55,28 @@ class Launch:
                 self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants)
             return
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        run = self._run_for(pointers, tensors)
+        if not on_meta(tensors):
+            run(pointers)
+
+    def prepare(self, *tensors: Tensor | None) -> None:
+        """Compile and load what a call with these tensors launches, so that a CUDA graph can capture the call.
+
+        Raises:
+            KernelError: as a call.
+        """
+        if not self._interpreted:
+            self._run_for([0 if x is None else x.data_ptr() for x in tensors], tensors)
+
+    def _run_for(self, pointers: list[int], tensors: Sequence[Tensor | None]) -> Callable[[list[int]], None]:
+        """What launches the kernel that is compiled for tensors aligned like these."""
         bits = reduce(or_, pointers)
         # Triton's wide loads are of 16 bytes.
         alignment = None if bits % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
         run = self._runs.get(alignment)
         if run is None:
             run = self._runs[alignment] = self._bind(self.compile(*tensors))
-        if on_meta(tensors):
-            return
-        run(pointers)
+        return run
 
     def compile(self, *tensors: Tensor | None) -> Any:
         """Triton's CompiledKernel for the current device and tensors like these, loaded.
@@ -118,6 +133,12 @@ def on_meta(tensors: Sequence[Tensor | None]) -> bool:
     """
     first = tensors[0]
     return first is not None and first.is_meta
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of `x` the current one meanwhile, if it is on one."""
+    index = x.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def block_size(length: int, largest: int) -> int:

@@ -35,9 +35,9 @@ def reduce_partials(
     COLUMN_PROGRAMS: tl.constexpr = (LENGTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0).to(tl.int64)
     if program < COLUMN_PROGRAMS:
-        _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+        sum_column_block(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        _fold_onto_taps(
+        fold_onto_taps(
             matrices,
             biases,
             result + LENGTH,
@@ -63,28 +63,34 @@ def sum_columns(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    _sum_columns(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
+    sum_column_block(columns, result, program, rows, LENGTH, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
-def _sum_columns(
-    columns, result, program, rows, LENGTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+def sum_column_block(
+    columns,  # [rows, length]
+    result,  # [length]
+    block,
+    rows,
+    length,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    column = program * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), columns.dtype.element_ty)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < rows)[:, None] & (column < LENGTH)[None, :]
-        total += tl.load(columns + row[:, None].to(tl.int64) * LENGTH + column[None, :], mask=inside, other=0.0)
-    tl.store(result + column, tl.sum(total, 0), mask=column < LENGTH)
+        inside = (row < rows)[:, None] & (column < length)[None, :]
+        total += tl.load(columns + row[:, None].to(tl.int64) * length + column[None, :], mask=inside, other=0.0)
+    tl.store(result + column, tl.sum(total, 0), mask=column < length)
 
 
 @triton.jit
-def _fold_onto_taps(
-    matrices,
-    biases,
-    result,
-    k,
+def fold_onto_taps(
+    matrices,  # [blocks, outputs, P, P], with input pixels first
+    biases,  # [blocks, outputs]
+    result,  # [outputs * taps + outputs]
+    k,  # the output
     blocks,
     outputs,
     HEIGHT: tl.constexpr,
@@ -100,17 +106,24 @@ def _fold_onto_taps(
     for block in range(blocks):
         bias += tl.load(biases + block * outputs + k)
     tl.store(result + outputs * TAPS + k, bias)
-    for first_tap in tl.static_range(0, TAPS, BLOCK_TAPS):
-        tap = first_tap + tl.arange(0, BLOCK_TAPS)
-        total = tl.zeros((BLOCK_TAPS, BLOCK_PIXELS), matrices.dtype.element_ty)
+    # The kernel is turned around, and its rows are padded to a power of two: so the compiler sees that taps follow
+    # each other in memory, and threads side by side read along a row of the matrix. Pixels follow each other along
+    # its diagonal, where each element is in another cache line.
+    PADDED: tl.constexpr = triton.next_power_of_2(KERNEL_WIDTH)
+    for first in tl.static_range(0, KERNEL_HEIGHT * PADDED, BLOCK_TAPS):
+        t = first + tl.arange(0, BLOCK_TAPS)[None, :]
+        row, column = t // PADDED, t % PADDED
+        is_tap = (row < KERNEL_HEIGHT) & (column < KERNEL_WIDTH)
+        total = tl.zeros((BLOCK_PIXELS, BLOCK_TAPS), matrices.dtype.element_ty)
         for block in range(blocks):
             matrix = matrices + (block * outputs + k) * PIXELS * PIXELS
-            for first in tl.static_range(0, PIXELS, BLOCK_PIXELS):
-                p = first + tl.arange(0, BLOCK_PIXELS)[None, :]
-                # The input pixel that output pixel p sees through the tap.
-                q_row = p // WIDTH + (tap // KERNEL_WIDTH - KERNEL_HEIGHT // 2)[:, None]
-                q_column = p % WIDTH + (tap % KERNEL_WIDTH - KERNEL_WIDTH // 2)[:, None]
-                inside = (tap < TAPS)[:, None] & (p < PIXELS)
-                inside &= (q_row >= 0) & (q_row < HEIGHT) & (q_column >= 0) & (q_column < WIDTH)
-                total += tl.load(matrix + (q_row * WIDTH + q_column) * PIXELS + p, mask=inside, other=0.0)
-        tl.store(result + k * TAPS + tap, tl.sum(total, 1), mask=tap < TAPS)
+            for first_pixel in tl.static_range(0, PIXELS, BLOCK_PIXELS):
+                q = first_pixel + tl.arange(0, BLOCK_PIXELS)[:, None]
+                # The output pixel that sees input pixel q through the tap.
+                p_row = q // WIDTH + row - (KERNEL_HEIGHT - 1) // 2
+                p_column = q % WIDTH + column - (KERNEL_WIDTH - 1) // 2
+                inside = is_tap & (q < PIXELS)
+                inside &= (p_row >= 0) & (p_row < HEIGHT) & (p_column >= 0) & (p_column < WIDTH)
+                total += tl.load(matrix + q * PIXELS + p_row * WIDTH + p_column, mask=inside, other=0.0)
+        tap = (KERNEL_HEIGHT - 1 - row) * KERNEL_WIDTH + KERNEL_WIDTH - 1 - column
+        tl.store(result + (k * TAPS + tap), tl.sum(total, 0)[None, :], mask=is_tap)

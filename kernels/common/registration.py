@@ -14,13 +14,13 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from .errors import KernelError
+from .launch import on_device_of
 from .rules import check_differentiated_once, is_traced
 
 # How many plans an operator keeps: one for each batch size, say.
@@ -37,7 +37,6 @@ Key = tuple[Any, ...]
 
 # Types of inputs that need no special handling.
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, str}
-_HERE = nullcontext()
 _OPERATORS: list[Operator[Any]] = []
 
 
@@ -92,7 +91,7 @@ class Operator(Generic[Inputs]):
             key: the plan's key; there may be several for one layout, but no two layouts of one key.
             needs_grad: which inputs need a gradient, if any: part of the key.
         """
-        with _on_device_of(inputs[0]):
+        with on_device_of(inputs[0]):
             plan = self._plans.get(key) or self._add_plan(key, inputs, needs_grad)
             if isinstance(plan, KernelError):
                 raise KernelError(plan.kernel, plan.reason)
@@ -241,11 +240,6 @@ def _layout(x: Tensor) -> Key:
 def _key(inputs: Sequence[Any]) -> Key:
     layouts = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
     return inputs[0].get_device(), torch.get_float32_matmul_precision(), *layouts
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    index = x.get_device()
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _is_traced(inputs: Sequence[Any]) -> bool:

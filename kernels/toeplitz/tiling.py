@@ -136,10 +136,16 @@ class ToeplitzTiling(NormGroups):
 
 
 class ToeplitzBackward:
-    """Writes the gradient of x; returns partial gradients of the Toeplitz matrices and of the bias."""
+    """Writes the gradient of x; returns partial gradients of the Toeplitz matrices and of the bias.
+
+    Attributes:
+        launch: for the arguments of a call, then what it returns. `grad_x` may be the residual itself: a program
+            reads no element of it that another one writes.
+        partials: how many partial gradients there are.
+    """
 
     def __init__(self, launch: Launch, partials: int, outputs: int, pixels: int) -> None:
-        self._launch = launch
+        self.launch = launch
         self.partials, self._outputs, self._pixels = partials, outputs, pixels
 
     def __call__(
@@ -164,5 +170,5 @@ class ToeplitzBackward:
         matrices = moments.new_empty(self.partials, self._outputs, self._pixels, self._pixels)
         biases = moments.new_empty(self.partials, self._outputs)
         residual = x if residual is None else residual
-        self._launch(g, h, x, residual, weight, moments, sums, grad_x, matrices, biases)
+        self.launch(g, h, x, residual, weight, moments, sums, grad_x, matrices, biases)
         return matrices, biases

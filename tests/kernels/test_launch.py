@@ -93,6 +93,25 @@ print(*seen)
 """
 
 
+# A CUDA graph must not capture what compiling and loading does.
+PREPARED = """
+import torch
+from bench.tools.null_gpu import null_gpu
+from fastconv.kernels.layer_norm.tiling import LayerNormTiling
+
+x = torch.empty(2, 16, 3, 3)
+norm = LayerNormTiling(x, "tensor")
+tensors = x, norm.new_moments(x)
+with null_gpu() as library:
+    launch = norm.moments(x)
+    launch.prepare(*tensors)
+    before = library.null_launches()
+    launch.compile = None
+    launch(*tensors)
+    print(before, library.null_launches())
+"""
+
+
 def printed(code):
     return printed_by("-c", code, cwd=ROOT, TRITON_INTERPRET="0").split()
 
@@ -107,6 +126,10 @@ def test_a_launch_gives_the_driver_what_the_jit_gives_it():
     ]
     pointwise = ["pointwise_gelu", "pointwise_gelu_backward_x", "pointwise_gelu_backward_weight"]
     assert printed(COMPARED) == [*block, *block, *pointwise, "channel_norm", "channel_norm_backward"]
+
+
+def test_a_prepared_launch_compiles_no_more():
+    assert printed(PREPARED) == ["0", "1"]
 
 
 def test_hooks_on_launches_are_called():

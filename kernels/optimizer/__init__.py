@@ -1,0 +1,1 @@
+"""What ends a step: the sum of all partial gradients, AdamW over flat vectors, and the counts of a batch."""
