@@ -9,7 +9,7 @@ import torch
 import typer
 
 from fastconv import machine
-from fastconv.commands.options import DataOption, load_data, nonempty_path
+from fastconv.commands.options import load_data, nonempty_path
 from fastconv.console import console
 from fastconv.extras import import_extra
 from fastconv.progress import progress
@@ -20,8 +20,9 @@ from .suite import Row
 
 # How long each direction of a workload is timed.
 SECONDS, QUICK_SECONDS = 6.0, 1.5
-# What runs of whole trainings by default, and our precision in each dtype.
+# What runs of whole trainings by default, their panel of options, and our precision in each dtype.
 TRAINING_ROUNDS, TRAINING_LIMIT = 5, 1280
+WITH_TRAINING = "With --training"
 TRAINING_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -62,8 +63,7 @@ def bench(
         bool,
         typer.Option(
             "--training",
-            help="Instead, time the lecture's own program and fastconv train, end to end.",
-            rich_help_panel="Whole training",
+            help="Instead, time the lecture's own program and fastconv train end to end.",
         ),
     ] = False,
     limit: Annotated[
@@ -71,19 +71,29 @@ def bench(
         typer.Option(
             min=1,
             help="Train and validate on the first so many images; times are scaled up.",
-            rich_help_panel="Whole training",
+            rich_help_panel=WITH_TRAINING,
             show_default=f"{TRAINING_LIMIT} on a CPU, all on a GPU",
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of both.", rich_help_panel="Whole training")
+        int, typer.Option(min=1, help="Turns of both.", rich_help_panel=WITH_TRAINING)
     ] = TRAINING_ROUNDS,
-    data_directory: DataOption = None,
+    data_directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            parser=nonempty_path,
+            metavar="PATH",
+            help="A folder that fastconv train --data takes. Without it CIFAR-10 is downloaded once.",
+            rich_help_panel=WITH_TRAINING,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Time operations, block, classifier and training step against what PyTorch offers.
 
-    All contenders take turns, and only right results have a speed-up. Results are written after each workload, so
-    that Ctrl-C loses one at most.
+    All contenders take turns, and only right results have a speed-up. Results are written as they come: Ctrl-C
+    loses one workload or round.
     """
     try:
         if compare is not None:

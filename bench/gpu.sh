@@ -3,7 +3,7 @@
 #
 #     bench/gpu.sh [--gpu] prove OUT             165 s: is everything right?
 #     bench/gpu.sh [--gpu] measure OUT           240 s: how fast is it?
-#     bench/gpu.sh [--gpu] whole OUT [DATA]      255 s: training, a profile, ConvNeXt-T
+#     bench/gpu.sh [--gpu] whole OUT [DATA]      255 s: training, the lecture's program, a profile, ConvNeXt-T
 #
 # The machine needs PyTorch, Triton and pytest: no network, and nothing is installed. OUT gets at most eight files,
 # each kept as far as it came if time runs out. With --gpu it refuses to run without a GPU; otherwise, without one, it
