@@ -16,7 +16,7 @@ from ..common.launch import Launch, on_device_of
 from ..common.layout import strides
 from ..head.tiling import HeadTiling
 from ..layer_norm.tiling import LayerNormTiling
-from ..optimizer.tiling import Columns, StepReduction, adamw_launch, add_outcome_launch
+from ..optimizer.tiling import Columns, StepReduction, adamw_launch, end_evaluation_launch
 from ..patches.tiling import DownsampleTiling, StemTiling
 from .stage import EPS, BlockMaps, Call, Stage
 from .state import BLOCK, State
@@ -232,12 +232,17 @@ class EvaluationPlan(Plan):
     """The loss and the correct answers of a batch.
 
     Args:
-        loss: float64 [1], to which the batch's sum of losses is added.
-        correct: int64, one element, to which the number of its correct answers is added.
+        losses, correct, images, batch: as `TrainingPlan`'s.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], batches: Batches, loss: Tensor, correct: Tensor, images: int
+        self,
+        weights: Mapping[str, Tensor],
+        batches: Batches,
+        losses: Tensor,
+        correct: Tensor,
+        images: int,
+        batch: int,
     ) -> None:
         super().__init__(weights, batches, images)
         _, second = self._forward(keep=False)
@@ -245,7 +250,8 @@ class EvaluationPlan(Plan):
         bottleneck = self._parameters("bottleneck")
         outcome = self._losses, self._correct
         self._add(self._head.evaluate(), second[-1].y, *bottleneck, labels, order, position, *outcome, None, None)
-        self._add(add_outcome_launch(self._head.programs, images), *outcome, loss, correct, position)
+        end = end_evaluation_launch(self._head.programs, images, batch)
+        self._add(end, *outcome, position, losses, correct)
 
 
 def _blocks(weights: Mapping[str, Tensor], stage: int) -> list[dict[str, Tensor]]:

@@ -11,11 +11,22 @@ from ..common.reduction import fold_onto_taps, sum_column_block
 
 
 @triton.jit
-def merge_outcome(losses, correct, parts, BLOCK_OUTCOME: tl.constexpr):
-    """The batch's sum of losses and its number of correct answers, an int64, from their parts [parts]."""
+def enter_outcome(
+    losses,  # [parts]: parts of the batch's sum of losses
+    correct,  # [parts]: parts of its number of correct answers
+    position,  # [1]: how many images come before the batch
+    step_losses,  # [steps]: mean losses
+    total_correct,  # [1]: is added to
+    parts,
+    images,
+    batch,
+    BLOCK_OUTCOME: tl.constexpr,
+):
     i = tl.arange(0, BLOCK_OUTCOME)
     loss = tl.sum(tl.load(losses + i, mask=i < parts, other=0.0), 0)
-    return loss, tl.sum(tl.load(correct + i, mask=i < parts, other=0).to(tl.int64), 0)
+    hits = tl.sum(tl.load(correct + i, mask=i < parts, other=0).to(tl.int64), 0)
+    tl.store(step_losses + tl.load(position) // batch, loss / images)
+    tl.store(total_correct, tl.load(total_correct) + hits)
 
 
 @triton.jit
@@ -43,9 +54,7 @@ def reduce_step(
     """Each program sums BLOCK_COLUMNS columns, or folds the matrices of one output; the last ends the step."""
     program = tl.program_id(0).to(tl.int64)
     if program == sums:
-        loss, hits = merge_outcome(losses, correct, parts, BLOCK_OUTCOME)
-        tl.store(step_losses + tl.load(position) // batch, loss / images)
-        tl.store(total_correct, tl.load(total_correct) + hits)
+        enter_outcome(losses, correct, position, step_losses, total_correct, parts, images, batch, BLOCK_OUTCOME)
         i = tl.arange(0, BLOCK_PARAMETERS)
         tl.store(steps + i, tl.load(steps + i, mask=i < parameters) + 1, mask=i < parameters)
     else:
@@ -66,19 +75,18 @@ def reduce_step(
 
 
 @triton.jit
-def add_outcome(
+def end_evaluation(
     losses,  # [parts]: parts of the batch's sum of losses
     correct,  # [parts]: parts of its number of correct answers
-    total_loss,  # [1]: is added to
-    total_correct,  # [1]: is added to
     position,  # [1]: `images` are added
+    step_losses,  # [steps]: mean losses
+    total_correct,  # [1]: is added to
     parts,
     images,
+    batch,
     BLOCK_OUTCOME: tl.constexpr,
 ):
-    loss, hits = merge_outcome(losses, correct, parts, BLOCK_OUTCOME)
-    tl.store(total_loss, tl.load(total_loss) + loss)
-    tl.store(total_correct, tl.load(total_correct) + hits)
+    enter_outcome(losses, correct, position, step_losses, total_correct, parts, images, batch, BLOCK_OUTCOME)
     tl.store(position, tl.load(position) + images)
 
 

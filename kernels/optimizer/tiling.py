@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.launch import Launch, block_size, ceil_div, next_power_of_2
-from .kernels import adamw, add_outcome, reduce_step
+from .kernels import adamw, end_evaluation, reduce_step
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 # Partial gradients are aligned to so many elements of the workspace: in float32, to a line of the cache.
@@ -154,16 +154,18 @@ class StepReduction:
         )
 
 
-def add_outcome_launch(parts: int, images: int) -> Launch:
-    """A launch for losses, correct, total_loss float64 [1], total_correct int64 [1] and position.
+def end_evaluation_launch(parts: int, images: int, batch: int) -> Launch:
+    """A launch for losses, correct, position, step_losses and total_correct int64 [1].
 
-    It adds the batch's losses and correct answers to the totals, and `images` to position, for the next batch.
+    It writes the mean loss into step_losses[position // batch], adds the correct answers to total_correct, and
+    `images` to position, for the next batch.
 
     Args:
         parts: of losses and correct, HeadTiling's `programs`.
         images: in this batch.
+        batch: images of each batch of the evaluation, but perhaps the last.
     """
-    return Launch(add_outcome, 1, parts, images, BLOCK_OUTCOME=next_power_of_2(parts))
+    return Launch(end_evaluation, 1, parts, images, batch, BLOCK_OUTCOME=next_power_of_2(parts))
 
 
 def adamw_launch(length: int, images: int, has_rounded: bool) -> Launch:

@@ -12,7 +12,7 @@ from fastconv.kernels.optimizer.tiling import (
     StepReduction,
     adamw_hyperparameters,
     adamw_launch,
-    add_outcome_launch,
+    end_evaluation_launch,
 )
 from fastconv.kernels.toeplitz.tiling import ToeplitzTiling
 
@@ -220,11 +220,13 @@ def test_the_rounded_copy(dtype, device):
     assert torch.equal(rounded, parameters.to(dtype))
 
 
-def test_outcomes_of_batches_are_added(device):
+def test_outcomes_of_batches_are_entered(device):
+    """Two batches of at most 30 images, at the second and third step."""
     losses, correct = torch.rand(5, device=device), torch.arange(5, dtype=torch.int32, device=device)
-    loss, hits = torch.tensor([1.5], dtype=torch.float64, device=device), torch.tensor([7], device=device)
+    step_losses, hits = torch.zeros(4, device=device), torch.tensor([7], device=device)
     position = torch.tensor([30], device=device)
-    for _ in range(2):
-        add_outcome_launch(5, 3)(losses, correct, loss, hits, position)
-    torch.testing.assert_close(loss, 1.5 + 2 * losses.double().sum(0, keepdim=True), rtol=1e-6, atol=0)
-    assert (hits.item(), position.item()) == (27, 36)
+    for images in (30, 3):
+        end_evaluation_launch(5, images, 30)(losses, correct, position, step_losses, hits)
+    mean = losses.double().sum().item()
+    assert step_losses.tolist() == pytest.approx([0, mean / 30, mean / 3, 0], rel=1e-6)
+    assert (hits.item(), position.item()) == (27, 63)
