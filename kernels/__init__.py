@@ -10,9 +10,13 @@
 | `pointwise` | pointwise convolution + GELU |
 | `layer_norm` | the norm over a tensor or its images |
 | `channel_norm` | the norm of each pixel, over its channels |
+| `patches` | convolution of patches: the classifier's stem, from bytes, and its downsampling, each with a norm |
+| `head` | the classifier's end: pooling, logits, loss, and their gradients |
+| `optimizer` | the sum of a step's partial gradients, and AdamW |
+| `classifier` | a whole step of training, or evaluation, as a list of the launches of other rooms |
 | `common` | what they are built from: launches, registration, and functions that kernels call |
 
-Each room has the same three layers:
+Each room of an operation has the same three layers; what only `classifier` uses needs no operator:
 
 - `kernels.py`: the kernels, in Triton's language.
 - `tiling.py`: how they divide the work among programs, and their launches.

@@ -32,12 +32,14 @@ class Batches(NamedTuple):
 
 
 class Plan:
-    """The launches of one batch.
+    """The launches of one batch, of a classifier that `decisions.classifier` takes.
+
+    float32 is multiplied as `torch.set_float32_matmul_precision` says when the plan is made.
 
     Args:
-        weights: a classifier's parameters by name, contiguous, in the dtype of maps.
-        batches: `decisions.classifier` says for which sizes there are kernels.
-        images: N, in a batch.
+        weights: the parameters by name, contiguous, in the dtype of maps.
+        batches: images, at least two patches of the stem high and wide.
+        images: N, in the batch.
 
     Attributes:
         calls: the launches in order, each with its tensors.
@@ -135,8 +137,9 @@ class TrainingPlan(Plan):
         self, state: State, batches: Batches, losses: Tensor, correct: Tensor, images: int, batch: int
     ) -> None:
         super().__init__(state.weights, batches, images)
-        depths = [len(blocks) for blocks in self._blocks]
-        first, second = (stage.partials * depth for stage, depth in zip(self._stages, depths, strict=True))
+        first, second = (
+            stage.partials * len(blocks) for stage, blocks in zip(self._stages, self._blocks, strict=True)
+        )
         stem, downsample, head = self._stem, self._downsample, self._head
         reduction = StepReduction(
             [
@@ -151,9 +154,8 @@ class TrainingPlan(Plan):
         self._backward(*self._forward(keep=True), reduction.views(workspace))
 
         position = batches.position
-        parameters = len(state.weights)
         self._add(
-            reduction.launch(head.programs, images, batch, parameters),
+            reduction.launch(head.programs, images, batch, parameters=len(state.weights)),
             workspace,
             reduction.table().to(workspace.device),
             self._losses,

@@ -13,7 +13,7 @@ from ..optimizer.tiling import Columns, Matrices
 from ..toeplitz.tiling import ToeplitzTiling
 from .state import BLOCK
 
-# Of every norm of the classifier: PyTorch's default.
+# The eps of all norms: PyTorch's default.
 EPS = 1e-5
 
 # A launch, and what it is given.

@@ -65,9 +65,11 @@ class State:
         self.weights = self.views(self.parameters if self.rounded is None else self.rounded)
 
         parameters, exp_avg, exp_avg_sq = map(self.views, (self.parameters, self.exp_avg, self.exp_avg_sq))
-        for name, p, step in zip(self._sizes, ordered, self.steps, strict=True):
+        steps = dict(zip(self._sizes, self.steps, strict=True))
+        # In the model's order, which is that of a state_dict.
+        for name, p in named.items():
             p.data = parameters[name]
-            optimizer.state[p] = {"step": step, "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
+            optimizer.state[p] = {"step": steps[name], "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [L] by the names of the parameters, whose shapes they have."""

@@ -34,7 +34,7 @@ def elements_of_patches(
     WIDTH: tl.constexpr,
     PATCH: tl.constexpr,
 ):
-    """Offsets in maps [C, HEIGHT, WIDTH], and whether the element is in the map: both [rows, inputs]."""
+    """Offsets in maps [C, HEIGHT, WIDTH], of less than 2^31 elements, and which are inside: [rows, inputs]."""
     y = (patch // COLUMNS * PATCH)[:, None] + (k // PATCH % PATCH)[None, :]
     x = (patch % COLUMNS * PATCH)[:, None] + (k % PATCH)[None, :]
     channel = (k // (PATCH * PATCH))[None, :]
