@@ -102,9 +102,10 @@ def assert_steps_equal(optimizer, model, first=0, autocast=False, device="cpu", 
     torch.manual_seed(3)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         graphed = GraphedStep(model, F.cross_entropy, optimizer, data[-1])
-    for batch, after in zip(data[first:], expected, strict=True):
-        loss = graphed(*batch)
-        assert_equal({"loss": loss, **tensors(model, optimizer)}, after)
+        # Here, where autocast caches what it rounds.
+        for batch, after in zip(data[first:], expected, strict=True):
+            loss = graphed(*batch)
+            assert_equal({"loss": loss, **tensors(model, optimizer)}, after)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
@@ -149,8 +150,17 @@ def test_classifiers(rehearsed, module):
     assert_steps_equal(adamw, module(width=4, depth=1, patch=1, num_classes=4), steps=2)
 
 
-def test_ambient_autocast_is_that_of_the_construction(rehearsed):
-    assert_steps_equal(adamw, Net(), autocast=True)
+class Float32Head(Net):
+    """Its last layer has no autocast, forward and backward."""
+
+    def forward(self, x):
+        x = self.layers[:-1](x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layers[-1](x.float())
+
+
+def test_autocast_that_is_on_at_the_construction(rehearsed):
+    assert_steps_equal(adamw, Float32Head(), autocast=True)
 
 
 def test_a_scheduler_that_fills_a_learning_rate(rehearsed):
@@ -170,6 +180,9 @@ def test_a_scheduler_that_fills_a_learning_rate(rehearsed):
         assert torch.equal(loss, eager(other, others, *batch))
         its_scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.03 / 8
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].clone()
+    with pytest.raises(CaptureError, match="lr of the optimizer's group 0 was changed"):
+        graphed(*batch)
 
 
 def test_a_hook_that_clips_gradients(rehearsed):
@@ -309,6 +322,23 @@ def test_a_buffer_that_the_forward_replaces_is_refused(rehearsed):
     assert_refused("model.calls was replaced by the step itself; expected changes .* in place", model=Counting())
 
 
+class Replacing(torch.optim.SGD):
+    """Has new tensors in its state after each step."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["average"] = self.state[p].get("average", 0) + p.grad
+
+
+def replacing_after_an_eager_step(parameters):
+    parameters = list(parameters)
+    made = Replacing(parameters, lr=0.1)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    made.step()
+    return made
+
+
 class Counter(torch.optim.SGD):
     """Counts steps in Python, in its state or its group."""
 
@@ -340,8 +370,9 @@ def with_a_learning_rate_elsewhere(parameters):
             lambda p: torch.optim.Adam(p),
             r"Adam counts its steps on the CPU; expected Adam\(..., capturable=True\)",
         ),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1), "SGD with dampening makes its state"),
-        (capturable("Rprop"), "Rprop makes its state in the first step, .* take an eager step before"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1), "SGD with dampening makes new state"),
+        (capturable("Rprop"), "Rprop makes new state in a step, .* take an eager step before"),
+        (replacing_after_an_eager_step, "Replacing makes new state in a step, .* changed in place"),
         (lambda p: Counter(p, lr=0.1), "Counter keeps count, of type int; expected tensors on cpu"),
         (counting_in_its_group, "count of the optimizer's group 0 was changed .* by the step itself"),
         (lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), "calls aten._local_scalar_dense"),

@@ -1,10 +1,10 @@
 """CUDA graphs: `GraphedStep`, a whole training step of a user's model, and `capture`, for functions of our own.
 
 `step` uses the other files in this order: it notes what was there (`before`), runs a step to find what a graph
-cannot hold (`waiting`), captures it (`capture`), and checks at each call that the graph still fits (`constants`).
+cannot hold (`waiting`), captures it (`capturing`), and checks at each call that it still fits (`constants`).
 """
 
-from fastconv.graphs.capture import CaptureError, capture
+from fastconv.graphs.capturing import CaptureError, capture
 from fastconv.graphs.step import GraphedStep
 
 __all__ = ["CaptureError", "GraphedStep", "capture"]

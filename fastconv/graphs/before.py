@@ -57,13 +57,13 @@ class Before:
             torch.cuda.set_rng_state(self._gpu_random, self._device)
 
     def new_state(self) -> list[tuple[str, Tensor]]:
-        """The tensors, with their names, that the optimizer has added to its state."""
+        """The tensors, with their names, that the optimizer has put into its state, new or in place of others."""
         known = {id(each): contents for each, contents in self._contents}
         return [
             (name, x)
             for state in self._optimizer.state.values()
             for name, x in state.items()
-            if isinstance(x, Tensor) and name not in known.get(id(state), {})
+            if isinstance(x, Tensor) and known.get(id(state), {}).get(name) is not x
         ]
 
     def drew_on_the_host(self) -> bool:

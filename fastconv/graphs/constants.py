@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -16,32 +15,27 @@ class Constants:
 
     Args:
         names: of the things.
-        read: returns them as they are now. Every step calls it.
-        same: whether one is as it was.
-        event: what has happened to one that is not, after its name.
+        read: returns what is to be constant of each, mostly a number. Every call of a step compares it.
+        event: what has happened to one that is different, after its name.
         kind: what they are, in the plural.
+        kept: objects of which `read` returns the ids, so that no others get them.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        read: Callable[[], list[Any]],
-        same: Callable[[Any, Any], bool],
-        event: str,
-        kind: str,
+        self, names: Sequence[str], read: Callable[[], list[Any]], event: str, kind: str, kept: object = None
     ) -> None:
-        self._names, self._read, self._same, self._event, self._kind = names, read, same, event, kind
+        self._names, self._read, self._event, self._kind, self._kept = names, read, event, kind, kept
         self._captured = read()
 
     def change(self) -> str | None:
         """What has changed first, as the beginning of a sentence, or None."""
         now = self._read()
+        if now == self._captured:
+            return None
         if len(now) != len(self._captured):
             return f"{self._kind} were added or removed"
-        if all(map(self._same, self._captured, now)):
-            return None
         things = zip(self._names, self._captured, now, strict=True)
-        return f"{next(name for name, was, found in things if not self._same(was, found))} {self._event}"
+        return f"{next(name for name, was, found in things if was != found)} {self._event}"
 
 
 class Structure:
@@ -76,49 +70,47 @@ class Structure:
         """All but those of `constants_of_state`."""
         optimizer, modules, parameters = self._optimizer, list(self._modules.values()), list(self.parameters)
         tensors = {**self.parameters, **self.buffers}
-        keys = [(i, key) for i, group in enumerate(optimizer.param_groups) for key in group if key != "params"]
+        groups = optimizer.param_groups
+        keys = [(i, key) for i, group in enumerate(groups) for key in group if key != "params"]
         return [
             Constants(
                 [f"{name}.{key}" for name, x in self._modules.items() for each in _registries(x) for key in each],
-                lambda: [*chain.from_iterable(map(dict.values, self.registries))],
-                operator.is_,
+                lambda: [*map(id, chain.from_iterable(map(dict.values, self.registries)))],
                 "was replaced",
                 "parameters, buffers or modules",
+                (tensors, modules),
             ),
             Constants(
                 [*tensors.values()],
-                lambda: [x.data_ptr() for x in tensors],
-                operator.eq,
+                lambda: [*map(Tensor.data_ptr, tensors)],
                 "was moved to other memory",
                 "tensors",
             ),
             Constants(
                 [*self.parameters.values()],
                 lambda: [x.requires_grad for x in parameters],
-                operator.eq,
                 "was frozen or unfrozen",
                 "parameters",
             ),
             Constants(
                 [*self._modules],
                 lambda: [x.training for x in modules],
-                operator.eq,
                 "was set to another mode (train or eval)",
                 "modules",
             ),
             Constants(
-                [self.parameters[x] for x in _parameters(optimizer)],
-                lambda: _parameters(optimizer),
-                operator.is_,
+                [self.parameters[x] for group in groups for x in group["params"]],
+                lambda: [id(x) for group in optimizer.param_groups for x in group["params"]],
                 "was replaced in the optimizer",
                 "parameters of the optimizer",
+                tensors,
             ),
             Constants(
                 [f"{key} of the optimizer's group {i}" for i, key in keys],
-                lambda: [optimizer.param_groups[i].get(key) for i, key in keys],
-                _same_value,
+                lambda: [_value(optimizer.param_groups[i].get(key)) for i, key in keys],
                 "was changed (only a tensor on the GPU may be, in place)",
                 "hyperparameters",
+                [groups[i][key] for i, key in keys],
             ),
         ]
 
@@ -126,12 +118,15 @@ class Structure:
         """The optimizer's state, which the first step may still add to."""
         optimizer = self._optimizer
 
-        def read() -> list[Any]:
+        def dicts() -> list[Any]:
             return [optimizer.state, *optimizer.state.values()]
 
-        names = ["the optimizer's state"] * len(read())
         return Constants(
-            names, read, operator.is_, "was replaced (as by load_state_dict)", "states of the optimizer"
+            ["the optimizer's state"] * len(dicts()),
+            lambda: [*map(id, dicts())],
+            "was replaced (as by load_state_dict)",
+            "states of the optimizer",
+            dicts(),
         )
 
 
@@ -139,9 +134,6 @@ def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _same_value(was: Any, found: Any) -> bool:
-    return was is found or (not isinstance(found, Tensor) and bool(was == found))
+def _value(hyperparameter: Any) -> Any:
+    """A number as it is; of a tensor, which one it is."""
+    return id(hyperparameter) if isinstance(hyperparameter, Tensor) else hyperparameter

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastconv.graphs.before import Before
-from fastconv.graphs.capture import CaptureError, capture
+from fastconv.graphs.capturing import CaptureError, capture
 from fastconv.graphs.constants import Structure
 from fastconv.graphs.waiting import RefuseWaiting
 
@@ -41,11 +41,11 @@ class GraphedStep:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
         step = fastconv.GraphedStep(model, torch.nn.functional.cross_entropy, optimizer, (images, labels))
         for images, labels in batches:
-            loss = step(images, labels)
+            value = step(images, labels)
 
     A call computes `loss(model(batch[0]), *batch[1:])`, its gradients, and `optimizer.step()`, as an eager step
     would: the constructor warms up by some steps, but then restores parameters, buffers, the optimizer's state and
-    PyTorch's random states. Gradients do not accumulate; after a call `p.grad` holds those of its batch.
+    PyTorch's random states. Gradients do not accumulate; `p.grad` is that of the last call, until it is dropped.
 
     Autocast that is on during construction applies to model and loss. A learning rate that changes has to be a
     tensor on the GPU, as `lr=torch.tensor(1e-3, device="cuda")`, which schedulers change in place. A smaller last
@@ -66,7 +66,7 @@ class GraphedStep:
         model: all its parameters and buffers are on one GPU.
         loss: a function, or module, of the model's output and the batch's other tensors, that returns a scalar.
         optimizer: with `capturable=True`, if it has that option.
-        batch: an example, of one tensor or more on that GPU. Values do not matter.
+        batch: an example, of one tensor or more on that GPU. Its values do not matter.
 
     Raises:
         TypeError: the batch is no sequence of tensors.
@@ -178,8 +178,8 @@ class GraphedStep:
         dampening = any(group.get("dampening") for group in self._optimizer.param_groups)
         if before.new_state() and (dampening or type(self._optimizer) not in START_FROM_ZERO):
             raise CaptureError(
-                f"{name}{' with dampening' if dampening else ''} makes its state in the first step, and where it "
-                "starts is not known here; take an eager step before"
+                f"{name}{' with dampening' if dampening else ''} makes new state in a step, which starts where "
+                "only it knows; expected state that is changed in place: take an eager step before"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastconv.graphs.capture import CaptureError
+from fastconv.graphs.capturing import CaptureError
 
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

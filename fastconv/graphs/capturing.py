@@ -63,10 +63,10 @@ def capture(
             # The generator's own state may still be that of a capture, in which it refuses to draw.
             generator.graphsafe_set_state(random_state)
             cause = cause or error
+            reason = str(cause).partition("\n")[0]
             raise CaptureError(
-                f"CUDA cannot capture the step in a graph ({type(cause).__name__}: {str(cause).splitlines()[0]}); "
-                "expected a step that neither waits for the GPU nor copies to or from the CPU, and no loss of an "
-                "eager step that is still referenced"
+                f"CUDA cannot capture the step in a graph ({type(cause).__name__}: {reason}); expected no "
+                "waiting for the GPU, no copies to or from the CPU, and no loss of an eager step still referenced"
             ) from cause
 
     def replay() -> T:
