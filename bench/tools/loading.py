@@ -32,7 +32,8 @@ def main() -> None:
     arrays = [dataset.data[i] for i in chosen]
     pictures = [Image.fromarray(array) for array in arrays]
     items = [dataset[i] for i in chosen]
-    loader = DataLoader(Subset(dataset, chosen), batch_size=lecture.BATCH_SIZE, shuffle=True)
+    part: Subset[lecture.Batch] = Subset(dataset, chosen)
+    loader = DataLoader(part, batch_size=lecture.BATCH_SIZE, shuffle=True)
     calls: dict[str, Callable[[], object]] = {
         "array and label, by index": lambda: [(dataset.data[i], dataset.targets[i]) for i in chosen],
         "`Image.fromarray`": lambda: [Image.fromarray(array) for array in arrays],
