@@ -224,3 +224,10 @@ def test_files_of_trainings_and_of_workloads_are_not_mixed_up(tmp_path):
     results.write(path, ABOUT, made_rows())
     with pytest.raises(results.ResultsError, match="has workloads whole_training; this version knows depthwise"):
         results.read(path)
+
+
+def test_committed_trainings_say_where_they_come_from():
+    for path in (results.FOLDER / trainings.FOLDER).glob("*.json"):
+        about, _ = trainings.read(path)
+        assert about["commit"]
+        assert about["dirty"] is False

@@ -2,7 +2,7 @@
 
     python3 -m fastconv.bench.tools.visit.training OUT [DATA]
 
-OUT/training.json gets each run when it is done, and a line is printed. DATA is a folder that
+OUT/training.json gets each run when it is done, or why it failed, and a line is printed. DATA is a folder that
 `fastconv train --data` would take; without it training is on random pictures, and only its time means something.
 """
 
@@ -26,7 +26,7 @@ from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset, ImageSet
 from fastconv.training.recipe import Precision
 
-from ... import results
+from ... import results, suite
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
@@ -82,18 +82,24 @@ def main() -> None:
     out = Path(sys.argv[1])
     compilations.count()
     dataset = load(sys.argv[2:])
+    failures: dict[str, str] = {}
     found: dict[str, Any] = {
         "provenance": results.provenance(DEVICE, "bench/gpu.sh whole"),
         "data": dataset.source,
+        "failures": failures,
     }
     for way, precision, epochs in RUNS:
         # Without a GPU there are no graphs.
-        if ON_GPU or way.graph == "off":
-            name = f"{way.name}, {precision}"
+        if not ON_GPU and way.graph == "on":
+            continue
+        name = f"{way.name}, {precision}"
+        with suite.noted(failures, name):
             took = found[name] = run(way, replace(RECIPE, precision=precision, epochs=epochs), dataset)
-            text = json.dumps(found, indent=1)
-            write_atomically(out / "training.json", lambda file, text=text: file.write(text.encode()))
             print(f"training, {name}: {epochs} epochs in {took['seconds']:.2f} s, {took['test']}", flush=True)
+        if name in failures:
+            print(f"training, {name}: failed ({failures[name]})", flush=True)
+        text = json.dumps(found, indent=1)
+        write_atomically(out / "training.json", lambda file, text=text: file.write(text.encode()))
 
 
 def run(way: Way, recipe: training.Recipe, dataset: Dataset) -> dict[str, Any]:
