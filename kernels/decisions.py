@@ -60,7 +60,8 @@ def convnext_block(x: Tensor, pointwise: Convolution, norm: Norm) -> Form:
 
 
 def classifier(norm: str, width: int, pixels: int) -> Form:
-    """
+    """How a whole Classifier is trained and evaluated: by `classifier.plan`, or part by part.
+
     Args:
         width: channels after the stem; there are twice as many after the downsampling.
         pixels: of a map after the stem.

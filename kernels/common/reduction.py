@@ -111,8 +111,8 @@ def fold_onto_taps(
     # its diagonal, where each element is in another cache line.
     PADDED: tl.constexpr = triton.next_power_of_2(KERNEL_WIDTH)
     for first in tl.static_range(0, KERNEL_HEIGHT * PADDED, BLOCK_TAPS):
-        t = first + tl.arange(0, BLOCK_TAPS)[None, :]
-        row, column = t // PADDED, t % PADDED
+        place = first + tl.arange(0, BLOCK_TAPS)[None, :]
+        row, column = place // PADDED, place % PADDED
         is_tap = (row < KERNEL_HEIGHT) & (column < KERNEL_WIDTH)
         total = tl.zeros((BLOCK_PIXELS, BLOCK_TAPS), matrices.dtype.element_ty)
         for block in range(blocks):

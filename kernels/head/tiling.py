@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class HeadTiling:
     The labels of a batch are those of images order[position : position + N].
 
     Args:
-        x: (N, C, H, W), contiguous
+        x: (N, C, H, W) or (N, C, P), contiguous.
         classes: how many there are.
 
     Attributes:
@@ -29,14 +31,14 @@ class HeadTiling:
     """
 
     def __init__(self, x: Tensor, classes: int) -> None:
-        self._images, channels, height, width = x.shape
+        (self._images, channels), pixels = x.shape[:2], math.prod(x.shape[2:])
         self._rounds, self.programs = rounds_and_parts(self._images, MAX_PARTIALS)
         self.length = classes * channels + classes
-        block_classes, block_pixels = next_power_of_2(classes), min(64, next_power_of_2(height * width))
+        block_classes, block_pixels = next_power_of_2(classes), min(64, next_power_of_2(pixels))
         self._constants = {
             "CLASSES": classes,
             "CHANNELS": channels,
-            "PIXELS": height * width,
+            "PIXELS": pixels,
             "BLOCK_CLASSES": block_classes,
             "BLOCK_CHANNELS": min(next_power_of_2(channels), max(1, TILE // max(block_classes, block_pixels))),
             "BLOCK_PIXELS": block_pixels,
