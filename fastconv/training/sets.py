@@ -99,4 +99,6 @@ class Batches:
         """Return the next images, float32 [size, 3, height, width] in [0, 1], and their labels, int64 [size]."""
         chosen = self.order[self.position + self._offsets[:size]]
         self.position += size
-        return self.images.images[chosen].float() / 255, self.images.labels[chosen]
+        # On a CPU twice as fast as indexing.
+        pixels = self.images.images.index_select(0, chosen)
+        return pixels.float().div_(255), self.images.labels[chosen]

@@ -552,6 +552,24 @@ def test_graphs_rehearsed_give_the_same_bits(dataset, tmp_path, rehearsed, monke
     assert final.test == eager.test
 
 
+@pytest.mark.parametrize("at", [(1, 2), (2, 3), (2, "evaluation"), (3, 5)])
+def test_graphs_rehearsed_stop_and_go_on(dataset, tmp_path, rehearsed, at):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(loop.Interrupted):
+        run(dataset, path, observer=Recorder(at, lambda: signal.raise_signal(signal.SIGINT)))
+    resumed = run(dataset, path, resumed=checkpoint.load(path))
+    assert ("train", 16) in rehearsed
+    assert_same_weights(resumed, run(dataset, tmp_path / "unbroken.pt"))
+
+
+def test_graphs_rehearsed_stop_at_a_loss_that_is_not_finite(dataset, tmp_path, rehearsed, monkeypatch):
+    monkeypatch.setattr(recipe_module, "LARGEST_LR", 1e30)
+    monkeypatch.setattr(loop, "REPORT_SECONDS", 1e9)
+    with pytest.raises(NonFinite, match=r"in epoch 1, step 2$"):
+        run(dataset, tmp_path / "a.pt", Recipe(**{**vars(RECIPE), "lr": 1e30, "weight_decay": 0.0}))
+    assert rehearsed == [("train", 16)]
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is(dataset, tmp_path, rehearsed, monkeypatch):
     def refuse(*_, **__):
         raise graphed.CaptureError("no")
