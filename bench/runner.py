@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv import graphs
 from fastconv.training.data import ImageSet
 from fastconv.training.sets import Batches
 
@@ -181,23 +183,7 @@ def capture(call: Callable[[int], object], count: int = BATCHES) -> Call:
 
     The graphs share their memory, except for what they return: one runs at a time.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # These calls compile, and libraries allocate their workspaces.
-        for i in range(count):
-            call(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    graphs: list[torch.cuda.CUDAGraph] = []
-    outputs = []
-    for i in range(count):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
-            outputs.append(call(i))
-        graphs.append(graph)
-
-    def replay(i: int) -> object:
-        graphs[i % count].replay()
-        return outputs[i % count]
-
-    return replay
+    device, pool = torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()
+    # The warm-up compiles, and libraries allocate their workspaces.
+    replays = [graphs.capture(partial(call, i), device, warm_ups=1, pool=pool) for i in range(count)]
+    return lambda i: replays[i % count]()

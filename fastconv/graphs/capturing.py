@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,14 +35,11 @@ def capture(
     Raises:
         CaptureError: CUDA refuses, or the recorded call raises an exception. Warm-ups raise their own.
     """
+    for _ in range(warm_ups):
+        with on_side_stream(device):
+            function()
     with torch.cuda.device(device):
         stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warm_ups):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         random_state = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
@@ -74,6 +72,17 @@ def capture(
         return result
 
     return replay
+
+
+@contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """Launch on the stream of captures meanwhile, as a warm-up has to: libraries keep a workspace for each stream."""
+    with torch.cuda.device(device):
+        stream = _side_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastconv.graphs import CaptureError, capture
+from fastconv.graphs import CaptureError, capture, on_side_stream
 from fastconv.training.stepper import Stepper
 
 # What `fastconv train --graph` takes.
@@ -52,7 +52,8 @@ class GraphedStepper:
         if key in self._steps:
             self._steps[key]()
         else:
-            step(size)
+            with on_side_stream(self._device):
+                step(size)
             self._steps[key] = partial(self._capture, key, partial(step, size))
 
     def _capture(self, key: tuple[str, int], step: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -532,6 +533,7 @@ def rehearsed(monkeypatch):
         return function
 
     monkeypatch.setattr(graphed, "capture", capture)
+    monkeypatch.setattr(graphed, "on_side_stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(
         state_module, "graphed", lambda stepper, graph, note: graphed.GraphedStepper(stepper, note)
