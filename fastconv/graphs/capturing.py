@@ -76,7 +76,7 @@ def capture(
 
 @contextmanager
 def on_side_stream(device: torch.device) -> Iterator[None]:
-    """Launch on the stream of captures meanwhile, as a warm-up has to: libraries keep a workspace for each stream."""
+    """Launch on the stream of captures, as a warm-up has to: libraries keep a workspace for each stream."""
     with torch.cuda.device(device):
         stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
