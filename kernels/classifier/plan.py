@@ -167,7 +167,7 @@ class TrainingPlan(Plan):
             state.steps,
         )
         self._add(
-            adamw_launch(reduction.length, images, state.rounded is not None),
+            adamw_launch(state.parameters.numel(), images, state.rounded is not None),
             state.parameters,
             state.gradients,
             state.exp_avg,

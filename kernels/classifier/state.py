@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..optimizer.tiling import adamw_hyperparameters
 
@@ -36,7 +37,7 @@ class State:
         dtype: in which kernels read the parameters.
 
     Attributes:
-        parameters, gradients, exp_avg, exp_avg_sq: [L], in the order of `parameter_names`.
+        parameters, gradients, exp_avg, exp_avg_sq: [L], in the order of `parameter_names`, with zeros behind them.
         steps: AdamW's counter of each parameter, [parameters].
         rounded: [L], the parameters in `dtype`, or None if they are in it.
         hyperparameters: AdamW's, float64 [5], as `adamw_hyperparameters` makes them.
@@ -73,7 +74,8 @@ class State:
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [L] by the names of the parameters, whose shapes they have."""
-        parts = vector.split([size.numel() for size in self._sizes.values()])
+        counts = [size.numel() for size in self._sizes.values()]
+        parts = vector[: sum(counts)].split(counts)
         return {name: part.view(size) for (name, size), part in zip(self._sizes.items(), parts, strict=True)}
 
     def round(self) -> None:
@@ -103,4 +105,6 @@ def _new_state(p: nn.Parameter) -> dict[str, Tensor]:
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([x.flatten() for x in tensors])
+    """All elements as one vector, of a length that `adamw_launch` has wide accesses for."""
+    vector = torch.cat([x.flatten() for x in tensors])
+    return F.pad(vector, (0, -len(vector) % 16))
