@@ -64,7 +64,7 @@ def weighted(counts: Sequence[int], sizes: Sequence[int]) -> int:
 
 def run_lecture(dataset: Dataset, device: torch.device, recipe: training.Recipe) -> Row:
     clock = Clock()
-    (metrics,) = lecture.run(dataset.train, device, 1, clock, recipe.limit)
+    (metrics,) = lecture.run(dataset.train, len(dataset.classes), device, 1, clock, recipe.limit)
     seconds = {
         part: {
             **{name: clock.seconds[part, name] for name in (lecture.LOADING, lecture.MOVING)},

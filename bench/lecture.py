@@ -56,12 +56,13 @@ class DeviceLoader:
 
 
 def run(
-    images: ImageSet, device: torch.device, epochs: int, clock: Clock, limit: int | None = None
+    images: ImageSet, classes: int, device: torch.device, epochs: int, clock: Clock, limit: int | None = None
 ) -> list[dict[str, float]]:
     """Train and evaluate.
 
     Args:
-        images: CIFAR-10's training images, on the CPU.
+        images: training images, on the CPU; the lecture's are CIFAR-10's.
+        classes: how many classes they are of.
         clock: measures the parts of all epochs.
         limit: use only the first so many training and validation images.
 
@@ -72,7 +73,7 @@ def run(
         DeviceLoader(DataLoader(part, batch_size=BATCH_SIZE, shuffle=True), device, clock)
         for part in split(images, limit)
     )
-    model = reference.Classifier().to(device)
+    model = reference.Classifier(num_classes=classes).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     history: list[dict[str, float]] = []

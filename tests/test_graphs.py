@@ -418,14 +418,47 @@ def test_distributed_data_parallel_is_refused(rehearsed, tmp_path):
     ("batch", "message"),
     [
         (torch.ones(2, 3), r"batch is float32 \[2, 3\] on cpu; expected a sequence of tensors"),
-        ((torch.ones(2, 3), 1), "batch is of type tuple; expected a sequence of tensors"),
-        ((), "batch is of type tuple; expected a sequence of tensors"),
+        ((torch.ones(2, 3), 1), r"batch\[1\] is of type int; expected a tensor"),
+        ((), "batch is empty; expected a sequence of tensors"),
     ],
 )
 def test_examples_that_are_no_tensors_are_refused(rehearsed, batch, message):
     model = Net()
     with pytest.raises(TypeError, match=message):
         GraphedStep(model, F.cross_entropy, adamw(model.parameters()), batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda y, labels: None,
+            "the loss is of type NoneType; expected a scalar tensor that depends on parameters",
+        ),
+        (lambda y, labels: y.sum(0), r"the loss is float32 \[4\] on cpu; expected a scalar"),
+        (lambda y, labels: y.detach().sum(), r"the loss is float32 \[\] on cpu; expected a scalar"),
+    ],
+    ids=["none", "vector", "constant"],
+)
+def test_losses_that_cannot_be_differentiated_are_refused(rehearsed, loss, message):
+    with pytest.raises(TypeError, match=message):
+        make(loss=loss)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(rehearsed):
+    with pytest.raises(CaptureError, match="LBFGS calls a closure as often as it decides"):
+        make(torch.optim.LBFGS)
+
+
+def test_it_can_be_made_where_gradients_are_off(rehearsed):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model, _, step = make()
+        loss = step(*next(batches(1)))
+    torch.manual_seed(0)
+    other, _, other_step = make()
+    assert torch.equal(other_step(*next(batches(1))), loss)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import typer
 from fastconv import machine
 from fastconv.commands import check, evaluate, info, predict, summary, swap_report, train
 from fastconv.extras import MissingPackage
+from fastconv.graphs import CaptureError
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, folder, loop
 from fastconv.training.stepper import NonFinite
@@ -42,6 +43,7 @@ def main() -> None:
         folder.FolderError,
         backends.BackendUnavailable,
         MissingPackage,
+        CaptureError,
         OSError,
     )
     for stream in (sys.stdout, sys.stderr):

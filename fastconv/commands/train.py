@@ -27,13 +27,14 @@ from fastconv.commands.options import (
 from fastconv.console import console
 from fastconv.extras import import_extra
 from fastconv.files import WriteError
+from fastconv.graphs import CaptureError
 from fastconv.training import checkpoint, folder, graphed, loop, memory
 from fastconv.training.display import Display, model_summary
 from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.recipe import Recipe, check_images
 from fastconv.training.stepper import NonFinite
 
-RESUMED_OPTIONS = [("data_directory", "--data"), *((name, f"--{name}") for name in ("device", "backend", "graph"))]
+RESUMED_OPTIONS = [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]
 RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
 
 
@@ -128,7 +129,7 @@ def train(
                 shown.print(how_to_resume, soft_wrap=True)
             number = error.signal if isinstance(error, loop.Interrupted) else signal.SIGINT
             raise typer.Exit(128 + number) from error
-        except WriteError:
+        except (WriteError, CaptureError):
             if path.exists():
                 shown.print(f"\n{how_to_resume}", soft_wrap=True)
             raise

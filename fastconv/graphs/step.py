@@ -69,7 +69,7 @@ class GraphedStep:
         batch: an example, of one tensor or more on that GPU. Its values do not matter.
 
     Raises:
-        TypeError: the batch is no sequence of tensors.
+        TypeError: the batch is no sequence of tensors, or the loss no scalar that depends on parameters.
         CaptureError: the step cannot be captured. Something is on a CPU; or the optimizer keeps numbers on the
             host, or starts from values that are not known here; or the host waits for a result (`.item()`,
             `nonzero`, `if` on a tensor); or a buffer is replaced rather than changed in place; or CUDA refuses,
@@ -80,10 +80,12 @@ class GraphedStep:
     def __init__(
         self, model: nn.Module, loss: Callable[..., Tensor], optimizer: Optimizer, batch: Sequence[Tensor]
     ) -> None:
-        if not isinstance(batch, Sequence) or not batch or not all(isinstance(x, Tensor) for x in batch):
-            raise TypeError(
-                f"batch is {_describe(batch)}; expected a sequence of tensors, such as (images, labels)"
-            )
+        if not isinstance(batch, Sequence) or not batch:
+            found = "empty" if isinstance(batch, Sequence) else _describe(batch)
+            raise TypeError(f"batch is {found}; expected a sequence of tensors, such as (images, labels)")
+        for i, x in enumerate(batch):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"batch[{i}] is {_describe(x)}; expected a tensor")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise CaptureError("the model is a DistributedDataParallel; expected one that runs on one device")
         structure = Structure(
@@ -146,10 +148,14 @@ class GraphedStep:
         for parameter in self._parameters:
             parameter.grad = None
         kind, dtype, enabled = self._autocast
-        with torch.autocast(kind, enabled=False):
+        with torch.enable_grad(), torch.autocast(kind, enabled=False):
             # A cache would keep the weights of an earlier step, rounded.
             with torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 loss = self._loss(self._model(self._batch[0]), *self._batch[1:])
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise TypeError(
+                    f"the loss is {_describe(loss)}; expected a scalar tensor that depends on parameters to train"
+                )
             loss.backward()
             self._optimizer.step()
         return loss.detach()
@@ -202,6 +208,8 @@ def _common_device(tensors: dict[Tensor, str]) -> torch.device:
 def _check_groups(optimizer: Optimizer, device: torch.device) -> None:
     """Refuse hyperparameters with which steps would not be on the GPU alone."""
     name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise CaptureError(f"{name} calls a closure as often as it decides; expected an optimizer that needs none")
     for i, group in enumerate(optimizer.param_groups):
         if not group.get("capturable", True):
             raise CaptureError(f"{name} counts its steps on the CPU; expected {name}(..., capturable=True)")

@@ -86,7 +86,7 @@ class Checkpoint:
             ("classes", self.classes, list(dataset.classes)),
             ("image size", self.image_size, list(dataset.train.images.shape[1:])),
             ("number of training images", self.train_images, train_images),
-            ("checksum of pixels and labels", self.data_checksum, dataset.checksum()),
+            ("checksum of pixels and labels", self.data_checksum, dataset.checksum),
         ]:
             if trained_on != given:
                 place = self.data_directory or "the downloaded CIFAR-10"

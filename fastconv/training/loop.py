@@ -77,7 +77,10 @@ def prepare(recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Che
         ValueError: the images are too small for the recipe's patches, or huge.
         CheckpointError: `resumed` does not fit the recipe or the data.
     """
-    return State(recipe, dataset, make_sets(dataset, recipe, device), resumed)
+    # Before the clock starts: it belongs to reading the data.
+    _ = dataset.checksum
+    started = time.monotonic()
+    return State(recipe, dataset, make_sets(dataset, recipe, device), started, resumed)
 
 
 def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -> Checkpoint:
@@ -175,6 +178,8 @@ class _Run:
                 self.observer.evaluation(epoch, before + done, total)
                 self.reported = now
             self.stop_if_interrupted(f"in epoch {epoch}, in its evaluation")
+            if now - self.saved > SAVE_SECONDS:
+                self.save()
 
         return self.state.evaluate(images, advanced)
 

@@ -63,10 +63,11 @@ class PlannedStepper:
         return self._evaluations[size]
 
 
-def planned(stepper: AutogradStepper, note: Callable[[str], None]) -> Stepper:
+def planned(stepper: AutogradStepper, size: int, note: Callable[[str], None]) -> Stepper:
     """Return a stepper that runs the same steps as plans, if Triton's kernels can; else the same one.
 
     Args:
+        size: images of most steps.
         note: called with the reason if kernels that should be able to are not.
     """
     device, dtype = stepper.batches.position.device, DTYPES[stepper.recipe.precision]
@@ -74,10 +75,12 @@ def planned(stepper: AutogradStepper, note: Callable[[str], None]) -> Stepper:
         return stepper
     found = PlannedStepper(stepper)
     try:
-        found.plan_training(min(stepper.batches.batch_size, len(stepper.batches.images))).prepare()
-        reason = plan_selftest.why_wrong(stepper, PlannedStepper)
+        found.plan_training(size).prepare()
+        reason = plan_selftest.why_wrong(stepper, size, PlannedStepper)
     except KernelError as error:
         reason = f"kernel {error.kernel} cannot run ({textwrap.shorten(error.reason, 300)})"
+    except torch.cuda.OutOfMemoryError:
+        reason = f"there is too little memory for a plan of {size:,} images"
     if reason is None:
         return found
     note(f"Steps run operation by operation, not as one plan of Triton launches: {reason}")

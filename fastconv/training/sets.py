@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -39,17 +40,16 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
     # The lecture's split is a random order itself.
     train, validation = split_indices(count, recipe.split_seed)
     test = random_order(len(dataset.test), f"test {recipe.split_seed}")
-    chosen = [
-        (dataset.train, train[: recipe.limit]),
-        (dataset.train, validation[: recipe.limit]),
-        (dataset.test, test[: recipe.limit]),
-    ]
-    images = torch.cat([source.images[indices] for source, indices in chosen])
-    labels = torch.cat([source.labels[indices] for source, indices in chosen])
-    first = len(chosen[0][1])
-    second = first + len(chosen[1][1])
+    train, validation, test = (order[: recipe.limit] for order in (train, validation, test))
+    ends = list(itertools.accumulate(map(len, (train, validation, test))))
+    seen = torch.cat([train, validation])
+    images = dataset.train.images.new_empty(ends[-1], *dataset.train.images.shape[1:])
+    # Into one tensor at once, and by what is several times as fast as indexing.
+    torch.index_select(dataset.train.images, 0, seen, out=images[: ends[1]])
+    torch.index_select(dataset.test.images, 0, test, out=images[ends[1] :])
+    labels = torch.cat([dataset.train.labels[seen], dataset.test.labels[test]])
     return Sets(
-        ImageSet(images, labels).to(device), range(first), range(first, second), range(second, len(labels))
+        ImageSet(images, labels).to(device), *itertools.starmap(range, zip([0, *ends], ends, strict=False))
     )
 
 

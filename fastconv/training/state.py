@@ -26,6 +26,7 @@ class State:
 
     Args:
         sets: the images of the data set that the recipe takes.
+        started: when the run began in this process, by `time.monotonic`.
         resumed: a checkpoint to go on from; without one a run begins.
 
     Raises:
@@ -33,13 +34,15 @@ class State:
         CheckpointError: `resumed` does not fit the recipe or the data.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, sets: Sets, resumed: Checkpoint | None) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, sets: Sets, started: float, resumed: Checkpoint | None
+    ) -> None:
         self.recipe, self.dataset, self.sets = recipe, dataset, sets
         self.device = sets.images.images.device
         self.image_size = list(dataset.train.images.shape[1:])
         if resumed is not None:
             resumed.check_data(dataset, len(sets.train))
-        self.data_checksum = dataset.checksum() if resumed is None else resumed.data_checksum
+        self.data_checksum = dataset.checksum if resumed is None else resumed.data_checksum
         self.environment = Environment.now(self.device)
         self.model = make_model(recipe, self.image_size, len(dataset.classes)).to(self.device)
         self.optimizer = make_optimizer(self.model, recipe)
@@ -48,12 +51,15 @@ class State:
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, float]] = []
         self.test: dict[str, float] | None = None
-        self.started, self.evaluation_seconds = time.monotonic(), 0.0
+        self.started = started
+        # The time of evaluations that are over, and when the one that goes on began.
+        self._evaluated = 0.0
+        self._evaluating: float | None = None
         if resumed is not None:
             resumed.restore(self.model, self.optimizer, self.device)
             self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
             self.started -= resumed.seconds
-            self.evaluation_seconds = resumed.evaluation_seconds
+            self._evaluated = resumed.evaluation_seconds
         batches = Batches(sets.images, recipe.batch_size)
         self._autograd = AutogradStepper(self.model, self.optimizer, recipe, batches)
         self.stepper: Stepper = self._autograd
@@ -67,7 +73,8 @@ class State:
         Args:
             note: called with one line for each way that should have been there and is not.
         """
-        self.stepper = graphed(planned(self._autograd, note), graph, note)
+        size = min(self.recipe.batch_size, len(self.sets.train))
+        self.stepper = graphed(planned(self._autograd, size, note), graph, note)
 
     @property
     def losses(self) -> Tensor:
@@ -78,6 +85,11 @@ class State:
     def seconds(self) -> float:
         """The time spent so far, in all processes of the run."""
         return time.monotonic() - self.started
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """The part of it that evaluations took, the one that goes on included."""
+        return self._evaluated + (0.0 if self._evaluating is None else time.monotonic() - self._evaluating)
 
     def save(self, path: Path) -> Checkpoint:
         """Write a checkpoint to `path`, and return it.
@@ -143,11 +155,10 @@ class State:
 
     def evaluate(self, images: range, advanced: Callable[[int], None]) -> tuple[float, float]:
         """As `loss_and_accuracy`; its time counts as evaluation's."""
-        started = time.monotonic()
-        try:
-            return loss_and_accuracy(self.stepper, images, advanced)
-        finally:
-            self.evaluation_seconds += time.monotonic() - started
+        self._evaluating = time.monotonic()
+        found = loss_and_accuracy(self.stepper, images, advanced)
+        self._evaluated, self._evaluating = self.evaluation_seconds, None
+        return found
 
     def running_metrics(self) -> tuple[float, float]:
         """Return loss and accuracy over the epoch's images, each as it was when its step began."""

@@ -102,6 +102,15 @@ def few_images(monkeypatch):
     return make_dataset(50)
 
 
+def test_the_lectures_model_has_the_classes_of_the_data(few_images):
+    three = replace(
+        few_images, train=ImageSet(few_images.train.images, few_images.train.labels % 3), classes="abc"
+    )
+    row = end_to_end.run_lecture(three, CPU, Recipe(limit=8))
+    # That of guessing: with ten classes it would be 2.3.
+    assert 0.6 < row["metrics"]["train_loss"] < 1.6
+
+
 def test_rounds_have_both_programs_parts_and_their_scales(few_images):
     recipe = Recipe(batch_size=4, epochs=3, limit=8)
     advances = []

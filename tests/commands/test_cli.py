@@ -24,6 +24,7 @@ from processes import run_python
 import fastconv
 from fastconv import machine
 from fastconv.commands import main
+from fastconv.graphs import CaptureError
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
 from fastconv.training import folder as run_folder
@@ -105,7 +106,7 @@ def test_train_saves_and_reports(run, folder, tmp_path):
     }
     assert config["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert (config["data_directory"], config["train_images"]) == (str(folder), 16)
-    assert config["data_checksum"] == data.load(folder).checksum()
+    assert config["data_checksum"] == data.load(folder).checksum
     assert (config["device"], config["threads"]) == ("cpu", torch.get_num_threads())
     with Image.open(tmp_path / "run/curves.png") as picture:
         assert min(picture.size) > 300
@@ -335,6 +336,18 @@ def test_memory_that_cannot_be_had(run, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.State, "train", fail)
     refused(run("train", "--data", folder, "--out", tmp_path / "run", *SMALL), "out of memory; give a smaller")
+
+
+def test_a_step_that_cannot_be_captured(run, folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise CaptureError("CUDA refuses; leave --graph on out")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.State, "train", fail)
+        result = run("train", "--data", folder, "--out", out, *SMALL)
+    refused(result, "fastconv: CUDA refuses; leave --graph on out")
+    assert f"go on with:\n  fastconv train --out {out} --resume" in result[1]
 
 
 @pytest.mark.parametrize("package", ["torchinfo", "matplotlib"])

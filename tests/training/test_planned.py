@@ -121,6 +121,12 @@ def test_kernels_that_cannot_run_leave_it_to_autograd(dataset, device, monkeypat
     assert notes == [expected]
 
 
+def test_the_plan_is_of_the_steps_that_there_are(dataset, device):
+    stepper = stepper_of(dataset, device, Recipe(**{**vars(RECIPE), "batch_size": 1000}))
+    (plan,) = stepper._training
+    assert plan == 8
+
+
 @pytest.fixture
 def unproved(monkeypatch, tmp_path):
     """A machine on which `auto` has Triton test itself."""
@@ -129,30 +135,35 @@ def unproved(monkeypatch, tmp_path):
     monkeypatch.setattr(plan_selftest, "backends", SimpleNamespace(current=lambda: "auto"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_right_steps_are_planned_after_one_test(dataset, device, unproved, monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 2), ("bf16", 2), ("fp32", 1)])
+def test_right_steps_are_planned_after_one_test(dataset, device, unproved, monkeypatch, precision, width):
+    """With a width of 1 the exact gradient of the stem's bias is zero."""
     judged = []
     judge = plan_selftest.judge
     monkeypatch.setattr(plan_selftest, "judge", lambda *given: judged.append(judge(*given)) or judged[-1])
-    recipe = Recipe(**{**vars(RECIPE), "precision": precision})
+    recipe = Recipe(**{**vars(RECIPE), "precision": precision, "width": width})
     for _ in range(2):
         assert isinstance(stepper_of(dataset, device, recipe), PlannedStepper)
     assert [verdict.right for verdict in judged] == [True]
 
 
-def test_wrong_steps_are_not_planned(dataset, device, unproved, monkeypatch):
-    """A gradient is off by 1 %: that of the last parameter, the bottleneck's bias."""
-    train = PlannedStepper.train
+@pytest.mark.parametrize("wrong", ["bottleneck.bias", "the loss", "the loss in evaluation"])
+def test_wrong_steps_are_not_planned(dataset, device, unproved, monkeypatch, wrong):
+    """One number is off by 1 %."""
+    method = "evaluate" if wrong.endswith("evaluation") else "train"
+    original = getattr(PlannedStepper, method)
 
     def spoil(self, size):
-        train(self, size)
-        self.flat.views(self.flat.gradients)["bottleneck.bias"][-1] *= 1.01
+        original(self, size)
+        gradients = self.flat.views(self.flat.gradients)
+        losses = {"the loss": self.trained.losses, "the loss in evaluation": self.evaluated.losses}
+        (gradients | losses)[wrong][0] *= 1.01
 
-    monkeypatch.setattr(PlannedStepper, "train", spoil)
+    monkeypatch.setattr(PlannedStepper, method, spoil)
     for _ in range(2):
         notes = []
         assert isinstance(stepper_of(dataset, device, note=notes.append), AutogradStepper)
-        assert "it failed its self-test: the gradient of bottleneck.bias has error" in notes[0]
+        assert f"it failed its self-test: {wrong} has error" in notes[0]
 
 
 @pytest.mark.gpu
