@@ -1,0 +1,63 @@
+"""A classifier's planned steps on one batch of random pictures, for tools that compile, count or time them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastconv.kernels.classifier.plan import Batches, EvaluationPlan, TrainingPlan
+from fastconv.kernels.classifier.state import State
+from fastconv.modules import Classifier
+
+CLASSES = 10
+
+
+class Sizes(NamedTuple):
+    """The defaults are the lecture's."""
+
+    images: int = 128
+    side: int = 32
+    width: int = 32
+    depth: int = 5
+    patch: int = 4
+
+
+LECTURE = Sizes()
+
+
+class PlannedSteps:
+    """Plans of a new model, the same at each call but for `dtype`.
+
+    Each call of a plan moves on by a batch, and there is one: call `rewind` before the next.
+
+    Args:
+        dtype: of maps, and of the parameters that kernels read.
+
+    Attributes:
+        loss: [1], what the last call wrote.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", sizes: Sizes = LECTURE) -> None:
+        images, side, width, depth, patch = sizes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Classifier(width, depth, patch, num_classes=CLASSES).to(device)
+            pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8)
+            labels = torch.randint(CLASSES, (images,))
+        self.state = State(model, torch.optim.AdamW(model.parameters()), dtype)
+        order, position = torch.arange(images), torch.zeros(1, dtype=torch.int64)
+        self._batches = Batches(*(x.to(device) for x in (pixels, labels, order, position)))
+        self.loss = torch.zeros(1, device=device)
+        self._correct = torch.zeros(1, dtype=torch.int64, device=device)
+        self._images = images
+
+    def training(self) -> TrainingPlan:
+        return TrainingPlan(self.state, self._batches, self.loss, self._correct, self._images, self._images)
+
+    def evaluation(self) -> EvaluationPlan:
+        weights, batches = self.state.weights, self._batches
+        return EvaluationPlan(weights, batches, self.loss, self._correct, self._images, self._images)
+
+    def rewind(self) -> None:
+        self._batches.position.zero_()
