@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from fastconv.kernels.classifier.plan import Batches, EvaluationPlan, TrainingPlan
+from fastconv.kernels.classifier.plan import Batches, EvaluationPlan, Plan, TrainingPlan
 from fastconv.kernels.classifier.state import State
 from fastconv.modules import Classifier
 
@@ -29,7 +30,7 @@ LECTURE = Sizes()
 class PlannedSteps:
     """Plans of a new model, the same at each call but for `dtype`.
 
-    Each call of a plan moves on by a batch, and there is one: call `rewind` before the next.
+    Each call of a plan moves on by a batch, and there is only one: `repeated` goes back before.
 
     Args:
         dtype: of maps, and of the parameters that kernels read.
@@ -59,5 +60,11 @@ class PlannedSteps:
         weights, batches = self.state.weights, self._batches
         return EvaluationPlan(weights, batches, self.loss, self._correct, self._images, self._images)
 
-    def rewind(self) -> None:
-        self._batches.position.zero_()
+    def repeated(self, plan: Plan) -> Callable[[int], None]:
+        """A plan as a call to time, which takes the same batch each time, whatever number it is given."""
+
+        def call(_: int) -> None:
+            self._batches.position.zero_()
+            plan()
+
+        return call
