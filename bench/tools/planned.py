@@ -36,7 +36,7 @@ class PlannedSteps:
         dtype: of maps, and of the parameters that kernels read.
 
     Attributes:
-        loss: [1], what the last call wrote.
+        state: what training changes.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", sizes: Sizes = LECTURE) -> None:
@@ -49,16 +49,14 @@ class PlannedSteps:
         self.state = State(model, torch.optim.AdamW(model.parameters()), dtype)
         order, position = torch.arange(images), torch.zeros(1, dtype=torch.int64)
         self._batches = Batches(*(x.to(device) for x in (pixels, labels, order, position)))
-        self.loss = torch.zeros(1, device=device)
-        self._correct = torch.zeros(1, dtype=torch.int64, device=device)
-        self._images = images
+        losses, correct = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        self._batch = self._batches, losses, correct, images, images
 
     def training(self) -> TrainingPlan:
-        return TrainingPlan(self.state, self._batches, self.loss, self._correct, self._images, self._images)
+        return TrainingPlan(self.state, *self._batch)
 
     def evaluation(self) -> EvaluationPlan:
-        weights, batches = self.state.weights, self._batches
-        return EvaluationPlan(weights, batches, self.loss, self._correct, self._images, self._images)
+        return EvaluationPlan(self.state.weights, *self._batch)
 
     def repeated(self, plan: Plan) -> Callable[[int], None]:
         """A plan as a call to time, which takes the same batch each time, whatever number it is given."""
