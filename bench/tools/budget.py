@@ -2,9 +2,10 @@
 
     python -m bench.tools.budget
 
-compiles the kernels of all operations at the lecture's shapes, and those of two stages of ConvNeXt-T, and
-prints a table; `--json` prints its rows. `--write` puts them into bench/tools/budget.json, with which the tests
-compare, and leaves the rows of other GPUs and precisions there as they are.
+compiles the kernels of all operations at the lecture's shapes, those that a planned step of its training has
+besides, and those of two stages of ConvNeXt-T, and prints a table; `--json` prints its rows. `--write` puts them
+into bench/tools/budget.json, with which the tests compare, and leaves the rows of other GPUs and precisions there
+as they are.
 
 Times are a model, not a measurement. The estimate is the longest of: issuing all instructions, moving what they
 access between registers and L1 or shared memory, and multiplying, each on the multiprocessor with most programs to
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -35,10 +37,12 @@ from torch import Tensor
 from fastconv.checking import inputs
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels import operations
+from fastconv.kernels.classifier.plan import Plan
 from fastconv.kernels.common.values import Convolution, Norm
 
 from . import machine_code
 from .dry_run import TARGETS, Launch, dry_run
+from .planned import PlannedSteps
 
 TABLE = Path(__file__).with_name("budget.json")
 
@@ -197,6 +201,15 @@ PARTS: dict[str, list[tuple[Call, Inputs]]] = {
     "first stage": [(depthwise_conv_channel_norm, stage(96, 56))],
     "last stage": [(depthwise_conv_channel_norm, stage(768, 7))],
 }
+# The part of a planned step, and how its plans are made.
+STEP = "planned step"
+STEPS: dict[str, Callable[[PlannedSteps], Plan]] = {
+    "training_step": PlannedSteps.training,
+    "evaluation_step": PlannedSteps.evaluation,
+}
+# Most launches of a step, and all in the table as the block's.
+OF_BLOCKS = ("depthwise_forward", "norm_mlp_residual", "norm_mlp_residual_backward", "depthwise_backward")
+
 # One stage in each precision: they differ in how channels and rows are divided, and both would take twice as long.
 STAGE_OF = {"bf16": "first stage", "fp32 highest": "last stage"}
 # The table's GPUs and precisions. Turing's tensor cores take neither bfloat16 nor tf32.
@@ -208,20 +221,47 @@ WITH_STAGES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def measure(architecture: str, precision_name: str, part: str) -> list[Row]:
-    """A row for each launch of a part's operations, forward and backward."""
+    """A row for each launch of a part."""
     precision = PRECISIONS[precision_name]
     torch.set_float32_matmul_precision(precision.float32)
+    launched = launches_of_steps if part == STEP else partial(launches_of_operations, PARTS[part])
     rows = []
-    for call, shape in PARTS[part]:
+    for operation, shape, launch, flops in launched(architecture, precision.dtype):
+        values = operation, shape, launch.kernel, precision_name, architecture
+        row = dict(zip(LABELS, values, strict=True)) | describe(launch, architecture, flops * precision.cost)
+        rows.append(row)
+    return rows
+
+
+# An operation, its shape, one of its launches, and the operations of that one's products.
+Launched = Iterator[tuple[str, str, Launch, int]]
+
+
+def launches_of_operations(
+    operations: list[tuple[Call, Inputs]], architecture: str, dtype: torch.dtype
+) -> Launched:
+    """Those of each operation, forward and backward."""
+    for call, shape in operations:
         with dry_run(architecture) as launches:
-            tensors = shape.tensors(precision.dtype)
+            tensors = shape.tensors(dtype)
             y = call(tensors)
             torch.autograd.grad(y, list(tensors.values()), torch.empty_like(y), allow_unused=True)
         for launch in launches:
-            values = call.__name__, str(shape), launch.kernel, precision_name, architecture
-            flops = shape.flops(launch.kernel) * precision.cost
-            rows.append(dict(zip(LABELS, values, strict=True)) | describe(launch, architecture, flops))
-    return rows
+            yield call.__name__, str(shape), launch, shape.flops(launch.kernel)
+
+
+def launches_of_steps(architecture: str, dtype: torch.dtype) -> Launched:
+    """Those of the lecture's steps that are no block's, once each; products are small, and count for nothing."""
+    known = set()
+    for name, make_plan in STEPS.items():
+        with dry_run(architecture) as launches:
+            for launch, tensors in make_plan(PlannedSteps(dtype)).calls:
+                if launch.kernel.fn.__name__ not in OF_BLOCKS:
+                    launch(*tensors)
+        for done in launches:
+            if done.compiled not in known:
+                known.add(done.compiled)
+                yield name, "128 images", done, 0
 
 
 def describe(launch: Launch, architecture: str, flops: int) -> Row:
@@ -262,9 +302,10 @@ def measure_all(architectures: list[str], precisions: list[str]) -> list[Row]:
     for architecture in architectures:
         for precision in precisions or IN_TABLE[architecture]:
             jobs.append((architecture, precision, "lecture"))
-            # The widest block takes 72 KiB of shared memory in float32, and a program on Turing has 64.
+            # The widest block takes 72 KiB of shared memory in float32, and a program on Turing has 64. Training
+            # takes bfloat16, which Turing has not, or float32.
             if architecture != "sm_75":
-                jobs.append((architecture, precision, "widest block"))
+                jobs += [(architecture, precision, part) for part in ("widest block", STEP)]
             if architecture in WITH_STAGES and precision in STAGE_OF:
                 jobs.append((architecture, precision, STAGE_OF[precision]))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

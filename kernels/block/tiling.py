@@ -12,6 +12,9 @@ from ..common.partials import MAX_PARTIALS, rounds_and_parts
 from ..toeplitz.tiling import ToeplitzTiling
 from .kernels import norm_mlp_residual, norm_mlp_residual_backward
 
+# Rows times hidden channels of a program, which holds them in registers, some times over.
+LARGEST_TILE = 2048
+
 
 class MlpTiling:
     """A program takes a block of some pixels of some images, and all channels of them.
@@ -26,8 +29,7 @@ class MlpTiling:
         hidden = weight.shape[0]
         # All of them, and at least the 16 that tensor cores take.
         block_hidden = max(16, next_power_of_2(hidden))
-        # A program holds all hidden channels of its rows in registers, some times over.
-        rows = max(16, min(64, 2048 // block_hidden))
+        rows = block_size(LARGEST_TILE // block_hidden, 64)
         block_pixels = min(toeplitz.block_pixels, rows)
         block_images = rows // block_pixels
         pixel_blocks = ceil_div(toeplitz.pixels, block_pixels)

@@ -7,9 +7,10 @@ import pytest
 from processes import printed_by
 
 pytest.importorskip("triton")
+import torch
 import triton
 
-from fastconv.bench.tools import budget, dry_run
+from fastconv.bench.tools import budget, dry_run, planned
 
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "bench/tools/budget.json").read_text())
@@ -65,6 +66,12 @@ def test_the_block_is_two_launches_forward_and_three_backward(rows):
         "depthwise_backward",
         "reduce_partials",
     ]
+
+
+def test_the_table_has_each_kernel_of_a_planned_step():
+    steps = planned.PlannedSteps(torch.bfloat16, "meta")
+    launched = {launch.kernel.fn.__name__ for make in budget.STEPS.values() for launch, _ in make(steps).calls}
+    assert launched - {row["kernel"] for row in TABLE["rows"]} == set()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from processes import printed_by
 
 pytest.importorskip("triton")
+from fastconv.bench.tools import planned
 from fastconv.bench.tools.visit import (
     compilations,
     kernel_cache,
@@ -21,6 +22,7 @@ from fastconv.bench.tools.visit import (
     prove,
     pytest_outcomes,
     report,
+    tilings,
     training,
     whole,
 )
@@ -73,6 +75,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import fastconv.bench.tools.visit.prove, fastconv.bench.tools.visit.measure, fastconv.bench.tools.visit.whole
 import fastconv.bench.tools.visit.benchmarks, fastconv.bench.tools.visit.training
+import fastconv.bench.tools.visit.first_timings, fastconv.bench.tools.visit.tilings
 """
     printed_by("-c", code)
 
@@ -100,6 +103,19 @@ def test_each_way_to_train_runs_as_it_says(way, monkeypatch):
     found = training.run(way, recipe, dataset)
     assert seen == [[way.backend, way.graph, way.compiled]] * 3
     assert (len(found["history"]), found["recipe"]["limit"]) == (2, 16)
+
+
+def test_each_tiling_to_try_is_another_and_only_for_its_plan():
+    def launches(alternative=()):
+        steps = planned.PlannedSteps(torch.bfloat16, "meta", planned.Sizes(depth=1))
+        calls = tilings.make_plan(steps, alternative).calls
+        return [(launch.programs, launch.numbers, launch.constants) for launch, _ in calls]
+
+    default = launches()
+    tried = [launches(alternative) for choice in tilings.CHOICES for alternative in choice]
+    assert all(found != default for found in tried)
+    assert len(tried) == len({str(found) for found in tried})
+    assert launches() == default
 
 
 # Launches the kernels of a layer norm, forward and backward.

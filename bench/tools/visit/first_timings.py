@@ -1,8 +1,8 @@
-"""First numbers: the time of a lecture's block as a replayed CUDA graph, as an eager call, and on the host alone.
+"""First numbers, of planned steps and of lecture blocks: as a replayed CUDA graph, as an eager call, on the host.
 
     python3 -m fastconv.bench.tools.visit.first_timings FILE
 
-FILE gets a line of JSON for each block, dtype and direction.
+FILE gets a line of JSON for the steps in each dtype, then for each block, dtype and direction.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ...contenders import FASTCONV, Contender
 from ...runner import Runner, capture
 from ...timing import Call
 from ...workloads import LECTURE, ConvNextBlock
+from ..planned import PlannedSteps
 from . import compilations
 from .stage import DEVICE, ON_GPU
 
@@ -35,22 +37,40 @@ HOST_CALLS = 50
 def main() -> None:
     compilations.count()
     with Path(sys.argv[1]).open("w") as kept:
+
+        def show(what: str, row: dict[str, Any], calls: dict[str, Call]) -> None:
+            found = measure(calls)
+            print(json.dumps(row | {"microseconds": found}), file=kept, flush=True)
+            numbers = ", ".join(f"{name} {us:.4g}" for name, us in found.items())
+            print(f"{what}, us: {numbers}", flush=True)
+
+        # A CPU would interpret each of a step's kernels.
+        for dtype in DTYPES if ON_GPU else ():
+            show(
+                f"planned step, {name_of(dtype)}", {"level": "planned_step", "dtype": name_of(dtype)}, steps(dtype)
+            )
         for dtype in DTYPES:
             for shape in LECTURE:
                 workload = ConvNextBlock(IMAGES, *shape)
                 runners = {name: Runner(way, workload, DEVICE, dtype) for name, way in WAYS.items()}
                 for direction in ("forward", "both"):
-                    found = measure(runners, direction)
-                    dtype_name = str(dtype).removeprefix("torch.")
-                    about = {**workload.as_row(), "dtype": dtype_name, "direction": direction}
-                    print(json.dumps(about | {"microseconds": found}), file=kept, flush=True)
-                    numbers = ", ".join(f"{name} {us:.4g}" for name, us in found.items())
-                    print(f"{workload}, {dtype_name}, {direction}, us: {numbers}", flush=True)
+                    row = {**workload.as_row(), "dtype": name_of(dtype), "direction": direction}
+                    calls = {name: runner.call(direction) for name, runner in runners.items()}
+                    show(f"{workload}, {name_of(dtype)}, {direction}", row, calls)
 
 
-def measure(runners: dict[str, Runner], direction: str) -> dict[str, float]:
-    """Median times of a direction, in microseconds."""
-    eager: dict[str, Call] = {name: runner.call(direction) for name, runner in runners.items()}
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def steps(dtype: torch.dtype) -> dict[str, Call]:
+    planned = PlannedSteps(dtype, DEVICE)
+    plans = {"training": planned.training(), "evaluation": planned.evaluation()}
+    return {name: planned.repeated(plan) for name, plan in plans.items()}
+
+
+def measure(eager: dict[str, Call]) -> dict[str, float]:
+    """Median times of each call, in microseconds."""
     calls = dict(eager)
     if ON_GPU:
         calls |= {f"{name} in a graph": capture(call) for name, call in eager.items()}

@@ -2,8 +2,8 @@
 
     python3 -m fastconv.bench.tools.visit.measure OUT
 
-OUT gets again.jsonl and again.txt, measure.json, and an archive of new kernels. The names of failed tests are
-looked for in the luggage.
+OUT gets again.jsonl and again.txt, tilings.json, measure.json, and an archive of new kernels. The names of failed
+tests are looked for in the luggage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import parts, report
 from .compile_ahead import SHARDS
 from .stage import HOW_TO_TEST, LUGGAGE, PROCESSES, stage
 
-AHEAD_SECONDS, BENCHMARKS_SECONDS = 80, 120
+AHEAD_SECONDS, TILINGS_SECONDS, BENCHMARKS_SECONDS = 80, 40, 80
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def main() -> None:
             (out / f"ahead-{i}.txt").unlink()
         if failed:
             print("\n".join(report.tests(report.read(out / "again.jsonl"))), flush=True)
+        parts.run([parts.program("tilings", out, **HOW_TO_TEST)], TILINGS_SECONDS)
         parts.run([parts.program("benchmarks", out, "measure")], BENCHMARKS_SECONDS)
 
 

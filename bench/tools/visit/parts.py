@@ -27,7 +27,13 @@ GPU_TESTS = "gpu and not slow"
 # Where the tests are that a GPU runs. Networks first: they take longest.
 SUITE = tuple(
     ROOT / "tests" / place
-    for place in ("swapping/test_swapped_networks.py", "kernels", "operations/test_properties.py")
+    for place in (
+        "swapping/test_swapped_networks.py",
+        "kernels",
+        "operations/test_properties.py",
+        "training/test_planned.py",
+        "test_graphs.py",
+    )
 )
 MODULES = "fastconv.bench.tools.visit"
 

@@ -1,21 +1,25 @@
-"""Runs the lecture's blocks once, forward and backward in bf16, and starts the profiler for that."""
+"""Runs a planned training step in bf16, and starts the profiler for the first of launches that are alike."""
 
 from __future__ import annotations
 
 import torch
 
-from ...contenders import FASTCONV
-from ...runner import Runner
-from ...workloads import LECTURE, ConvNextBlock
+from ..planned import PlannedSteps
 from .stage import DEVICE
 
 
 def main() -> None:
-    for shape in LECTURE:
-        runner = Runner(FASTCONV, ConvNextBlock(128, *shape), DEVICE, torch.bfloat16)
-        runner.both(0)
+    plan = PlannedSteps(torch.bfloat16, DEVICE).training()
+    plan.prepare()
+    seen = set()
+    for launch, tensors in plan.calls:
+        kind = launch.kernel, launch.programs
+        if kind in seen:
+            launch(*tensors)
+            continue
+        seen.add(kind)
         torch.cuda.profiler.start()
-        runner.both(1)
+        launch(*tensors)
         torch.cuda.profiler.stop()
 
 

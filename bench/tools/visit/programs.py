@@ -7,6 +7,7 @@ Each program calls the very code that the stages call, once instead of often.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +16,14 @@ from unittest import mock
 
 import torch
 
-from fastconv.checking import divergence, runner
+from fastconv.checking import divergence, graphs, runner
 from fastconv.checking.cases import all_cases
 from fastconv.checking.precisions import PRECISIONS, float32_products
 
 from ...contenders import FASTCONV
 from ...runner import Runner
 from ...workloads import LECTURE, ConvNextBlock, Workload
+from ..planned import PlannedSteps
 from . import compilations, parts
 from .kernels_only import Uncomputed, gpu_found, kernels_only
 
@@ -33,6 +35,10 @@ def check_cases() -> None:
         runner.examine(case, CPU)
     with mock.patch.object(divergence, "STEPS", 1), Uncomputed():
         runner.examine_training(CPU, lambda: None)
+        # Of both precisions, for the tests.
+        for precision in ("fp32", "bf16"):
+            with mock.patch.object(graphs, "RECIPE", replace(graphs.RECIPE, epochs=1, precision=precision)):
+                graphs.train(CPU, "off", lambda: None)
 
 
 def sanitized() -> None:
@@ -43,6 +49,7 @@ def sanitized() -> None:
 
 
 def first_timings() -> None:
+    # Not the planned steps' kernels: they are training's.
     for dtype in ("bfloat16", "float32"):
         for shape in LECTURE:
             launch(ConvNextBlock(128, *shape), dtype)
@@ -76,11 +83,20 @@ def train() -> None:
             training.run(training.FASTCONV_EAGER, recipe, dataset)
 
 
+def tilings() -> None:
+    with gpu_found():
+        from . import tilings
+    for dtype in tilings.DTYPES:
+        for alternative in [(), *itertools.chain(*tilings.CHOICES)]:
+            tilings.make_plan(PlannedSteps(dtype), alternative).prepare()
+
+
 PROGRAMS: dict[str, Callable[[], None]] = {
     "whole": partial(benchmarks, "whole"),
     "check_cases": check_cases,
     "measure": partial(benchmarks, "measure"),
     "train": train,
+    "tilings": tilings,
     "sanitized": sanitized,
     "first_timings": first_timings,
 }

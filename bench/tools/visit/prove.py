@@ -1,4 +1,4 @@
-"""The first stage: is everything right? With a first number for the lecture's blocks.
+"""The first stage: is everything right? With first numbers for planned steps and the lecture's blocks.
 
     python3 -m fastconv.bench.tools.visit.prove OUT
 

@@ -30,7 +30,7 @@ def profile(profiler: str) -> parts.Part:
     """Print each kernel's time, registers, and shares of the peaks of memory and multiprocessors."""
     metrics = ",".join(report.METRICS)
     options = [profiler, "--csv", "--page", "raw", "--metrics", metrics, "--clock-control", "none"]
-    # The warm-up is not profiled.
+    # Only what the program asks for.
     options += ["--profile-from-start", "off"]
     return parts.Part("profile", [*options, *parts.program("profiled").command])
 
