@@ -128,11 +128,15 @@ def test_more_than_2_31_elements():
     assert torch.equal(grad[-1:], torch.autograd.grad(expected.sum(), last)[0])
 
 
-# Maps of the kernels that multiply by Toeplitz matrices, of the stencils, and of one pixel.
+# A planned step; then maps of the kernels that multiply by Toeplitz matrices, of the stencils, and of one pixel.
 SANITIZED = """
 import torch, fastconv
+from fastconv.bench.tools.planned import PlannedSteps, Sizes
 from fastconv.functional import layer_norm, pointwise_conv_gelu
 for dtype in (torch.float32, torch.bfloat16):
+    steps = PlannedSteps(dtype, "cuda", Sizes(images=7, side=9, width=3, depth=1, patch=2))
+    for plan in (steps.training(), steps.evaluation()):
+        steps.repeated(plan)(0)
     for shape in [(7, 3, 5, 7), (2, 3, 17, 18), (1, 4, 1, 1)]:
         for norm in ("tensor", "sample", "channel"):
             block = fastconv.ConvNextBlock(shape[1], norm=norm).to("cuda", dtype)

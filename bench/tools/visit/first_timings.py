@@ -46,9 +46,8 @@ def main() -> None:
 
         # A CPU would interpret each of a step's kernels.
         for dtype in DTYPES if ON_GPU else ():
-            show(
-                f"planned step, {name_of(dtype)}", {"level": "planned_step", "dtype": name_of(dtype)}, steps(dtype)
-            )
+            row = {"level": "planned_step", "dtype": name_of(dtype)}
+            show(f"planned step, {name_of(dtype)}", row, steps(dtype))
         for dtype in DTYPES:
             for shape in LECTURE:
                 workload = ConvNextBlock(IMAGES, *shape)

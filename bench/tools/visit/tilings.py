@@ -109,10 +109,10 @@ def changed(alternative: Alternative) -> Iterator[None]:
     start = Launch.__init__
     of_kernel = {change.kernel: change.value for change in alternative if isinstance(change, Warps)}
 
-    def start_with_warps(self: Launch, kernel: Any, *numbers: float, **values: Any) -> None:
+    def start_with_warps(self: Launch, kernel: Any, programs: int, *numbers: float, **values: Any) -> None:
         if (name := kernel.fn.__name__) in of_kernel:
             values["num_warps"] = of_kernel[name]
-        start(self, kernel, *numbers, **values)
+        start(self, kernel, programs, *numbers, **values)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "__init__", start_with_warps))
