@@ -44,7 +44,7 @@ def ratio(rows: list[Row]) -> Percentiles:
 
 def median(values: list[float]) -> str:
     middle = percentiles(values).p50
-    return f"{middle:.2f}" if middle < 10 else f"{middle:.0f}"
+    return f"{middle:.2f}" if middle < 10 else f"{middle:,.0f}"
 
 
 def table(rows: list[Row]) -> str:
