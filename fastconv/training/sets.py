@@ -43,10 +43,8 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
     train, validation, test = (order[: recipe.limit] for order in (train, validation, test))
     ends = list(itertools.accumulate(map(len, (train, validation, test))))
     seen = torch.cat([train, validation])
-    images = dataset.train.images.new_empty(ends[-1], *dataset.train.images.shape[1:])
-    # Into one tensor at once, and by what is several times as fast as indexing.
-    torch.index_select(dataset.train.images, 0, seen, out=images[: ends[1]])
-    torch.index_select(dataset.test.images, 0, test, out=images[ends[1] :])
+    # Several times as fast as indexing.
+    images = torch.cat([dataset.train.images.index_select(0, seen), dataset.test.images.index_select(0, test)])
     labels = torch.cat([dataset.train.labels[seen], dataset.test.labels[test]])
     return Sets(
         ImageSet(images, labels).to(device), *itertools.starmap(range, zip([0, *ends], ends, strict=False))
