@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastconv.training import loop
-from fastconv.training.data import Dataset, ImageSet
+from fastconv.training.data import CIFAR10_CLASSES, Dataset, ImageSet
 from fastconv.training.graphed import Graph
 from fastconv.training.recipe import Recipe
 
 # The second epoch captures, the third replays. The last batch of each set is a smaller one.
 RECIPE = Recipe(epochs=3, batch_size=32)
-IMAGES, CLASSES = 250, 10
+IMAGES, TEST_IMAGES = 250, 10
 # What the two runs of a training call `stepped` for.
 STEPS = 2 * RECIPE.epochs
 
@@ -34,7 +34,7 @@ def compare(device: torch.device, stepped: Callable[[], None]) -> str | None:
 
 def train(device: torch.device, graph: Graph, stepped: Callable[[], None]) -> dict[str, Tensor]:
     """Return the losses of all steps, those of evaluations, and the weights."""
-    state = loop.prepare(RECIPE, pictures(), device, None)
+    state = loop.prepare(RECIPE, pictures(IMAGES, TEST_IMAGES), device, None)
     losses, evaluated = [], []
 
     def refuse(reason: str) -> None:
@@ -53,10 +53,12 @@ def train(device: torch.device, graph: Graph, stepped: Callable[[], None]) -> di
     return {"the loss": torch.cat(losses), "an evaluation": torch.cat(evaluated), **weights}
 
 
-def pictures() -> Dataset:
-    """Random images of random classes."""
+def pictures(train: int, test: int) -> Dataset:
+    """So many random images of CIFAR-10's size and classes, to train on and to test on."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    images = ImageSet(pixels, torch.randint(CLASSES, (IMAGES,), generator=generator))
-    classes = tuple(str(i) for i in range(CLASSES))
-    return Dataset(images, images.subset(torch.arange(10)), classes, "random pictures")
+
+    def images(count: int) -> ImageSet:
+        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        return ImageSet(pixels, torch.randint(len(CIFAR10_CLASSES), (count,), generator=generator))
+
+    return Dataset(images(train), images(test), CIFAR10_CLASSES, "random pictures")

@@ -126,11 +126,13 @@ class _Run:
         self.saved = time.monotonic()
         return checkpoint
 
-    def stop_if_interrupted(self, where: str) -> None:
-        """Save and raise Interrupted if a signal has come."""
+    def save_if_needed(self, where: str) -> None:
+        """Save every half minute; and if a signal has come, and then raise Interrupted."""
         if number := self.interrupted():
             self.save()
             raise Interrupted(f"interrupted {where}", number)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
 
     def train_epoch(self) -> None:
         """Do the steps of the epoch that are still to come."""
@@ -145,9 +147,7 @@ class _Run:
                 loss = state.losses[state.step - 1].item()
                 self.observer.step(epoch, state.step, state.steps, loss, speed)
                 self.reported = now
-            self.stop_if_interrupted(f"in epoch {epoch}, after step {state.step} of {state.steps}")
-            if now - self.saved > SAVE_SECONDS:
-                self.save()
+            self.save_if_needed(f"in epoch {epoch}, after step {state.step} of {state.steps}")
 
     def evaluate_epoch(self) -> None:
         """Evaluate what the recipe asks for, and enter the epoch into the history."""
@@ -177,9 +177,7 @@ class _Run:
             if now - self.reported > REPORT_SECONDS:
                 self.observer.evaluation(epoch, before + done, total)
                 self.reported = now
-            self.stop_if_interrupted(f"in epoch {epoch}, in its evaluation")
-            if now - self.saved > SAVE_SECONDS:
-                self.save()
+            self.save_if_needed(f"in epoch {epoch}, in its evaluation")
 
         return self.state.evaluate(images, advanced)
 

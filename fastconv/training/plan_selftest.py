@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from fastconv import accuracy
 from fastconv.operations import backends, reference, selftest, verdicts
 from fastconv.operations.verdicts import Verdict
-from fastconv.training.recipe import Recipe, autocast
+from fastconv.training.recipe import DTYPES, Recipe, autocast
 from fastconv.training.sets import Batches
 from fastconv.training.stepper import AutogradStepper
 
-FLOORS = {"fp32": accuracy.FLOOR[torch.float32], "bf16": accuracy.FLOOR[torch.bfloat16]}
 # How much farther off than PyTorch's a gradient may be. Each block amplifies the rounding of those behind it; what
 # is wrong is off by far more.
 MARGIN = 10.0
@@ -45,13 +44,10 @@ def why_wrong(stepper: AutogradStepper, size: int, make_planned: Callable[[Autog
 def describe(stepper: AutogradStepper, size: int) -> str:
     """Return what decides which kernels a step compiles to, in words."""
     recipe, images = stepper.recipe, stepper.batches.images.images
-    model = f"width {recipe.width}, depth {recipe.depth}, patch {recipe.patch}, {classes(stepper.model)} classes"
+    classes = len(stepper.model.get_parameter("bottleneck.bias"))
+    model = f"width {recipe.width}, depth {recipe.depth}, patch {recipe.patch}, {classes} classes"
     *_, height, width = images.shape
     return f"training step, {recipe.precision}, {model}, {size} images of {height} x {width}"
-
-
-def classes(model: Any) -> int:
-    return int(model.bottleneck.out_channels)
 
 
 def judge(stepper: AutogradStepper, size: int, make_planned: Callable[[AutogradStepper], Any]) -> Verdict:
@@ -73,12 +69,13 @@ def judge(stepper: AutogradStepper, size: int, make_planned: Callable[[AutogradS
     ours = losses | planned.flat.views(planned.flat.gradients)
     exact = losses_and_gradients(recipe, weights, images.double(), labels)
     pytorch = losses_and_gradients(recipe, weights, images, labels)
+    floor = accuracy.FLOOR[DTYPES[recipe.precision]]
     # A gradient that is nearly zero is judged beside the others.
     least = LEAST_SCALE * max(expected.norm().item() for name, expected in exact.items() if name in weights)
     for name, expected in exact.items():
         scale = max(expected.norm().item(), least)
         error = (ours[name] - expected).norm().item() / scale
-        bound = MARGIN * max(FLOORS[recipe.precision], (pytorch[name] - expected).norm().item() / scale)
+        bound = MARGIN * max(floor, (pytorch[name] - expected).norm().item() / scale)
         # Not the other way round: false for a NaN.
         if not error <= bound:
             return Verdict(False, f"{name} has error {error:.1e}; at most {bound:.1e} is right")

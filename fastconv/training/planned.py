@@ -12,9 +12,8 @@ from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
 from fastconv.operations import backends
 from fastconv.training import plan_selftest
+from fastconv.training.recipe import DTYPES
 from fastconv.training.stepper import AutogradStepper, Stepper
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PlannedStepper:

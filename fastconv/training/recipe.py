@@ -17,6 +17,8 @@ from fastconv.modules import Classifier
 from fastconv.training import typed
 
 Precision = Literal["fp32", "bf16"]
+# In which the convolutions of each precision compute.
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TrainMetrics = Literal["evaluated", "running"]
 # What nobody trains: more asks for a mistake to be found, not for hours or terabytes.
 LARGEST = {

@@ -76,7 +76,7 @@ def train() -> None:
     with gpu_found():
         from . import training
     training.DEVICE = CPU
-    dataset = training.pictures()
+    dataset = training.load(())
     for precision in ("bf16", "fp32"):
         with Uncomputed():
             recipe = replace(training.RECIPE, epochs=1, precision=precision, limit=128)

@@ -16,14 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 import fastconv
 from fastconv import training
+from fastconv.checking.graphs import pictures
 from fastconv.files import write_atomically
 from fastconv.training import data, loop
 from fastconv.training.checkpoint import Checkpoint
-from fastconv.training.data import Dataset, ImageSet
+from fastconv.training.data import Dataset
 from fastconv.training.recipe import Precision
 
 from ... import results, suite
@@ -33,6 +32,9 @@ from .stage import DEVICE, ON_GPU
 RECIPE = training.Recipe() if ON_GPU else training.Recipe(limit=256)
 # Images of the smaller last batch of CIFAR-10's 40,000 training images, and of 10,000 others.
 LAST_BATCHES = (64, 16)
+
+# To train and validate on, and to test on.
+CIFAR10_IMAGES = 50_000, 10_000
 
 
 class Way(NamedTuple):
@@ -120,18 +122,8 @@ def train(way: Way, recipe: training.Recipe, dataset: Dataset, path: Path) -> Ch
 
 def load(directory: Sequence[str]) -> Dataset:
     """The data set in a folder, if one is given."""
-    return data.load(Path(*directory)) if directory else pictures()
-
-
-def pictures() -> Dataset:
-    """Random images, as many and as large as CIFAR-10's: only the time of a training on them means something."""
-    generator = torch.Generator().manual_seed(0)
-
-    def images(count: int) -> ImageSet:
-        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        return ImageSet(pixels, torch.randint(10, (count,), generator=generator))
-
-    return Dataset(images(50_000), images(10_000), data.CIFAR10_CLASSES, "random pictures")
+    # Otherwise only the time of a training means something.
+    return data.load(Path(*directory)) if directory else pictures(*CIFAR10_IMAGES)
 
 
 if __name__ == "__main__":
