@@ -1,0 +1,429 @@
+// The block y = x + V gelu(W norm(depthwise(x)) + b) + c, and its gradients, on chunks of images.
+//
+// The norm folds into the product: with m a channel's mean over an image's pixels, hc = h - m, and M the norm's mean,
+// W (h - M) / sd = (W hc + W (m - M)) / sd. So the wide maps h are written once, less their means, while they lie in
+// the nearest cache, and the norm's own statistics, which are complete only after all images, cost no pass over them.
+// Every row of h, of the product and of its gradient has one pixel more than the map: m - M, and what comes of it.
+#include "chunks.h"
+#include "convolution.h"
+#include "gelu.h"
+#include "norm.h"
+#include "product.h"
+#include "team.h"
+
+struct Block {
+    int images, channels, outputs, hidden;  // N, C, K, O
+    int height, width, kernel_height, kernel_width;
+    int vectors, slots;
+    int over_sample, tanh;
+    double eps;
+    // Maps are [channels][pixels][images].
+    const float *x, *taps, *shift;      // taps [K][kernel], shift [K] or null
+    const float *w, *bias;              // [O][K], [O] or null
+    const float *projection, *offset;   // [C][O], [C] or null
+    float* y;
+    // For the backward: h less its means [chunks][K][stride], its product [chunks][O][stride], and each image's scale
+    // [chunks][lanes]. All null in a forward without one.
+    Vector *h, *product;
+    float* scale;
+    void* workspace;
+    const float* gy;
+    float *gx, *gtaps, *gshift, *gw, *gbias, *gprojection, *goffset;  // null: not needed
+};
+
+namespace {
+
+struct Sizes {
+    Chunks chunks;
+    Stencil stencil;
+    int multiplier, pixels, columns, channels, outputs, hidden;
+    size_t stride;  // of rows, in vectors: one pixel more than the map
+
+    explicit Sizes(const Block& k)
+        : chunks{k.images, k.vectors},
+          stencil{k.height, k.width, k.kernel_height, k.kernel_width},
+          multiplier(k.outputs / k.channels),
+          pixels(k.height * k.width),
+          columns(pixels * k.vectors),
+          channels(k.channels),
+          outputs(k.outputs),
+          hidden(k.hidden),
+          stride(columns + k.vectors) {}
+    size_t lanes() const { return (size_t)chunks.count() * chunks.lanes(); }
+};
+
+struct ForwardWork {
+    float *w, *projection;  // packed
+    Statistics statistics;
+    Vector *means, *product;  // [chunks][K][vectors], [chunks][O][stride]
+
+    ForwardWork(const Sizes& s, Arena& arena)
+        : w(arena.take<float>(packed_size(s.hidden, s.outputs))),
+          projection(arena.take<float>(packed_size(s.channels, s.hidden))),
+          statistics{arena.take<double>(s.lanes()), arena.take<double>(s.lanes()), arena.take<float>(s.lanes())},
+          means(arena.take<Vector>((size_t)s.chunks.count() * s.outputs * s.chunks.vectors)),
+          product(arena.take<Vector>(s.chunks.count() * s.hidden * s.stride)) {}
+};
+
+// Of each slot.
+struct ForwardScratch {
+    Vector *frame, *h, *totals, *activation;  // [frame], [K][stride], [M], [O][stride]
+    Doubles* means;                           // [K]
+
+    ForwardScratch(const Sizes& s, Arena& arena)
+        : frame(arena.take<Vector>(s.stencil.frame())),
+          h(arena.take<Vector>(s.outputs * s.stride)),
+          totals(arena.take<Vector>(s.multiplier)),
+          activation(arena.take<Vector>(s.hidden * s.stride)),
+          means(arena.take<Doubles>(s.outputs)) {}
+};
+
+// h of a chunk, less its means, and the statistics of its images.
+void convolve_chunk(const Block& k, const Sizes& s, int chunk, Vector* h, Vector* means, const ForwardScratch& scratch, const Statistics& statistics) {
+    const int M = s.multiplier, P = s.pixels;
+    for (int b = 0; b < s.chunks.vectors; ++b) {
+        const int first = s.chunks.first(chunk) + b * LANES;
+        Doubles total = {}, squares = {};
+        for (int c = 0; c < s.channels; ++c) {
+            read_frame(k.x + (size_t)c * P * k.images, k.images, first, s.stencil, scratch.frame);
+            Vector* maps = h + c * M * s.stride + b * P;
+            convolve(s.stencil, M, scratch.frame, k.taps + (size_t)c * M * s.stencil.taps(), maps, s.stride, scratch.totals);
+            for (int t = 0; t < M; ++t) {
+                const int row = c * M + t;
+                const float shift = k.shift ? k.shift[row] : 0.f;
+                Doubles exact, deviations;
+                means[row * s.chunks.vectors + b] = centre(maps + t * s.stride, P, scratch.totals[t], exact, deviations) + shift;
+                scratch.means[row] = exact + (double)shift;
+                total += scratch.means[row];
+                squares += deviations;
+            }
+        }
+        const Doubles mean = total / (double)s.outputs;
+        for (int row = 0; row < s.outputs; ++row) {
+            const Doubles deviation = scratch.means[row] - mean;
+            squares += deviation * deviation * (double)P;
+        }
+        memcpy(statistics.mean + first, &mean, sizeof mean);
+        memcpy(statistics.squares + first, &squares, sizeof squares);
+    }
+}
+
+template <bool TANH> void activate(const Vector* product, int pixels, Vector scale, Vector shift, Vector* activation) {
+    for (int p = 0; p < pixels; ++p) activation[p] = gelu<TANH>(product[p] * scale + shift).value;
+}
+
+void forward(const Block& k) {
+    const Sizes s(k);
+    const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, chunk_count = s.chunks.count();
+    Arena arena{(char*)k.workspace};
+    const ForwardWork work(s, arena);
+    const bool keeps = k.h;
+    Vector* products = keeps ? k.product : work.product;
+    Statistics statistics = work.statistics;
+    if (keeps) statistics.scale = k.scale;
+    const size_t scratch_size = size_of<ForwardScratch>(s);
+    char* const scratches = arena.next;
+    pack(k.w, O, K, K, 1, work.w);
+    pack(k.projection, C, O, O, 1, work.projection);
+
+    in_parallel(k.slots, [&](int slot) {
+        Arena own{scratches + slot * scratch_size};
+        const ForwardScratch scratch(s, own);
+        const Slice slice(chunk_count, k.slots, slot);
+        for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
+            Vector* h = keeps ? k.h + chunk * K * s.stride : scratch.h;
+            convolve_chunk(k, s, chunk, h, work.means + (size_t)chunk * K * B, scratch, statistics);
+            Vector* product = products + chunk * O * s.stride;
+            multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
+        }
+    });
+    statistics.finish(s.chunks, (double)K * s.pixels, k.over_sample, k.eps);
+
+    in_parallel(k.slots, [&](int slot) {
+        Arena own{scratches + slot * scratch_size};
+        const ForwardScratch scratch(s, own);
+        const Slice slice(chunk_count, k.slots, slot);
+        for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
+            // The pixel beyond the map: m - M, and its product.
+            Vector* deviations = (keeps ? k.h + chunk * K * s.stride : scratch.h) + s.columns;
+            const Vector* means = work.means + (size_t)chunk * K * B;
+            Vector scale[MOST_VECTORS];
+            for (int b = 0; b < B; ++b) {
+                const size_t lane = s.chunks.first(chunk) + b * LANES;
+                const Integers there = s.chunks.holds_image(chunk, b);
+                Doubles mean;
+                memcpy(&mean, statistics.mean + lane, sizeof mean);
+                scale[b] = load(statistics.scale + lane);
+                for (int row = 0; row < K; ++row)
+                    deviations[row * s.stride + b] = there ? narrow(widen(means[row * B + b]) - mean) : Vector{};
+            }
+            Vector* product = products + chunk * O * s.stride;
+            multiply(work.w, O, K, deviations, s.stride, B, product + s.columns, s.stride);
+            for (int o = 0; o < O; ++o) {
+                const Vector* row = product + o * s.stride;
+                for (int b = 0; b < B; ++b) {
+                    const Vector shift = row[s.columns + b] * scale[b] + (k.bias ? k.bias[o] : 0.f);
+                    auto function = k.tanh ? activate<true> : activate<false>;
+                    function(row + b * s.pixels, s.pixels, scale[b], shift, scratch.activation + o * s.stride + b * s.pixels);
+                }
+            }
+            // h of this chunk is no longer needed here.
+            Vector* branch = scratch.h;
+            multiply(work.projection, C, O, scratch.activation, s.stride, s.columns, branch, s.stride);
+            for (int c = 0; c < C; ++c) {
+                const size_t channel = (size_t)c * s.pixels * k.images;
+                const float offset = k.offset ? k.offset[c] : 0.f;
+                for (int b = 0; b < B; ++b) {
+                    Vector* map = branch + c * s.stride + b * s.pixels;
+                    const int first = s.chunks.first(chunk) + b * LANES;
+                    read_images(k.x + channel, s.pixels, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { map[p] += x + offset; });
+                    write_images(k.y + channel, s.pixels, k.images, first, [=](int p) INLINE_LAMBDA { return map[p]; });
+                }
+            }
+        }
+    });
+}
+
+struct BackwardWork {
+    float *w, *projection, *w_sums;  // of the transposed matrices, packed; [O]
+    double *g_sums, *slopes;         // [lanes]: sums over an image of dL/dx^ and of its product with x^, both scaled
+    Vector* gz;                      // [chunks][O][stride]: gradients of the product, scaled
+
+    BackwardWork(const Sizes& s, Arena& arena)
+        : w(arena.take<float>((size_t)s.channels * packed_size(s.multiplier, s.hidden) + packed_size(s.outputs, s.hidden))),
+          projection(arena.take<float>(packed_size(s.hidden, s.channels))),
+          w_sums(arena.take<float>(s.hidden)),
+          g_sums(arena.take<double>(s.lanes())),
+          slopes(arena.take<double>(s.lanes())),
+          gz(arena.take<Vector>(s.chunks.count() * s.hidden * s.stride)) {}
+};
+
+// Gradients of parameters, summed over a slot's chunks; those of taps with their lanes.
+struct Partial {
+    Vector* taps;                                     // [K][kernel]
+    float *shift, *w, *bias, *projection, *offset;
+
+    Partial(const Sizes& s, Arena& arena)
+        : taps(arena.take<Vector>((size_t)s.outputs * s.stencil.taps())),
+          shift(arena.take<float>(s.outputs)),
+          w(arena.take<float>((size_t)s.hidden * s.outputs)),
+          bias(arena.take<float>(s.hidden)),
+          projection(arena.take<float>((size_t)s.channels * s.hidden)),
+          offset(arena.take<float>(s.channels)) {}
+};
+
+// Rows of h whose gradients are computed at once, while they lie in the nearest cache: whole channels.
+int channels_at_once(const Sizes& s) { return s.multiplier >= 8 ? 1 : 8 / s.multiplier; }
+
+struct BackwardScratch {
+    Vector *gy, *activation, *gh, *frame, *frames, *gx;  // [C][stride], [O][stride], [rows][stride], ...
+
+    BackwardScratch(const Sizes& s, Arena& arena)
+        : gy(arena.take<Vector>(s.channels * s.stride)),
+          activation(arena.take<Vector>(s.hidden * s.stride)),
+          gh(arena.take<Vector>(channels_at_once(s) * s.multiplier * s.stride)),
+          frame(arena.take<Vector>(s.stencil.frame())),
+          frames(arena.take<Vector>(s.multiplier * s.stencil.frame())),
+          gx(arena.take<Vector>(s.pixels)) {}
+};
+
+// From the gradient of the activation, in gz, to the scaled one of the product; and the activation. Returns sums over
+// the pixels: of gz before it is scaled, after it, and then times the centred product.
+struct Sums {
+    Vector g, scaled, slope;
+};
+template <bool TANH>
+Sums activate_backward(const Vector* product, int pixels, Vector deviation, Vector scale, float bias, Vector* activation, Vector* gz) {
+    Sums sums = {};
+    for (int p = 0; p < pixels; ++p) {
+        const Vector centred = product[p] + deviation;
+        const Vector z = centred * scale + bias;
+        const Gelu of_z = gelu<TANH>(z);
+        activation[p] = of_z.value;
+        const Vector g = gz[p] * of_z.derivative, scaled = g * scale;
+        gz[p] = scaled;
+        sums.g += g;
+        sums.scaled += scaled;
+        sums.slope += scaled * centred;
+    }
+    return sums;
+}
+
+void backward_of_product(const Block& k, const Sizes& s, int chunk, const BackwardWork& work, const BackwardScratch& scratch, const Partial& partial) {
+    const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, P = s.pixels;
+    for (int c = 0; c < C; ++c) {
+        Vector total = {};
+        for (int b = 0; b < B; ++b) {
+            Vector* gy = scratch.gy + c * s.stride + b * P;
+            read_images(k.gy + (size_t)c * P * k.images, P, k.images, s.chunks.first(chunk) + b * LANES, [&](int p, Vector x) INLINE_LAMBDA {
+                gy[p] = x;
+                total += x;
+            });
+        }
+        partial.offset[c] += sum(total);
+    }
+    Vector* gz = work.gz + chunk * O * s.stride;
+    multiply(work.projection, O, C, scratch.gy, s.stride, s.columns, gz, s.stride);
+    const Vector* product = k.product + chunk * O * s.stride;
+    for (int b = 0; b < B; ++b) {
+        const size_t lane = s.chunks.first(chunk) + b * LANES;
+        const Vector scale = load(k.scale + lane);
+        Doubles g_sum = {}, slope = {};
+        for (int o = 0; o < O; ++o) {
+            const size_t row = o * s.stride, map = row + b * P, beyond = row + s.columns + b;
+            auto function = k.tanh ? activate_backward<true> : activate_backward<false>;
+            const Sums sums = function(product + map, P, product[beyond], scale, k.bias ? k.bias[o] : 0.f, scratch.activation + map, gz + map);
+            gz[beyond] = sums.scaled;
+            partial.bias[o] += sum(sums.g);
+            // Sums over the K channels of the gradient of x^, taken on the narrow side of W.
+            g_sum += widen(sums.scaled) * (double)work.w_sums[o];
+            slope += widen(sums.slope);
+        }
+        memcpy(work.g_sums + lane, &g_sum, sizeof g_sum);
+        memcpy(work.slopes + lane, &slope, sizeof slope);
+    }
+    if (k.gprojection)
+        add_outer(scratch.gy, s.stride, C, scratch.activation, s.stride, O, s.columns, partial.projection);
+    if (k.gw)
+        add_outer(gz, s.stride, O, k.h + chunk * K * s.stride, s.stride, K, s.columns + B, partial.w);
+}
+
+// dL/dh = W^T gz + level + slope (h - M), whose level and slope are those of each image.
+void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const BackwardWork& work, const BackwardScratch& scratch, const Partial& partial) {
+    const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, P = s.pixels, M = s.multiplier;
+    const int at_once = channels_at_once(s);
+    const float* w = work.w;
+    for (int c = 0; c < C; c += at_once) {
+        const int channels = c + at_once < C ? at_once : C - c, rows = channels * M;
+        const Vector* h = k.h + (chunk * K + c * M) * s.stride;
+        Vector* gh = scratch.gh;
+        multiply(w, rows, O, work.gz + chunk * O * s.stride, s.stride, s.columns, gh, s.stride);
+        w += packed_size(rows, O);
+        for (int b = 0; b < B; ++b) {
+            const int first = s.chunks.first(chunk) + b * LANES;
+            Doubles levels, slopes;
+            memcpy(&levels, work.g_sums + first, sizeof levels);
+            memcpy(&slopes, work.slopes + first, sizeof slopes);
+            const Vector level = narrow(levels), slope = narrow(slopes);
+            for (int row = 0; row < rows; ++row) {
+                Vector* g = gh + row * s.stride + b * P;
+                const Vector* of = h + row * s.stride + b * P;
+                const Vector constant = level + slope * h[row * s.stride + s.columns + b];
+                Vector total = {};
+                for (int p = 0; p < P; ++p) {
+                    g[p] += constant + slope * of[p];
+                    total += g[p];
+                }
+                partial.shift[c * M + row] += sum(total);
+            }
+            for (int i = c; i < c + channels; ++i) {
+                const size_t channel = (size_t)i * P * k.images, taps = (size_t)i * M * s.stencil.taps();
+                const Vector* g = gh + (i - c) * M * s.stride + b * P;
+                if (k.gtaps) {
+                    read_frame(k.x + channel, k.images, first, s.stencil, scratch.frame);
+                    tap_gradient(s.stencil, M, g, s.stride, scratch.frame, partial.taps + taps);
+                }
+                if (k.gx) {
+                    Vector* gx = scratch.gx;
+                    input_gradient(s.stencil, M, g, s.stride, k.taps + taps, gx, scratch.frames);
+                    read_images(k.gy + channel, P, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { gx[p] += x; });
+                    write_images(k.gx + channel, P, k.images, first, [=](int p) INLINE_LAMBDA { return gx[p]; });
+                }
+            }
+        }
+    }
+}
+
+// From each image's sums to the level and the slope of its dL/dh.
+void finish_sums(const Block& k, const Sizes& s, const BackwardWork& work) {
+    double count = (double)s.outputs * s.pixels, g_sum = 0, slope = 0;
+    if (!k.over_sample) {
+        for (int n = 0; n < k.images; ++n) g_sum += work.g_sums[n], slope += work.slopes[n];
+        count *= k.images;
+    }
+    for (size_t n = 0; n < s.lanes(); ++n) {
+        const bool there = n < (size_t)k.images;
+        const double scale = k.scale[n];
+        work.g_sums[n] = there ? -(k.over_sample ? work.g_sums[n] : g_sum) / count : 0;
+        work.slopes[n] = there ? -scale * scale * (k.over_sample ? work.slopes[n] : slope) / count : 0;
+    }
+}
+
+void backward(const Block& k) {
+    const Sizes s(k);
+    const int C = s.channels, K = s.outputs, O = s.hidden, chunk_count = s.chunks.count(), at_once = channels_at_once(s);
+    Arena arena{(char*)k.workspace};
+    const BackwardWork work(s, arena);
+    const size_t scratch_size = size_of<BackwardScratch>(s), partial_size = size_of<Partial>(s);
+    char *const partials = arena.next, *const scratches = partials + k.slots * partial_size;
+    float* w = work.w;
+    for (int c = 0; c < C; c += at_once) {
+        const int rows = (c + at_once < C ? at_once : C - c) * s.multiplier;
+        pack(k.w + c * s.multiplier, rows, O, 1, K, w);
+        w += packed_size(rows, O);
+    }
+    pack(k.projection, O, C, 1, O, work.projection);
+    for (int o = 0; o < O; ++o) {
+        double total = 0;
+        for (int i = 0; i < K; ++i) total += k.w[(size_t)o * K + i];
+        work.w_sums[o] = (float)total;
+    }
+
+    in_parallel(k.slots, [&](int slot) {
+        memset(partials + slot * partial_size, 0, partial_size);
+        Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
+        const BackwardScratch scratch(s, own);
+        const Partial partial(s, sums);
+        const Slice slice(chunk_count, k.slots, slot);
+        for (int chunk = slice.begin; chunk < slice.end; ++chunk)
+            backward_of_product(k, s, chunk, work, scratch, partial);
+    });
+    finish_sums(k, s, work);
+    if (k.gx || k.gtaps || k.gshift)
+        in_parallel(k.slots, [&](int slot) {
+            Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
+            const BackwardScratch scratch(s, own);
+            const Partial partial(s, sums);
+            const Slice slice(chunk_count, k.slots, slot);
+            for (int chunk = slice.begin; chunk < slice.end; ++chunk)
+                backward_of_convolution(k, s, chunk, work, scratch, partial);
+        });
+
+    // The slots' sums, in their order.
+    auto reduce = [&](float* to, size_t length, auto part) {
+        if (!to) return;
+        in_parallel(k.slots, [&](int slot) {
+            const Slice slice(length, k.slots, slot);
+            for (int i = slice.begin; i < slice.end; ++i) {
+                float total = 0;
+                for (int other = 0; other < k.slots; ++other) {
+                    Arena sums{partials + other * partial_size};
+                    total += part(Partial(s, sums), i);
+                }
+                to[i] = total;
+            }
+        });
+    };
+    reduce(k.gtaps, (size_t)K * s.stencil.taps(), [](const Partial& p, int i) { return sum(p.taps[i]); });
+    reduce(k.gshift, K, [](const Partial& p, int i) { return p.shift[i]; });
+    reduce(k.gw, (size_t)O * K, [](const Partial& p, int i) { return p.w[i]; });
+    reduce(k.gbias, O, [](const Partial& p, int i) { return p.bias[i]; });
+    reduce(k.gprojection, (size_t)C * O, [](const Partial& p, int i) { return p.projection[i]; });
+    reduce(k.goffset, C, [](const Partial& p, int i) { return p.offset[i]; });
+}
+
+}  // namespace
+
+extern "C" {
+EXPORT void fastconv_block_forward(const Block* k) { forward(*k); }
+EXPORT void fastconv_block_backward(const Block* k) { backward(*k); }
+// Bytes of the workspace.
+EXPORT size_t fastconv_block_forward_workspace(const Block* k) {
+    const Sizes s(*k);
+    return size_of<ForwardWork>(s) + k->slots * size_of<ForwardScratch>(s);
+}
+EXPORT size_t fastconv_block_backward_workspace(const Block* k) {
+    const Sizes s(*k);
+    return size_of<BackwardWork>(s) + k->slots * (size_of<BackwardScratch>(s) + size_of<Partial>(s));
+}
+}
