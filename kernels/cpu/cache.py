@@ -1,8 +1,8 @@
 """Compiled libraries in the user's cache folder.
 
-A library is code that this process will run. So it is taken only if its seal, a digest at its end, shows that it is
-whole and the one that was asked for, and if no other user can have written it. Files are replaced in one step and
-never written in place: a process may have mapped them.
+A library is code that this process will run. So it is taken only if its seal, a digest at its end, shows that it
+is whole and the one that was asked for, and if no other user can have written it. Files are replaced in one step
+and never written in place: a process may have mapped them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ def open_library(sources: Path) -> Library:
             functions, path = _compile(sources, found, key)
     # Such as that of a disk that is full, or a library that needs a newer C++ library than torch has loaded.
     except OSError as error:
-        raise Unavailable(f"its kernels cannot be loaded ({error}); set TMPDIR or FASTCONV_CACHE, or CXX") from error
+        raise Unavailable(
+            f"its kernels cannot be loaded ({error}); set TMPDIR or FASTCONV_CACHE, or CXX"
+        ) from error
     return Library(functions, key, found.name, path, openmp.connect(functions))
 
 
@@ -120,4 +122,6 @@ def _check(path: Path) -> None:
     done = run([sys.executable, "-I", "-S", "-c", _CHECK, str(path)])
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise Unavailable(f"its kernels, compiled for this CPU, fail on it ({reason}); name another compiler in CXX")
+        raise Unavailable(
+            f"its kernels, compiled for this CPU, fail on it ({reason}); name another compiler in CXX"
+        )
