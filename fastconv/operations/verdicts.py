@@ -56,19 +56,18 @@ def _path(backend: str, device: torch.device) -> Path:
 def _machine(backend: str, device: torch.device) -> dict[str, str]:
     """Everything that may make kernels right on one machine and wrong on another."""
     versions = machine.versions()
-    if backend == "native":
-        from fastconv.kernels.cpu import library
-
-        compiled = {"library": library.describe().key}
-    else:
-        compiled = {}
-    return {
-        **compiled,
+    decides = {
         **{name: versions[name] for name in ("fastconv", "torch", "triton")},
         "kernels": _digest(),
         "gpu": machine.gpu_name(device),
         "architecture": machine.architecture(device),
     }
+    if backend == "native":
+        # Not by `import fastconv`.
+        from fastconv.kernels.cpu import library
+
+        decides["library"] = library.describe().key
+    return decides
 
 
 def _digest() -> str:
