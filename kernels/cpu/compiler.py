@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .processes import Unavailable, run
+from .processes import Unavailable, lines_of_failure, run
 
 # No -fopenmp, which would load a second runtime beside torch's: see `openmp.py`.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
@@ -99,7 +99,7 @@ def _succeed(command: Sequence[str], problem: str) -> subprocess.CompletedProces
 
 
 def _failure(done: subprocess.CompletedProcess[str], problem: str) -> str:
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    lines = lines_of_failure(done)
     # The first lines may only say which file was included from where.
     line = next((line for line in lines if "error" in line), lines[0])
     return f"{done.args[0]} {problem} ({line.strip()}); install a newer g++ or clang, or name it in CXX"

@@ -10,13 +10,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from . import cache, compiler, openmp
 from .compiler import Compiler
 from .processes import Unavailable as Unavailable
-from .processes import run
+from .processes import lines_of_failure, run
 
 SOURCES = Path(__file__).parent / "sources"
 _LOCK = threading.Lock()
@@ -75,10 +76,13 @@ def open_library(sources: Path) -> Library:
         Unavailable: it can be neither compiled nor loaded.
     """
     found = compiler.find()
+    functions = None
     try:
         key = _key(sources, found)
-        path = cache.find(key)
-        functions = ctypes.CDLL(str(path)) if path else None
+        if path := cache.find(key):
+            # One that another machine with the same home kept may need a newer C library than there is.
+            with suppress(OSError):
+                functions = ctypes.CDLL(str(path))
         if functions is None:
             functions, path = _compile(sources, found, key)
     # Such as that of a disk that is full, or a library that needs a newer C++ library than torch has loaded.
@@ -119,9 +123,10 @@ def _compile(sources: Path, found: Compiler, key: str) -> tuple[ctypes.CDLL, Pat
 
 def _check(path: Path) -> None:
     """Raise Unavailable if a new library cannot be loaded, or has instructions that this CPU lacks."""
-    done = run([sys.executable, "-I", "-S", "-c", _CHECK, str(path)])
+    # A program that embeds Python may not know where it is.
+    done = run([sys.executable or "python3", "-I", "-S", "-c", _CHECK, str(path)])
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = lines_of_failure(done)[-1]
         raise Unavailable(
             f"its kernels, compiled for this CPU, fail on it ({reason}); name another compiler in CXX"
         )

@@ -45,3 +45,11 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
                 ) from error
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def lines_of_failure(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a program that failed printed about it, or else how it ended."""
+    if lines := done.stderr.strip().splitlines():
+        return lines
+    code = done.returncode
+    return [f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"]

@@ -8,9 +8,12 @@ import tempfile
 import threading
 
 import pytest
+import torch
 
+import fastconv
 from fastconv.kernels.cpu import cache, compiler, library
 from fastconv.kernels.cpu.library import Unavailable, open_library
+from fastconv.operations import backends, functional, portable, reference
 
 
 @pytest.fixture
@@ -114,6 +117,13 @@ def test_a_damaged_or_foreign_file_is_replaced(sources, kept, compiled, damage):
     assert len(compiled) == 1
     assert cache.find(found.key) == kept
     assert not kept.is_symlink()
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(sources, kept, compiled):
+    """Whole, and under its key, but of another machine with the same home."""
+    cache.keep(kept.stem, b"\x7fELF for another system", lambda _: None)
+    assert open_library(sources).functions.twice(21) == 42
+    assert len(compiled) == 1
 
 
 def test_a_whole_file_is_loaded(sources, kept, compiled):
@@ -220,7 +230,11 @@ def test_where_the_compiler_cannot_write_there_is_none(sources):
 
 @pytest.mark.parametrize(
     ("check", "reason"),
-    [("return 3;", "exit code 3"), ("__builtin_trap();", "exit code -"), ("undefined();", "undefined symbol")],
+    [
+        ("return 3;", "exit code 3"),
+        ("__builtin_trap();", "ended by SIG"),
+        ("undefined();", "undefined symbol"),
+    ],
     ids=["a wrong result", "an unknown instruction", "a missing function"],
 )
 def test_a_library_that_fails_here_is_not_loaded(sources, cached, scratch, check, reason):
@@ -263,6 +277,18 @@ def test_threads_compile_once(first_use, compiled):
     for thread in threads:
         thread.join()
     assert found == [library.load()] * 4
+    assert len(compiled) == 1
+
+
+def test_a_graph_that_is_traced_first_compiles_it(first_use, compiled, monkeypatch):
+    backends._native_refuses.cache_clear()
+    monkeypatch.setitem(backends._MODULES, "native", portable)
+    torch.compiler.reset()
+    x = torch.rand(2, 3, 4, 5)
+    with fastconv.backend("native"):
+        graph = torch.compile(functional.layer_norm, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(graph(x), reference.layer_norm(x))
+    backends._native_refuses.cache_clear()
     assert len(compiled) == 1
 
 
