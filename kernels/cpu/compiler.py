@@ -18,6 +18,9 @@ from .processes import Unavailable, lines_of_failure, run
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fvisibility=hidden")
 # Some compilers for ARM take only the second.
 NATIVE_FLAGS = ("-march=native", "-mcpu=native")
+# In what a compiler prints, where the first lines may only say which file was included from where. What the linker
+# says comes before the line that it failed.
+ERROR = re.compile("error: (?!ld returned|linker command)")
 PROGRAMS = ("g++", "clang++", "c++")
 
 
@@ -100,6 +103,5 @@ def _succeed(command: Sequence[str], problem: str) -> subprocess.CompletedProces
 
 def _failure(done: subprocess.CompletedProcess[str], problem: str) -> str:
     lines = lines_of_failure(done)
-    # The first lines may only say which file was included from where.
-    line = next((line for line in lines if "error" in line), lines[0])
+    line = next(filter(ERROR.search, lines), lines[0])
     return f"{done.args[0]} {problem} ({line.strip()}); install a newer g++ or clang, or name it in CXX"

@@ -128,5 +128,6 @@ def _check(path: Path) -> None:
     if done.returncode != 0:
         reason = lines_of_failure(done)[-1]
         raise Unavailable(
-            f"its kernels, compiled for this CPU, fail on it ({reason}); name another compiler in CXX"
+            f"its kernels, compiled for this CPU, fail on it ({reason}); name another compiler in CXX, or another "
+            "folder in FASTCONV_CACHE"
         )

@@ -532,9 +532,8 @@ def test_the_environment_names_the_kernels_of_a_cpu(monkeypatch):
     monkeypatch.setattr(backends, "_native_refuses", lambda *_: "there is no C++ compiler")
     before = Environment.now(cpu)
     monkeypatch.setattr(backends, "_native_refuses", lambda *_: None)
-    monkeypatch.setattr(
-        library, "describe", lambda: library.Library(None, "0123456789abcdef01", "g++", None, True)
-    )
+    found = library.Library(None, "0123456789abcdef01", "g++ 12.2.0", None, True)
+    monkeypatch.setattr(library, "describe", lambda: found)
     assert before.changes(Environment.now(cpu)) == ["CPU kernels none, now 0123456789abcdef"]
     with fastconv.backend("portable"):
         assert "CPU kernels" not in Environment.now(cpu).versions

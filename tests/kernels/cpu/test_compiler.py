@@ -69,6 +69,9 @@ def test_a_compiler_that_fails_is_quoted(program, sources):
         r"a compiler cannot compile its kernels \(a\.h:1: error: no\); install a newer g\+\+ or clang, or"
     ):
         open_library(sources)
+    program('case "$*" in *"-o "*.so) echo "ld: No space" >&2; echo "a: error: ld returned 1" >&2; exit 1;; esac')
+    with refused(r"a compiler cannot link its kernels \(ld: No space\); install"):
+        open_library(sources)
     program("exit 4")
     with refused(r"a compiler is no C\+\+ compiler \(exit code 4\)"):
         open_library(sources)
