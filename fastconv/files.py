@@ -74,7 +74,7 @@ def cache_folder() -> Path:
         FileNotFoundError: the user has no home.
     """
     if given := os.environ.get("FASTCONV_CACHE"):
-        return Path(given)
+        return Path(os.path.expanduser(given))
     try:
         home = Path.home()
     except RuntimeError as error:

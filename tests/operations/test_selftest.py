@@ -6,7 +6,6 @@
 import functools
 import json
 import shutil
-import sys
 import threading
 import types
 import warnings
@@ -20,7 +19,7 @@ from processes import printed_by
 from torch.utils.checkpoint import checkpoint
 
 import fastconv
-from fastconv import accuracy, files, machine
+from fastconv import accuracy, machine
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, tensors_in
@@ -305,26 +304,6 @@ def test_without_a_folder_to_write_to_the_verdict_is_that_of_a_process(plant, mo
     for _ in range(2):
         functional.layer_norm(X)
     assert calls.count(False) == 2 * selftest.SAMPLES
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "folder"),
-    [
-        ("linux", {}, "home/.cache/fastconv"),
-        ("linux", {"XDG_CACHE_HOME": "xdg"}, "xdg/fastconv"),
-        ("linux", {"XDG_CACHE_HOME": "xdg", "FASTCONV_CACHE": "ours"}, "ours"),
-        ("darwin", {}, "home/Library/Caches/fastconv"),
-        ("win32", {"LOCALAPPDATA": "local"}, "local/fastconv"),
-    ],
-)
-def test_the_folder_is_that_of_the_platform(monkeypatch, platform, variables, folder):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: Path("home"))
-    for name in ("XDG_CACHE_HOME", "FASTCONV_CACHE", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert files.cache_folder() == Path(folder)
 
 
 class Functions(torch.overrides.TorchFunctionMode):
