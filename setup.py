@@ -15,5 +15,5 @@ setup(
         "fastconv.bench",
     ],
     package_dir={"fastconv": "fastconv", "fastconv.bench": "bench", "fastconv.kernels": "kernels"},
-    package_data={"fastconv": ["py.typed"]},
+    package_data={"fastconv": ["py.typed"], "fastconv.kernels.cpu": ["sources/*"]},
 )

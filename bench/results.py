@@ -20,6 +20,8 @@ import torch
 
 from fastconv import machine
 from fastconv.files import write_atomically
+from fastconv.kernels.cpu import library
+from fastconv.operations import backends
 
 from .contenders import BASELINE
 from .suite import Row
@@ -55,10 +57,18 @@ def provenance(device: torch.device, command: str | None = None) -> dict[str, An
         **machine.versions(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "compiler": compiler(device),
         **commit(),
         "command": command or shlex.join(["fastconv", *sys.argv[1:]]),
         "date": date.today().isoformat(),
     }
+
+
+def compiler(device: torch.device) -> str | None:
+    """The compiler of the native kernels, if these run."""
+    if backends.first_that_can(device, torch.float32) != "native":
+        return None
+    return library.describe().compiler
 
 
 def processor() -> str:

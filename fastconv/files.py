@@ -1,8 +1,9 @@
-"""Files that are complete at any moment."""
+"""Files that are complete at any moment, and the folder of those that are kept for later processes."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,3 +65,24 @@ def remove_partial(path: Path) -> None:
     """Remove what a process that was killed while it wrote `path` left behind. No other may be writing it."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder of fastconv in the user's cache; it need not exist.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
+    if given := os.environ.get("FASTCONV_CACHE"):
+        return Path(os.path.expanduser(given))
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise FileNotFoundError("there is no home folder to keep files in; set FASTCONV_CACHE") from error
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return Path(base) / "fastconv"

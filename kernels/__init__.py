@@ -1,4 +1,6 @@
-"""Triton kernels, installed as `fastconv.kernels`. Nothing here imports the rest of fastconv.
+"""Triton kernels, and C++ kernels for CPUs, installed as `fastconv.kernels`.
+
+Of the rest of fastconv they import at most `fastconv.files` and `fastconv.machine`.
 
 | room | what it does |
 |---|---|
@@ -14,9 +16,10 @@
 | `head` | the classifier's end: pooling, logits, loss, and their gradients |
 | `optimizer` | the sum of a step's partial gradients, and AdamW |
 | `classifier` | a whole step of training, or evaluation, as a list of the launches of other rooms |
+| `cpu` | C++ kernels for CPUs: their sources, and how these become a loaded library |
 | `common` | what they are built from: launches, registration, and functions that kernels call |
 
-Each room of an operation has the same three layers; what only `classifier` uses needs no operator:
+Each room of an operation in Triton has the same three layers; what only `classifier` uses needs no operator:
 
 - `kernels.py`: the kernels, in Triton's language.
 - `tiling.py`: how they divide the work among programs, and their launches.

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,33 @@ def test_a_disk_that_fills_while_lines_are_written_is_named():
 def test_a_file_that_cannot_be_opened_for_lines_is_named(tmp_path):
     with pytest.raises(WriteError, match=r"nowhere/lines cannot be written: No such file"):
         files.writing(tmp_path / "nowhere/lines").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "folder"),
+    [
+        ("linux", {}, "home/.cache/fastconv"),
+        ("linux", {"XDG_CACHE_HOME": "xdg"}, "xdg/fastconv"),
+        ("linux", {"XDG_CACHE_HOME": "xdg", "FASTCONV_CACHE": "ours"}, "ours"),
+        ("linux", {"FASTCONV_CACHE": "~/ours"}, "home/ours"),
+        ("darwin", {}, "home/Library/Caches/fastconv"),
+        ("win32", {"LOCALAPPDATA": "local"}, "local/fastconv"),
+    ],
+)
+def test_the_cache_folder_is_that_of_the_platform(monkeypatch, platform, variables, folder):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HOME", "home")
+    for name in ("XDG_CACHE_HOME", "FASTCONV_CACHE", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert files.cache_folder() == Path(folder)
+
+
+def test_without_a_home_there_is_no_cache_folder(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "FASTCONV_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    with pytest.raises(FileNotFoundError, match="there is no home folder to keep files in; set FASTCONV_CACHE"):
+        files.cache_folder()

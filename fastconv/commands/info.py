@@ -11,20 +11,20 @@ from rich.table import Table
 from fastconv import machine
 from fastconv.commands.options import JsonOption
 from fastconv.console import console
+from fastconv.kernels.cpu import library
 from fastconv.operations import backends, selftest
 
 
 def info(json_output: JsonOption = False) -> None:
     """Report versions, devices, which backend runs each operation and why, and which kernels are right."""
     devices = machine.available_devices()
-    gpus = [name for name in devices if name.startswith("cuda")]
     facts: dict[str, Any] = {
         "versions": machine.versions(),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "forced_backend": backends.current(),
         "operations": {device: backends.choices(torch.device(device)) for device in devices},
-        "kernels": {name: selftest.describe(torch.device(name)) for name in gpus},
+        "kernels": {name: _kernels(torch.device(name)) for name in devices if _has_kernels(name)},
     }
     if json_output:
         print(json.dumps(facts, indent=2, allow_nan=False))
@@ -41,8 +41,29 @@ def info(json_output: JsonOption = False) -> None:
             table.add_row(device, operation, choice["runs"] or "nothing", reasons)
     shown.print(table)
     for device, kernels in facts["kernels"].items():
-        shown.print(f"\nTriton kernels on {device}, {kernels['architecture']}: {kernels['status']}")
+        shown.print(f"\n{kernels['backend']} kernels on {device}, {kernels['architecture']}: {kernels['status']}")
+        if kernels["backend"] == "native":
+            threads = "PyTorch's threads" if kernels["parallel"] else "one thread"
+            shown.print(f"  compiled by {kernels['compiler']}; library: {kernels['library']}; {threads}")
         for subject in kernels["right"]:
             shown.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():
             shown.print(f"  wrong: {subject}: {reason}; auto takes portable")
+
+
+def _has_kernels(device: str) -> bool:
+    if device == "cpu":
+        return backends.can_run("native", torch.device(device), torch.float32) is None
+    return device.startswith("cuda")
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    if device.type != "cpu":
+        return selftest.describe("triton", device)
+    found = library.describe()
+    return {
+        **selftest.describe("native", device),
+        "compiler": found.compiler,
+        "library": "not kept" if found.path is None else str(found.path),
+        "parallel": found.parallel,
+    }

@@ -44,7 +44,7 @@ DeviceOption = Annotated[
     str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps", rich_help_panel="Machine")
 ]
 BackendOption = Annotated[
-    Literal["auto", "triton", "portable", "reference"],
+    Literal["auto", "triton", "native", "portable", "reference"],
     typer.Option(help="Implementation of the fused operations.", rich_help_panel="Machine"),
 ]
 JsonOption = Annotated[

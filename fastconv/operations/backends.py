@@ -18,7 +18,11 @@ from fastconv.operations.setting import backend as backend
 
 OPERATIONS = tuple(definition.PARAMETERS)
 
+# Those whose kernels nobody has proved on this machine, and so are tested at their first use.
+TESTED = ("triton", "native")
+
 _MODULES: dict[str, ModuleType] = {"portable": portable}
+_IMPORTED_AT_FIRST_USE = {"triton": "fastconv.kernels.operations", "native": "fastconv.kernels.cpu.operations"}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton too reads this variable once, when it is imported.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +52,15 @@ def candidates() -> tuple[str, ...]:
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return None if `backend` can compute in `dtype` on `device`, else the reason why not, and what can."""
+    """Return None if `backend` can compute in `dtype` on `device`, else the reason why not, and what can.
+
+    The first time that "native" is asked for, its kernels are compiled.
+
+    Raises:
+        BackendUnavailable: FASTCONV_NATIVE is neither 0 nor 1.
+    """
+    if backend == "native":
+        return _native_refuses(device.type, dtype)
     if backend != "triton":
         return None
     if not _TRITON_INSTALLED:
@@ -62,6 +74,27 @@ def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return "on a CPU it needs TRITON_INTERPRET=1 in the environment, which interprets its kernels"
     # Interpretation is slow, and only good for checking the kernels.
     return None if current() == "triton" else "its kernels are interpreted on a CPU only if it is forced"
+
+
+@functools.cache
+def _native_refuses(kind: str, dtype: torch.dtype) -> str | None:
+    if kind != "cpu":
+        return f"it runs on CPUs, not on {kind}"
+    if dtype != torch.float32:
+        return "its kernels take float32 only"
+    setting = os.environ.get("FASTCONV_NATIVE") or "1"
+    if setting not in ("0", "1"):
+        raise BackendUnavailable(f"FASTCONV_NATIVE is {setting!r}; expected 0, for no kernels in C++, or 1")
+    if setting == "0":
+        return "FASTCONV_NATIVE=0 turns it off"
+    # Not by `import fastconv`.
+    from fastconv.kernels.cpu import library
+
+    try:
+        library.load()
+    except library.Unavailable as error:
+        return str(error)
+    return None
 
 
 @functools.cache
@@ -81,9 +114,8 @@ def _gpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def implementation(backend: str) -> ModuleType:
     """The module of a backend other than the reference, whose operations take values."""
-    # Triton is imported where it is used first, and not by `import fastconv`.
     if backend not in _MODULES:
-        _MODULES[backend] = importlib.import_module("fastconv.kernels.operations")
+        _MODULES[backend] = importlib.import_module(_IMPORTED_AT_FIRST_USE[backend])
     return _MODULES[backend]
 
 
@@ -135,12 +167,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def leaves_to_pytorch(x: Tensor) -> bool:
-    """Whether PyTorch's own operations are to run where the portable backend is slower than they are."""
+    """Whether PyTorch's own operations are to run where those for CPUs are slower than they are."""
     if current() != "auto":
         return False
     # Autocast leaves float64 alone.
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x) or x.dtype
-    return choose(x.device, dtype) == "portable"
+    return choose(x.device, dtype) in ("native", "portable")
 
 
 def force(name: str, device: torch.device) -> None:

@@ -58,9 +58,9 @@ def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, 
     """The backend of an operation that meets a device or dtypes for the first time."""
     forced, device, subject = key[0], key[1], Subject(*key[2])
     name = backends.select(subject.operation, device, subject.maps, subject.dtype)
-    if name == "triton" and forced == "auto":
+    if name in backends.TESTED and forced == "auto":
         try:
-            trusted = selftest.trusts(subject, device, selftest.sizes_of(subject, x, values))
+            trusted = selftest.trusts(name, subject, device, selftest.sizes_of(subject, x, values))
         except KernelError:
             # Whether a kernel compiles depends on sizes: later calls may raise this too.
             trusted = True
@@ -76,9 +76,9 @@ def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
     operation, _, _, maps, dtype, _ = subject
     name = backends.select(operation, device, maps, dtype)
-    if name == "triton" and backends.current() == "auto":
+    if name in backends.TESTED and backends.current() == "auto":
         from fastconv.operations import tracing
 
-        if not tracing.trusts(device, *subject):
+        if not tracing.trusts(name, device, *subject):
             return "portable"
     return name

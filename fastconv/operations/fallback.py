@@ -20,9 +20,10 @@ def warn_refused(operation: str, error: KernelError, device: torch.device) -> No
     _warn((error.kernel, error.reason), problem, device)
 
 
-def warn_wrong(subject: str, reason: str, device: torch.device) -> None:
+def warn_wrong(backend: str, subject: str, reason: str, device: torch.device) -> None:
     """Warn, once for each subject, that the self-test found its kernels wrong."""
-    _warn((subject, str(device)), f"the Triton kernels of {subject} failed their self-test ({reason})", device)
+    problem = f"the {backend} kernels of {subject} failed their self-test ({reason})"
+    _warn((backend, subject, str(device)), problem, device)
 
 
 def _warn(key: tuple[str, ...], problem: str, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Tests the Triton kernels once, at their first use, on a GPU on which nobody has proved them.
+"""Tests the kernels of a backend once, at their first use, on a machine on which nobody has proved them.
 
 Each operation is compared with the reference, by the rule of `fastconv.accuracy`; `verdicts.py` keeps the
 verdict for other processes. FASTCONV_SELFTEST=0 turns it off.
@@ -38,7 +38,7 @@ SAMPLES = 2
 FLOAT32_FLOORS = {"highest": accuracy.FLOOR[torch.float32], "high": accuracy.TF32_FLOOR, "medium": 1e-2}
 
 _LOCK = threading.Lock()
-_TRUSTED: dict[tuple[torch.device, Subject], bool] = {}
+_TRUSTED: dict[tuple[str, torch.device, Subject], bool] = {}
 
 
 class Subject(NamedTuple):
@@ -90,20 +90,20 @@ class Sizes(NamedTuple):
     channels_last: bool = False
 
 
-def trusts(subject: Subject, device: torch.device, sizes: Sizes) -> bool | None:
-    """Whether `auto` may run the kernels of `subject`; None if that cannot be found out now.
+def trusts(backend: str, subject: Subject, device: torch.device, sizes: Sizes) -> bool | None:
+    """Whether `auto` may run a backend's kernels of `subject`; None if that cannot be found out now.
 
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
         BackendUnavailable: FASTCONV_SELFTEST is neither 0 nor 1.
     """
-    key = device, subject
+    key = backend, device, subject
     if key not in _TRUSTED:
         if _is_bad_moment(device):
             return None
         with _LOCK:
             if key not in _TRUSTED:
-                _TRUSTED[key] = _decide(subject, device, sizes)
+                _TRUSTED[key] = _decide(backend, subject, device, sizes)
     return _TRUSTED[key]
 
 
@@ -114,10 +114,11 @@ def status(device: torch.device) -> str:
     return "tested at first use" if _is_on() else "not tested"
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What `fastconv info` reports about the kernels on a GPU, as JSON; "wrong" gives the reasons."""
-    found = verdicts.load(device)
+def describe(backend: str, device: torch.device) -> dict[str, Any]:
+    """What `fastconv info` reports about a backend's kernels, as JSON; "wrong" gives the reasons."""
+    found = verdicts.load(backend, device)
     return {
+        "backend": backend,
         "architecture": machine.architecture(device),
         "status": status(device),
         "right": [subject for subject, verdict in found.items() if verdict.right],
@@ -141,34 +142,38 @@ def _is_bad_moment(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing() or torch._C._current_graph_task_id() != -1
 
 
-def _decide(subject: Subject, device: torch.device, sizes: Sizes) -> bool:
+def _decide(backend: str, subject: Subject, device: torch.device, sizes: Sizes) -> bool:
     if status(device) != "tested at first use":
         return True
-    verdict = verdicts.load(device).get(str(subject))
+    verdict = verdicts.load(backend, device).get(str(subject))
     if verdict is None:
         try:
-            verdict = _judge(subject, device, sizes)
-        except torch.cuda.OutOfMemoryError:
+            verdict = _judge(backend, subject, device, sizes)
+        except (MemoryError, RuntimeError) as error:
+            if not machine.is_out_of_memory(error):
+                raise
             # That says nothing about the kernels.
             return True
-        verdicts.save(device, str(subject), verdict)
+        verdicts.save(backend, device, str(subject), verdict)
     if not verdict.right:
-        fallback.warn_wrong(str(subject), verdict.reason, device)
+        fallback.warn_wrong(backend, str(subject), verdict.reason, device)
     return verdict.right
 
 
-def _judge(subject: Subject, device: torch.device, sizes: Sizes) -> Verdict:
+def _judge(backend: str, subject: Subject, device: torch.device, sizes: Sizes) -> Verdict:
     # Before the thread, which would wait for an import that goes on in this one.
-    kernels = backends.implementation("triton")
+    kernels = backends.implementation(backend)
     # PyTorch keeps for each thread whether there is autocast, no_grad, a default device, a hook on what is saved
     # for a backward, and other modes. A new thread has none of the caller's.
     with ThreadPoolExecutor(max_workers=1) as thread:
         test = thread.submit(_worst, getattr(kernels, subject.operation), subject, device, sizes)
         try:
             name, error = test.result()
-        except (KernelError, torch.cuda.OutOfMemoryError):
+        except KernelError:
             raise
         except Exception as raised:
+            if machine.is_out_of_memory(raised):
+                raise
             return Verdict(False, f"{type(raised).__name__}: {' '.join(str(raised).split())}")
     return Verdict(error.right, "" if error.right else f"{name}: {error}")
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 # In the order in which "auto" tries them.
-BACKENDS = ("triton", "portable", "reference")
+BACKENDS = ("triton", "native", "portable", "reference")
 NAMES = (*BACKENDS, "auto")
 
 
@@ -81,7 +81,7 @@ class backend(forced):
     is imported, is the default in all.
 
     Args:
-        name: "triton", "portable" or "reference"; or "auto" for the first of them that can run.
+        name: "triton", "native", "portable" or "reference"; or "auto" for the first of them that can run.
 
     Raises:
         ValueError: there is no such backend. That an existing one cannot run an operation shows when the

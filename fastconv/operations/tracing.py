@@ -24,11 +24,11 @@ def first_that_can(forced: str, device: torch.device, *dtypes: torch.dtype) -> s
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def trusts(device: torch.device, *fields: Any) -> bool:
+def trusts(backend: str, device: torch.device, *fields: Any) -> bool:
     """As `selftest.trusts`, of a Subject's fields, but with usual sizes: a graph's own may be symbols."""
     subject = selftest.Subject(*fields)
     try:
-        return selftest.trusts(subject, device, selftest.usual_sizes(subject)) is not False
+        return selftest.trusts(backend, subject, device, selftest.usual_sizes(subject)) is not False
     except KernelError as error:
         # Once the graph runs, it cannot fall back.
         fallback.warn_refused(subject.operation, error, device)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastconv import machine
-from fastconv.files import write_atomically
+from fastconv.files import cache_folder, write_atomically
 
 
 class Verdict(NamedTuple):
@@ -24,10 +22,10 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def load(device: torch.device) -> dict[str, Verdict]:
-    """The verdicts on this version's kernels on a GPU like `device`, by subject; none if the file is broken."""
+def load(backend: str, device: torch.device) -> dict[str, Verdict]:
+    """The verdicts on a backend's kernels on a device like this one, by subject; none if the file is broken."""
     try:
-        kept: Any = json.loads(_path(device).read_text(encoding="utf-8"))
+        kept: Any = json.loads(_path(backend, device).read_text(encoding="utf-8"))
         return {
             subject: Verdict(bool(found["right"]), str(found["reason"]))
             for subject, found in kept["verdicts"].items()
@@ -36,48 +34,40 @@ def load(device: torch.device) -> dict[str, Verdict]:
         return {}
 
 
-def save(device: torch.device, subject: str, verdict: Verdict) -> None:
+def save(backend: str, device: torch.device, subject: str, verdict: Verdict) -> None:
     """Add a verdict. Without a folder to write to, the next process tests again."""
-    verdicts = {**load(device), subject: verdict}
+    verdicts = {**load(backend, device), subject: verdict}
     content = {
-        "machine": _machine(device),
+        "machine": _machine(backend, device),
         "verdicts": {name: found._asdict() for name, found in verdicts.items()},
     }
-    path = _path(device)
     with suppress(OSError):
+        path = _path(backend, device)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Others may write at the same time. The last one wins, and what it lost is tested again.
         write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def folder() -> Path:
-    """The folder of fastconv in the user's cache."""
-    if given := os.environ.get("FASTCONV_CACHE"):
-        return Path(given)
-    home = Path.home()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-    return Path(base) / "fastconv"
+def _path(backend: str, device: torch.device) -> Path:
+    key = json.dumps(_machine(backend, device), sort_keys=True)
+    return cache_folder() / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _path(device: torch.device) -> Path:
-    key = json.dumps(_machine(device), sort_keys=True)
-    return folder() / "selftest" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _machine(device: torch.device) -> dict[str, str]:
+def _machine(backend: str, device: torch.device) -> dict[str, str]:
     """Everything that may make kernels right on one machine and wrong on another."""
     versions = machine.versions()
-    return {
+    decides = {
         **{name: versions[name] for name in ("fastconv", "torch", "triton")},
         "kernels": _digest(),
         "gpu": machine.gpu_name(device),
         "architecture": machine.architecture(device),
     }
+    if backend == "native":
+        # Not by `import fastconv`.
+        from fastconv.kernels.cpu import library
+
+        decides["library"] = library.describe().key
+    return decides
 
 
 def _digest() -> str:

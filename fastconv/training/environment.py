@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastconv import machine
+from fastconv.kernels.cpu import library
 from fastconv.operations import backends
 
 
@@ -19,7 +20,7 @@ class Environment:
         device: "cpu", or a GPU's name.
         backend: what `fastconv.backend` is set to.
         threads: PyTorch's number of threads, in whose order a CPU adds up sums.
-        versions: by package.
+        versions: by package; and a digest of the CPU kernels, where they run.
     """
 
     device: str
@@ -29,7 +30,10 @@ class Environment:
 
     @classmethod
     def now(cls, device: torch.device) -> Environment:
-        return cls(machine.gpu_name(device), backends.current(), torch.get_num_threads(), machine.versions())
+        backend, versions = backends.current(), machine.versions()
+        if backends.first_that_can(device, torch.float32) == "native":
+            versions["CPU kernels"] = library.describe().key[:16]
+        return cls(machine.gpu_name(device), backend, torch.get_num_threads(), versions)
 
     def changes(self, later: Environment) -> list[str]:
         """Return what differs from a later environment and can change a result, a few words for each."""

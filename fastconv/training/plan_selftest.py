@@ -34,10 +34,10 @@ def why_wrong(stepper: AutogradStepper, size: int, make_planned: Callable[[Autog
     if backends.current() != "auto" or selftest.status(device) != "tested at first use":
         return None
     subject = describe(stepper, size)
-    verdict = verdicts.load(device).get(subject)
+    verdict = verdicts.load("triton", device).get(subject)
     if verdict is None:
         verdict = judge(stepper, size, make_planned)
-        verdicts.save(device, subject, verdict)
+        verdicts.save("triton", device, subject, verdict)
     return None if verdict.right else f"it failed its self-test: {verdict.reason}"
 
 

@@ -25,6 +25,8 @@ import fastconv
 from fastconv import machine
 from fastconv.commands import main
 from fastconv.graphs import CaptureError
+from fastconv.kernels.cpu import library
+from fastconv.kernels.cpu.library import Library
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
 from fastconv.training import folder as run_folder
@@ -485,7 +487,8 @@ def test_summary(run):
     assert "[1000000, 9000, 8, 8]" in out
 
 
-def test_info(run):
+def test_info(run, monkeypatch):
+    monkeypatch.setattr(backends, "_native_refuses", lambda *_: "there is no C++ compiler: install one")
     code, out, _ = run("info", "--json")
     assert code == 0
     facts = json.loads(out)
@@ -496,6 +499,24 @@ def test_info(run):
     assert "on a CPU" in choice["refused"]["triton"]
     table = run("info")[1]
     assert all(operation in table for operation in backends.OPERATIONS)
+    assert "there is no C++ compiler: install one" in " ".join(table.split())
+    assert "native kernels" not in table
+
+
+def test_info_reports_the_native_kernels(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path))
+    monkeypatch.setattr(backends, "_native_refuses", lambda *_: None)
+    found = Library(None, "key", "g++ 12.2.0", tmp_path / "key.so", True)
+    monkeypatch.setattr(library, "describe", lambda: found)
+    facts = json.loads(run("info", "--json")[1])
+    assert facts["operations"]["cpu"]["convnext_block"]["runs"] == "native"
+    assert facts["kernels"]["cpu"]["library"] == str(tmp_path / "key.so")
+    assert (
+        "native kernels on cpu, cpu: not tested\n"
+        f"  compiled by g++ 12.2.0; library: {tmp_path}/key.so; PyTorch's threads\n"
+    ) in run("info")[1]
+    monkeypatch.setattr(library, "describe", lambda: found._replace(path=None, parallel=False))
+    assert "  compiled by g++ 12.2.0; library: not kept; one thread\n" in run("info")[1]
 
 
 def test_the_environment_forces_a_backend_and_sets_the_encoding():

@@ -10,15 +10,90 @@ import torch
 from processes import printed_by
 
 import fastconv
+from fastconv.kernels.cpu import library
 from fastconv.operations import backends, dispatch, functional, portable, reference, setting
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_auto_takes_the_portable_path_without_a_gpu():
+@pytest.fixture
+def native(monkeypatch):
+    """Make the CPU kernels load, or not for a reason; returns a list that notes each attempt."""
+    attempts = []
+
+    def install(reason=None):
+        def load():
+            attempts.append(reason)
+            if reason is not None:
+                raise library.Unavailable(reason)
+
+        monkeypatch.setattr(library, "load", load)
+        backends._native_refuses.cache_clear()
+        return attempts
+
+    yield install
+    backends._native_refuses.cache_clear()
+
+
+def test_auto_takes_native_kernels_in_float32_without_a_gpu(native):
+    native()
+    with fastconv.backend("auto"):
+        for operation in backends.OPERATIONS:
+            assert backends.select(operation, CPU, torch.float32) == "native"
+            assert backends.select(operation, CPU, torch.float64) == "portable"
+            # A block under autocast: its maps stay float32.
+            assert backends.select(operation, CPU, torch.float32, torch.bfloat16) == "portable"
+        assert backends.leaves_to_pytorch(torch.zeros(1, 1, 1, 1))
+
+
+def test_auto_takes_the_portable_path_without_a_compiler(native):
+    native("there is no C++ compiler")
     with fastconv.backend("auto"):
         for operation in backends.OPERATIONS:
             assert backends.select(operation, CPU, torch.float32) == "portable"
+        assert backends.leaves_to_pytorch(torch.zeros(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CPU, torch.float16, "its kernels take float32 only"),
+        (CUDA, torch.float32, "it runs on CPUs, not on cuda"),
+        (torch.device("meta"), torch.float32, "it runs on CPUs, not on meta"),
+    ],
+)
+def test_native_kernels_are_not_compiled_for_what_they_do_not_take(native, device, dtype, reason):
+    attempts = native()
+    assert backends.can_run("native", device, dtype) == reason
+    assert attempts == []
+
+
+def test_native_kernels_are_asked_for_once(native):
+    attempts = native("there is no C++ compiler: install one")
+    with fastconv.backend("native"):
+        for _ in range(2):
+            with pytest.raises(fastconv.BackendUnavailable) as raised:
+                functional.layer_norm(torch.zeros(1, 1, 1, 1))
+    assert str(raised.value) == (
+        'backend "native" cannot run layer_norm: there is no C++ compiler: install one; use "auto", "portable" or '
+        '"reference"'
+    )
+    assert len(attempts) == 1
+
+
+def test_the_environment_turns_native_kernels_off(native, monkeypatch):
+    attempts = native()
+    monkeypatch.setenv("FASTCONV_NATIVE", "0")
+    assert backends.can_run("native", CPU, torch.float32) == "FASTCONV_NATIVE=0 turns it off"
+    backends._native_refuses.cache_clear()
+    monkeypatch.setenv("FASTCONV_NATIVE", "off")
+    with pytest.raises(
+        fastconv.BackendUnavailable, match=r"FASTCONV_NATIVE is 'off'; expected 0, for no kernels in C\+\+, or 1"
+    ):
+        backends.choose(CPU, torch.float32)
+    assert attempts == []
+    monkeypatch.setenv("FASTCONV_NATIVE", "1")
+    assert backends.can_run("native", CPU, torch.float32) is None
 
 
 def test_forced_backends_run(monkeypatch):
@@ -53,7 +128,7 @@ def test_an_error_inside_restores_too():
 
 def test_unknown_backend_changes_nothing():
     before = backends.current()
-    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of triton, portable, reference, auto"):
+    with pytest.raises(ValueError, match="'cuda'; expected one of triton, native, portable, reference, auto"):
         fastconv.backend("cuda")
     assert backends.current() == before
 
@@ -263,15 +338,16 @@ def test_another_backend_makes_another_graph_in_each_thread():
     assert graphs[0] != graphs[1]
 
 
-def test_import_brings_in_no_triton_no_torchvision_and_no_cuda_context():
+def test_import_brings_in_no_triton_no_compiler_no_torchvision_and_no_cuda_context():
     code = """
 import sys, torch
 before = set(sys.modules)
 import fastconv
 from fastconv.kernels.common.values import Convolution, Norm
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print("fastconv.kernels.cpu" in sys.modules)
 print(torch.cuda.is_initialized())
 """
-    added, initialized = printed_by("-c", code).splitlines()
+    added, compiles, initialized = printed_by("-c", code).splitlines()
     assert added == "['fastconv']"
-    assert initialized == "False"
+    assert compiles == initialized == "False"

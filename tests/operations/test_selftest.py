@@ -6,7 +6,6 @@
 import functools
 import json
 import shutil
-import sys
 import threading
 import types
 import warnings
@@ -24,6 +23,8 @@ from fastconv import accuracy, machine
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, tensors_in
+from fastconv.kernels.cpu import library
+from fastconv.kernels.cpu.library import Library
 from fastconv.kernels.decisions import LARGEST_TOEPLITZ_MAP
 from fastconv.operations import (
     backends,
@@ -44,13 +45,14 @@ X = torch.linspace(-1, 1, 3 * 4 * 5 * 6).view(3, 4, 5, 6)
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Make a process in which nothing was tried, where "auto" takes the planted operations for Triton's."""
+    """Make a process in which nothing was tried, where "auto" takes the planted operations for a backend's."""
+    always = "portable", "reference"
 
-    def make(**operations):
+    def make(backend="triton", **operations):
         kernels = types.SimpleNamespace(**{name: right(name) for name in backends.OPERATIONS})
         vars(kernels).update(operations)
-        monkeypatch.setitem(backends._MODULES, "triton", kernels)
-        monkeypatch.setattr(backends, "can_run", lambda *_: None)
+        monkeypatch.setitem(backends._MODULES, backend, kernels)
+        monkeypatch.setattr(backends, "can_run", lambda name, *_: None if name in (backend, *always) else "no")
         monkeypatch.setattr(dispatch, "_CHOSEN", {})
         monkeypatch.setattr(selftest, "_TRUSTED", {})
         monkeypatch.setattr(fallback, "_WARNED", set())
@@ -121,7 +123,7 @@ def test_wrong_kernels_are_not_used(plant, tmp_path, fault):
         y = functional.layer_norm(X)
     text = str(warned.pop().message)
     assert not warned
-    assert text.startswith("fastconv: the Triton kernels of layer_norm, tensor, float32 failed their self-test (")
+    assert text.startswith("fastconv: the triton kernels of layer_norm, tensor, float32 failed their self-test (")
     assert "at most 5.0e-06 is right). The portable backend runs instead" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
     assert "fastconv info" in text
@@ -147,6 +149,37 @@ def test_wrong_kernels_are_not_used(plant, tmp_path, fault):
     with fastconv.backend("triton"):
         functional.layer_norm(X)
     assert calls == [True]
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "compiled"])
+def test_wrong_native_kernels_are_not_used(plant, tmp_path, monkeypatch, graph):
+    def use(key):
+        plant("native", layer_norm=wrong_norm)
+        found = Library(None, key, "g++ 12.2.0", None, True)
+        monkeypatch.setattr(library, "describe", lambda: found)
+        torch.compiler.reset()
+        compiled = torch.compile(functional.layer_norm, fullgraph=True, backend="aot_eager")
+        with pytest.warns(RuntimeWarning, match="the native kernels of layer_norm, tensor, float32 failed their"):
+            y = (compiled if graph else functional.layer_norm)(X)
+        torch.testing.assert_close(y, reference.layer_norm(X))
+
+    for key in ("a", "a", "b"):
+        use(key)
+    # One for each library.
+    assert len([*(tmp_path / "selftest").iterdir()]) == 2
+    with fastconv.backend("native"):
+        assert torch.equal(functional.layer_norm(X), wrong_norm(X, NORM))
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_kernels(plant, silent, tmp_path):
+    def allocate(*_):
+        if threading.current_thread() is threading.main_thread():
+            return X
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    plant(layer_norm=allocate)
+    assert functional.layer_norm(X) is X
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_gelu_is_tested(plant):
@@ -204,7 +237,7 @@ def test_large_maps_and_autocast_are_tested_by_themselves(plant, silent, tmp_pat
 def test_pytorch_itself_is_right(plant, operation, dtype):
     subject = selftest.Subject(operation, "channel" if "norm" in operation else None, False, dtype, dtype)
     plant()
-    assert selftest._judge(subject, CPU, selftest.usual_sizes(subject)).right
+    assert selftest._judge("triton", subject, CPU, selftest.usual_sizes(subject)).right
 
 
 def test_where_few_values_are_normalised_others_are_tested(plant, silent):
@@ -255,11 +288,11 @@ def test_proved_architectures_are_not_tested(plant, monkeypatch, silent, tmp_pat
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"verdicts": 3}', b'{"verdicts": {"a": 1}}', b"\xff\xfe"])
 def test_a_corrupt_file_is_written_anew(plant, silent, content):
     plant()
-    path = verdicts._path(CPU)
+    path = verdicts._path("triton", CPU)
     path.parent.mkdir()
     path.write_bytes(content)
     functional.layer_norm(X)
-    assert verdicts.load(CPU)["layer_norm, tensor, float32"].right
+    assert verdicts.load("triton", CPU)["layer_norm, tensor, float32"].right
     assert [*path.parent.iterdir()] == [path]
 
 
@@ -271,26 +304,6 @@ def test_without_a_folder_to_write_to_the_verdict_is_that_of_a_process(plant, mo
     for _ in range(2):
         functional.layer_norm(X)
     assert calls.count(False) == 2 * selftest.SAMPLES
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "folder"),
-    [
-        ("linux", {}, "home/.cache/fastconv"),
-        ("linux", {"XDG_CACHE_HOME": "xdg"}, "xdg/fastconv"),
-        ("linux", {"XDG_CACHE_HOME": "xdg", "FASTCONV_CACHE": "ours"}, "ours"),
-        ("darwin", {}, "home/Library/Caches/fastconv"),
-        ("win32", {"LOCALAPPDATA": "local"}, "local/fastconv"),
-    ],
-)
-def test_the_folder_is_that_of_the_platform(monkeypatch, platform, variables, folder):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(Path, "home", lambda: Path("home"))
-    for name in ("XDG_CACHE_HOME", "FASTCONV_CACHE", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert verdicts.folder() == Path(folder)
 
 
 class Functions(torch.overrides.TorchFunctionMode):
@@ -314,7 +327,7 @@ def test_nothing_of_the_callers_is_seen_or_changed(plant, silent, monkeypatch):
     try:
         with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16), Functions():
             subject = selftest.Subject("layer_norm", "tensor", False, torch.float32, torch.float32)
-            assert selftest.trusts(subject, CPU, selftest.usual_sizes(subject))
+            assert selftest.trusts("triton", subject, CPU, selftest.usual_sizes(subject))
     finally:
         torch.set_default_dtype(torch.float32)
     assert set(seen) == {(torch.float32, torch.float32, False, "cpu")}
@@ -358,7 +371,7 @@ def test_a_bad_moment_decides_nothing(plant, silent, monkeypatch, tmp_path, capt
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: task)
     subject = selftest.Subject("layer_norm", "tensor", False, torch.float32, torch.float32)
-    assert selftest.trusts(subject, torch.device("cuda", 0), selftest.usual_sizes(subject)) is None
+    assert selftest.trusts("triton", subject, torch.device("cuda", 0), selftest.usual_sizes(subject)) is None
     assert selftest._TRUSTED == {}
 
 
@@ -372,11 +385,11 @@ def test_a_compiled_graph_is_tested_while_it_is_traced(plant):
     assert set(calls) == {False}
     torch.compiler.reset()
     plant()
-    verdicts._path(CPU).unlink()
+    verdicts._path("triton", CPU).unlink()
     compiled = torch.compile(functional.layer_norm, fullgraph=True, backend="aot_eager")
     for images in (3, 2, 1):
         torch.testing.assert_close(compiled(X[:images]), reference.layer_norm(X[:images]))
-    assert verdicts.load(CPU)["layer_norm, tensor, float32"].right
+    assert verdicts.load("triton", CPU)["layer_norm, tensor, float32"].right
 
 
 def test_a_kernel_that_cannot_run_is_kept_out_of_graphs(plant):
@@ -437,7 +450,7 @@ def test_info_reports_the_verdicts(plant, run, monkeypatch):
     assert (kernels["status"], kernels["right"]) == ("tested at first use", ["patch_conv, float32"])
     (reason,) = kernels["wrong"].values()
     text = run("info")[1]
-    assert "Triton kernels on cuda:0, cpu: tested at first use\n  right: patch_conv, float32\n" in text
+    assert "triton kernels on cuda:0, cpu: tested at first use\n  right: patch_conv, float32\n" in text
     assert f"  wrong: layer_norm, tensor, float32: {reason}; auto takes portable\n" in text
     monkeypatch.setenv("FASTCONV_SELFTEST", "0")
     assert json.loads(run("info", "--json")[1])["kernels"]["cuda:0"]["status"] == "not tested"

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastconv.operations import reference
+import fastconv
+from fastconv.kernels.cpu import library
+from fastconv.operations import backends, reference
 from fastconv.training import checkpoint, graphed, loop, memory, stepper
 from fastconv.training import recipe as recipe_module
 from fastconv.training import state as state_module
@@ -523,6 +525,18 @@ def test_the_environment_names_what_changes_bits():
     on_a_gpu = Environment("NVIDIA H200", "auto", 4, before.versions)
     assert before.changes(on_a_gpu) == ["device cpu, now NVIDIA H200"]
     assert before.changes(before) == []
+
+
+def test_the_environment_names_the_kernels_of_a_cpu(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(backends, "_native_refuses", lambda *_: "there is no C++ compiler")
+    before = Environment.now(cpu)
+    monkeypatch.setattr(backends, "_native_refuses", lambda *_: None)
+    found = library.Library(None, "0123456789abcdef01", "g++ 12.2.0", None, True)
+    monkeypatch.setattr(library, "describe", lambda: found)
+    assert before.changes(Environment.now(cpu)) == ["CPU kernels none, now 0123456789abcdef"]
+    with fastconv.backend("portable"):
+        assert "CPU kernels" not in Environment.now(cpu).versions
 
 
 @pytest.fixture
