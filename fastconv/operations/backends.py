@@ -22,7 +22,7 @@ OPERATIONS = tuple(definition.PARAMETERS)
 TESTED = ("triton", "native")
 
 _MODULES: dict[str, ModuleType] = {"portable": portable}
-_IMPORTED_AT_FIRST_USE = {"triton": "fastconv.kernels.operations", "native": "fastconv.kernels.cpu.operations"}
+_IMPORTED_AT_FIRST_USE = {"triton": "fastconv.kernels.operations", "native": "fastconv.operations.native"}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton too reads this variable once, when it is imported.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -48,6 +48,15 @@ SEVERAL_IMAGES = 8  # From here on they are slow on plain (NCHW) maps of few pix
 SLOW_PIXELS = 4  # Few pixels are at most these.
 SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so many elements.
 
+# The native kernels.
+NATIVE_IMAGES = 4  # With fewer images most lanes of a vector are empty.
+
+
+def native_convolution(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
+    """Whether a C++ kernel computes the convolution and its norm."""
+    # The norm of a single value is constant.
+    return norm.over != "channel" and x.shape[0] >= NATIVE_IMAGES and depthwise.weight.numel() > 1
+
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     if norm.over == "channel":

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.launch import Launch, on_device_of
+from ..common.launch import Launch
 from ..common.layout import strides
+from ..common.placement import on_device_of
 from ..head.tiling import HeadTiling
 from ..layer_norm.tiling import LayerNormTiling
 from ..optimizer.tiling import Columns, StepReduction, adamw_launch, end_evaluation_launch

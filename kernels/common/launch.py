@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -19,7 +18,6 @@ from .errors import KernelError
 # enable_fp_fusion: a multiplication and an addition become one instruction, which rounds once; a stencil is little
 # else. Up to Triton 3.9 that is the default, which the environment can change.
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-_HERE = nullcontext()
 
 
 class Launch:
@@ -133,12 +131,6 @@ def on_meta(tensors: Sequence[Tensor | None]) -> bool:
     """
     first = tensors[0]
     return first is not None and first.is_meta
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the GPU of `x` the current one meanwhile, if it is on one."""
-    index = x.get_device()
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def block_size(length: int, largest: int) -> int:

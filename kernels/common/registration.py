@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import KernelError
-from .launch import on_device_of
+from .placement import on_device_of
 from .rules import check_differentiated_once, is_traced
 
 # How many plans an operator keeps: one for each batch size, say.

@@ -1,0 +1,46 @@
+"""The operations on C++ kernels for CPUs, each where it takes that form; else on the portable path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastconv.kernels.common.values import Convolution, Norm
+from fastconv.kernels.cpu import block
+from fastconv.operations import decisions, portable
+from fastconv.operations.columns import restore_format
+
+
+def convnext_block(
+    x: Tensor,
+    depthwise: Convolution,
+    pointwise: Convolution,
+    projection: Convolution,
+    norm: Norm,
+    approximate: str,
+) -> Tensor:
+    if not decisions.native_convolution(x, depthwise, norm):
+        return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
+    parameters = *depthwise.contiguous(), *norm.contiguous().fold_into(pointwise), *projection.contiguous()
+    y = block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, _needs_grad(x, *parameters))
+    return restore_format(y, x)
+
+
+def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
+    return portable.depthwise_conv_layer_norm(x, depthwise, norm)
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    return portable.layer_norm(x, norm)
+
+
+def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
+    return portable.pointwise_conv_gelu(x, conv, approximate)
+
+
+def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
+    return portable.patch_conv(x, conv)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

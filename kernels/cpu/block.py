@@ -1,0 +1,197 @@
+"""The whole ConvNextBlock as one operation for each direction: `sources/block.cpp`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.layout import gradient_like
+from ..common.registration import DifferentiableOperator, Operator
+from . import memory
+from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure
+
+_Arguments = structure(
+    "Block",
+    integers="images channels outputs hidden height width kernel_height kernel_width vectors slots over_sample tanh",
+    numbers="eps",
+    pointers="x taps shift w bias projection offset y h product scale workspace "
+    "gy gx gtaps gshift gw gbias gprojection goffset",
+)
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    depthwise_weight: Tensor  # (K, 1, kh, kw)
+    depthwise_bias: Tensor | None  # (K,)
+    weight: Tensor  # (O, K, 1, 1)
+    bias: Tensor | None  # (O,)
+    projection: Tensor  # (C, O, 1, 1)
+    projection_bias: Tensor | None  # (C,)
+    norm: str
+    eps: float
+    approximate: str
+    keep: bool  # what the backward needs
+
+
+class ForwardPlan:
+    """y, whose images lie side by side, and for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.chunks = _divide(inputs.x, inputs.depthwise_weight)
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results = _results(inputs, self.chunks)
+        if inputs.x.numel() > 0 and not inputs.x.is_meta:
+            x = batch_last(inputs.x)
+            arguments = _arguments(x, inputs, self.chunks)
+            _, _, shift, _, bias, _, offset, *_ = inputs
+            arguments.shift, arguments.bias, arguments.offset = address(shift), address(bias), address(offset)
+            y, *saved = results
+            arguments.y = address(y)
+            if inputs.keep:
+                arguments.h, arguments.product, arguments.scale = map(address, saved)
+            call("fastconv_block_forward", arguments)
+        return results
+
+
+def _divide(x: Tensor, depthwise_weight: Tensor) -> Chunks:
+    images, _, height, width = x.shape
+    return divide(images, depthwise_weight.shape[0], height * width)
+
+
+def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, outputs, hidden = inputs.x, inputs.depthwise_weight.shape[0], inputs.weight.shape[0]
+    _, channels, height, width = x.shape
+    count = chunks.count if inputs.keep else 0
+    row = (height * width + 1) * chunks.width
+    shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
+    saved = [memory.empty_like(x, *shape) for shape in shapes]
+    return new_maps(x, channels, height, width), *saved
+
+
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _results(inputs, _divide(inputs.x, inputs.depthwise_weight))
+
+
+def _arguments(x: Tensor, inputs: Any, chunks: Chunks) -> Any:
+    """What both directions take, from maps x that lie as the kernels want them."""
+    channels, height, width, images = x.shape
+    weight = inputs.depthwise_weight
+    return _Arguments(
+        images=images,
+        channels=channels,
+        outputs=weight.shape[0],
+        hidden=inputs.weight.shape[0],
+        height=height,
+        width=width,
+        kernel_height=weight.shape[2],
+        kernel_width=weight.shape[3],
+        vectors=chunks.vectors,
+        slots=chunks.slots,
+        over_sample=inputs.norm == "sample",
+        tanh=inputs.approximate == "tanh",
+        eps=inputs.eps,
+        x=address(x),
+        taps=address(weight),
+        w=address(inputs.weight),
+        projection=address(inputs.projection),
+    )
+
+
+class BackwardInputs(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    depthwise_weight: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    projection: Tensor
+    h: Tensor
+    product: Tensor
+    scale: Tensor
+    norm: str
+    eps: float
+    approximate: str
+    needs_x: bool
+    needs_depthwise: bool
+
+
+class BackwardPlan:
+    """The gradient of x, if needed, and one vector of those of the parameters, in the order of `_gradient_sizes`.
+
+    Without `needs_depthwise` those of the depthwise convolution are undefined.
+    """
+
+    def __init__(self, inputs: BackwardInputs) -> None:
+        self.chunks = _divide(inputs.x, inputs.depthwise_weight)
+        self.sizes = _gradient_sizes(inputs)
+
+    def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+        gx, parameters = _fake_backward(inputs)
+        if inputs.x.is_meta:
+            return gx, parameters
+        if inputs.x.numel() == 0:
+            return gx, parameters.zero_()
+        x, gy = batch_last(inputs.x), batch_last(inputs.grad)
+        arguments = _arguments(x, inputs, self.chunks)
+        arguments.bias, arguments.gy = address(inputs.bias), address(gy)
+        arguments.h, arguments.product, arguments.scale = map(address, (inputs.h, inputs.product, inputs.scale))
+        gw, gprojection, gbias, goffset, gtaps, gshift = map(address, parameters.split_with_sizes(self.sizes))
+        arguments.gw, arguments.gprojection, arguments.gbias, arguments.goffset = gw, gprojection, gbias, goffset
+        if inputs.needs_x:
+            arguments.gx = address(gx)
+        if inputs.needs_depthwise:
+            arguments.gtaps, arguments.gshift = gtaps, gshift
+        call("fastconv_block_backward", arguments)
+        return gx, parameters
+
+
+def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
+    """How large the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias are."""
+    weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
+    return [
+        weight.numel(),
+        projection.numel(),
+        weight.shape[0],
+        projection.shape[0],
+        depthwise_weight.numel(),
+        depthwise_weight.shape[0],
+    ]
+
+
+def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+    x = inputs.x
+    gx = new_maps(x, *x.shape[1:]) if inputs.needs_x else x.new_empty(0)
+    return gx, x.new_empty(sum(_gradient_sizes(inputs)))
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, h, product, scale = output
+    x, depthwise_weight, _, weight, bias, projection, *_ = inputs
+    ctx.save_for_backward(x, depthwise_weight, weight, bias, projection, h, product, scale)
+    ctx.options = inputs.norm, inputs.eps, inputs.approximate
+
+
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = ctx.needs_input_grad
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_shift)
+    gx, parameters = convnext_block_backward(inputs, forward=ctx)
+    weight, projection, bias, offset, taps, shift = torch.split_with_sizes(parameters, _gradient_sizes(inputs))
+    return {
+        "x": gx if needs_x else None,
+        "depthwise_weight": gradient_like(inputs.depthwise_weight, taps),
+        "depthwise_bias": shift if needs_shift else None,
+        "weight": gradient_like(inputs.weight, weight),
+        "bias": bias if needs_bias else None,
+        "projection": gradient_like(inputs.projection, projection),
+        "projection_bias": offset if needs_offset else None,
+    }
+
+
+convnext_block_backward = Operator(
+    "fastconv::native_convnext_block_backward", BackwardInputs, BackwardPlan, _fake_backward
+)
+convnext_block = DifferentiableOperator(
+    "fastconv::native_convnext_block", Inputs, ForwardPlan, _fake, _save, _gradients
+)
