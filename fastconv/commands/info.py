@@ -44,7 +44,9 @@ def info(json_output: JsonOption = False) -> None:
         shown.print(f"\n{kernels['backend']} kernels on {device}, {kernels['architecture']}: {kernels['status']}")
         if kernels["backend"] == "native":
             threads = "PyTorch's threads" if kernels["parallel"] else "one thread"
-            shown.print(f"  compiled by {kernels['compiler']}; library: {kernels['library']}; {threads}")
+            # One line, however long the path.
+            line = f"  compiled by {kernels['compiler']}; library: {kernels['library']}; {threads}"
+            shown.print(line, soft_wrap=True)
         for subject in kernels["right"]:
             shown.print(f"  right: {subject}")
         for subject, reason in kernels["wrong"].items():

@@ -99,7 +99,7 @@ def _key(sources: Path, found: Compiler) -> str:
         for path in sorted(sources.iterdir())
         if path.suffix in (".cpp", ".h")
     }
-    return hashlib.sha256(json.dumps([digests, found]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([digests, found]).encode()).hexdigest()[:32]
 
 
 def _compile(sources: Path, found: Compiler, key: str) -> tuple[ctypes.CDLL, Path | None]:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import fuzzing
 
-BACKENDS = ("portable", "triton", "reference")
+BACKENDS = ("portable", "auto", "triton", "reference")
 
 
 def main() -> None:
@@ -15,7 +15,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="other seeds make other cases")
     parser.add_argument("--first", type=int, default=0, help="the index of the first case")
     parser.add_argument("--count", type=int, default=1000, help="how many cases")
-    parser.add_argument("--backend", choices=BACKENDS, default="portable", help="triton is interpreted")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="portable",
+        help="auto takes native in float32; triton is interpreted",
+    )
     given = parser.parse_args()
     interpreted = given.backend == "triton"
     if interpreted:

@@ -68,7 +68,8 @@ def test_native_kernels_are_not_compiled_for_what_they_do_not_take(native, devic
     assert attempts == []
 
 
-def test_native_kernels_are_asked_for_once(native):
+def test_native_kernels_are_asked_for_once(native, monkeypatch):
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
     attempts = native("there is no C++ compiler: install one")
     with fastconv.backend("native"):
         for _ in range(2):

@@ -11,7 +11,7 @@ from fuzzing.arguments import LAYOUTS
 import fastconv
 from fastconv.accuracy import FORMATS, in_format
 from fastconv.checking.inputs import Sizes
-from fastconv.operations import functional
+from fastconv.operations import backends, functional
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The portable path has two forms of the convolution. The interpreter is slow.
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.parametrize(
     [
         pytest.param("portable", "cpu", SHAPES["lecture 8x8"], id="portable, batch last"),
         pytest.param("portable", "cpu", SHAPES["odd and prime"], id="portable, channels last"),
+        pytest.param("native", "cpu", SHAPES["lecture 8x8"], id="native, whole vectors"),
+        pytest.param("native", "cpu", SHAPES["odd and prime"], id="native, parts of vectors"),
         pytest.param(
             "triton",
             "cpu",
@@ -37,6 +39,8 @@ each_operation = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _backend(backend, nothing_small):
+    if backend == "native" and (reason := backends.can_run(backend, torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
     with fastconv.backend(backend):
         yield
 
@@ -91,7 +95,9 @@ def test_gradients_of_weights_have_the_strides_of_the_weights(call, leaves, layo
 
 
 @pytest.mark.parametrize("operation", [f"{name}, {norm}" for name in NORMED for norm in functional.NORMS])
-def test_gradients_of_norms_are_not_rounded_by_autocast(operation, call, leaves, device):
+def test_gradients_of_norms_are_not_rounded_by_autocast(operation, call, leaves, device, backend):
+    if backend == "native":
+        pytest.skip("under autocast portable runs")
     with torch.autocast(device, torch.bfloat16):
         y = call(**leaves)
     grad = torch.randn(y.shape, device=device).bfloat16().to(y.dtype)
