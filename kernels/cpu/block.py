@@ -14,7 +14,8 @@ from .chunks import Chunks, address, batch_last, call, divide, new_maps, structu
 
 _Arguments = structure(
     "Block",
-    integers="images channels outputs hidden height width kernel_height kernel_width vectors slots over_sample tanh",
+    integers="images channels outputs hidden height width kernel_height kernel_width vectors slots "
+    "over_sample tanh",
     numbers="eps",
     pointers="x taps shift w bias projection offset y h product scale workspace "
     "gy gx gtaps gshift gw gbias gprojection goffset",
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class ForwardPlan:
-    """y, whose images lie side by side, and for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
+    """y, whose images lie side by side; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.chunks = _divide(inputs.x, inputs.depthwise_weight)
@@ -148,7 +149,7 @@ class BackwardPlan:
 
 
 def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
-    """How large the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias are."""
+    """Those of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias."""
     weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
     return [
         weight.numel(),

@@ -103,8 +103,8 @@ void convolve_chunk(const Block& k, const Sizes& s, int chunk, Vector* h, Vector
             const Doubles deviation = scratch.means[row] - mean;
             squares += deviation * deviation * (double)P;
         }
-        memcpy(statistics.mean + first, &mean, sizeof mean);
-        memcpy(statistics.squares + first, &squares, sizeof squares);
+        store(statistics.mean + first, mean);
+        store(statistics.squares + first, squares);
     }
 }
 
@@ -151,8 +151,7 @@ void forward(const Block& k) {
             for (int b = 0; b < B; ++b) {
                 const size_t lane = s.chunks.first(chunk) + b * LANES;
                 const Integers there = s.chunks.holds_image(chunk, b);
-                Doubles mean;
-                memcpy(&mean, statistics.mean + lane, sizeof mean);
+                const Doubles mean = load(statistics.mean + lane);
                 scale[b] = load(statistics.scale + lane);
                 for (int row = 0; row < K; ++row)
                     deviations[row * s.stride + b] = there ? narrow(widen(means[row * B + b]) - mean) : Vector{};
@@ -216,14 +215,15 @@ struct Partial {
 int channels_at_once(const Sizes& s) { return s.multiplier >= 8 ? 1 : 8 / s.multiplier; }
 
 struct BackwardScratch {
-    Vector *gy, *activation, *gh, *frame, *frames, *gx;  // [C][stride], [O][stride], [rows][stride], ...
+    Vector *gy, *activation, *gh;   // [C][stride], [O][stride], [rows][stride]
+    Vector *frames, *g_frames, *gx;  // [vectors][frame], [M][frame], [pixels]
 
     BackwardScratch(const Sizes& s, Arena& arena)
         : gy(arena.take<Vector>(s.channels * s.stride)),
           activation(arena.take<Vector>(s.hidden * s.stride)),
           gh(arena.take<Vector>(channels_at_once(s) * s.multiplier * s.stride)),
-          frame(arena.take<Vector>(s.stencil.frame())),
-          frames(arena.take<Vector>(s.multiplier * s.stencil.frame())),
+          frames(arena.take<Vector>(s.chunks.vectors * s.stencil.frame())),
+          g_frames(arena.take<Vector>(s.multiplier * s.stencil.frame())),
           gx(arena.take<Vector>(s.pixels)) {}
 };
 
@@ -279,8 +279,8 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
             g_sum += widen(sums.scaled) * (double)work.w_sums[o];
             slope += widen(sums.slope);
         }
-        memcpy(work.g_sums + lane, &g_sum, sizeof g_sum);
-        memcpy(work.slopes + lane, &slope, sizeof slope);
+        store(work.g_sums + lane, g_sum);
+        store(work.slopes + lane, slope);
     }
     if (k.gprojection)
         add_outer(scratch.gy, s.stride, C, scratch.activation, s.stride, O, s.columns, partial.projection);
@@ -291,7 +291,12 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
 // dL/dh = W^T gz + level + slope (h - M), whose level and slope are those of each image.
 void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const BackwardWork& work, const BackwardScratch& scratch, const Partial& partial) {
     const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, P = s.pixels, M = s.multiplier;
-    const int at_once = channels_at_once(s);
+    const int at_once = channels_at_once(s), first = s.chunks.first(chunk);
+    Vector level[MOST_VECTORS], slope[MOST_VECTORS];
+    for (int b = 0; b < B; ++b) {
+        level[b] = narrow(load(work.g_sums + first + b * LANES));
+        slope[b] = narrow(load(work.slopes + first + b * LANES));
+    }
     const float* w = work.w;
     for (int c = 0; c < C; c += at_once) {
         const int channels = c + at_once < C ? at_once : C - c, rows = channels * M;
@@ -299,36 +304,40 @@ void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const Ba
         Vector* gh = scratch.gh;
         multiply(w, rows, O, work.gz + chunk * O * s.stride, s.stride, s.columns, gh, s.stride);
         w += packed_size(rows, O);
-        for (int b = 0; b < B; ++b) {
-            const int first = s.chunks.first(chunk) + b * LANES;
-            Doubles levels, slopes;
-            memcpy(&levels, work.g_sums + first, sizeof levels);
-            memcpy(&slopes, work.slopes + first, sizeof slopes);
-            const Vector level = narrow(levels), slope = narrow(slopes);
-            for (int row = 0; row < rows; ++row) {
+        for (int row = 0; row < rows; ++row) {
+            Vector total = {};
+            for (int b = 0; b < B; ++b) {
                 Vector* g = gh + row * s.stride + b * P;
                 const Vector* of = h + row * s.stride + b * P;
-                const Vector constant = level + slope * h[row * s.stride + s.columns + b];
-                Vector total = {};
-                for (int p = 0; p < P; ++p) {
-                    g[p] += constant + slope * of[p];
-                    total += g[p];
+                const Vector constant = level[b] + slope[b] * h[row * s.stride + s.columns + b];
+                Vector part[4] = {};
+                int p = 0;
+                for (; p + 4 <= P; p += 4) UNROLL for (int i = 0; i < 4; ++i) {
+                    const Vector value = g[p + i] + (constant + slope[b] * of[p + i]);
+                    g[p + i] = value;
+                    part[i] += value;
                 }
-                partial.shift[c * M + row] += sum(total);
+                for (; p < P; ++p) {
+                    g[p] += constant + slope[b] * of[p];
+                    part[0] += g[p];
+                }
+                total += (part[0] + part[1]) + (part[2] + part[3]);
             }
-            for (int i = c; i < c + channels; ++i) {
-                const size_t channel = (size_t)i * P * k.images, taps = (size_t)i * M * s.stencil.taps();
-                const Vector* g = gh + (i - c) * M * s.stride + b * P;
-                if (k.gtaps) {
-                    read_frame(k.x + channel, k.images, first, s.stencil, scratch.frame);
-                    tap_gradient(s.stencil, M, g, s.stride, scratch.frame, partial.taps + taps);
-                }
-                if (k.gx) {
-                    Vector* gx = scratch.gx;
-                    input_gradient(s.stencil, M, g, s.stride, k.taps + taps, gx, scratch.frames);
-                    read_images(k.gy + channel, P, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { gx[p] += x; });
-                    write_images(k.gx + channel, P, k.images, first, [=](int p) INLINE_LAMBDA { return gx[p]; });
-                }
+            partial.shift[c * M + row] += sum(total);
+        }
+        for (int i = c; i < c + channels; ++i) {
+            const size_t channel = (size_t)i * P * k.images, taps = (size_t)i * M * s.stencil.taps();
+            const Vector* g = gh + (i - c) * M * s.stride;
+            if (k.gtaps) {
+                for (int b = 0; b < B; ++b)
+                    read_frame(k.x + channel, k.images, first + b * LANES, s.stencil, scratch.frames + b * s.stencil.frame());
+                tap_gradient(s.stencil, M, B, g, s.stride, scratch.frames, partial.taps + taps);
+            }
+            for (int b = 0; k.gx && b < B; ++b) {
+                Vector* gx = scratch.gx;
+                input_gradient(s.stencil, M, g + b * P, s.stride, k.taps + taps, gx, scratch.g_frames);
+                read_images(k.gy + channel, P, k.images, first + b * LANES, [=](int p, Vector x) INLINE_LAMBDA { gx[p] += x; });
+                write_images(k.gx + channel, P, k.images, first + b * LANES, [=](int p) INLINE_LAMBDA { return gx[p]; });
             }
         }
     }

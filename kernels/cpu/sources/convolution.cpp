@@ -4,6 +4,8 @@
 
 namespace {
 
+template <int VALUE> using Constant = std::integral_constant<int, VALUE>;
+
 // The rows of the input under row `i` of the output, and the first of them.
 INLINE int first_row(const Stencil& s, int i) { return i > s.kernel_height / 2 ? i - s.kernel_height / 2 : 0; }
 INLINE int end_row(const Stencil& s, int i) {
@@ -35,8 +37,8 @@ INLINE void convolve_columns(const Stencil& s, const Vector* x, const float* tap
             Vector row[HIGH - LOW];
             UNROLL for (int j = LOW; j < HIGH; ++j) row[j - LOW] = x[r * WIDTH + j];
             const float* tap = taps + (r - i + s.kernel_height / 2) * 7;
-            UNROLL for (int t = 0; t < OUTPUTS; ++t)
-                UNROLL for (int d = 0; d < 7; ++d)
+            UNROLL for (int d = 0; d < 7; ++d)
+                UNROLL for (int t = 0; t < OUTPUTS; ++t)
                     UNROLL for (int j = FIRST; j < END; ++j)
                         if (j + d - 3 >= 0 && j + d - 3 < WIDTH)
                             out[t][j - FIRST] += row[within(j + d - 3 - LOW, 0, HIGH - LOW - 1)] * tap[t * s.taps() + d];
@@ -75,16 +77,20 @@ INLINE void input_gradient_rows(const Stencil& s, int outputs, const Vector* g, 
     for (int t = 0; t < outputs; ++t)
         for (int i = first_row(s, q); i < end_row(s, q + ROWS - 1); ++i) {
             Vector row[HIGH - LOW];
-            UNROLL for (int j = LOW; j < HIGH; ++j) row[j - LOW] = g[t * stride + (i * WIDTH + j)];
-            UNROLL for (int u = 0; u < ROWS; ++u) {
-                const int e = q + u - i + half;
-                if (e < 0 || e >= s.kernel_height) continue;
-                const float* tap = taps + t * s.taps() + e * 7;
+            UNROLL for (int j = LOW; j < HIGH; ++j) row[j - LOW] = g[t * stride + i * WIDTH + j];
+            // The row of taps between this row and row q; that for row q + 1 is the next.
+            const int e = q - i + half;
+            const float* tap = taps + t * s.taps() + e * 7;
+            auto add_to = [&](auto first, auto end) INLINE_LAMBDA {
                 UNROLL for (int d = 0; d < 7; ++d)
-                    UNROLL for (int c = FIRST; c < END; ++c)
-                        if (c - d + 3 >= 0 && c - d + 3 < WIDTH)
-                            out[u][c - FIRST] += row[within(c - d + 3 - LOW, 0, HIGH - LOW - 1)] * tap[d];
-            }
+                    UNROLL for (int u = 0; u < ROWS; ++u)
+                        UNROLL for (int c = FIRST; c < END; ++c)
+                            if (u >= first && u < end && c - d + 3 >= 0 && c - d + 3 < WIDTH)
+                                out[u][c - FIRST] += row[within(c - d + 3 - LOW, 0, HIGH - LOW - 1)] * tap[u * 7 + d];
+            };
+            if (e < 0) add_to(Constant<1>(), Constant<ROWS>());
+            else if (e + ROWS > s.kernel_height) add_to(Constant<0>(), Constant<1>());
+            else add_to(Constant<0>(), Constant<ROWS>());
         }
     UNROLL for (int u = 0; u < ROWS; ++u)
         UNROLL for (int c = FIRST; c < END; ++c) gx[((q + u) * WIDTH + c)] = out[u][c - FIRST];
@@ -102,23 +108,24 @@ void input_gradient_map(const Stencil& s, int outputs, const Vector* g, size_t s
 }
 
 // Adds the gradient of the taps of one output, its lanes not yet summed.
-template <int WIDTH>
-void tap_gradient_map(const Stencil& s, const Vector* g, const Vector* x, Vector* sums) {
-    const int half = s.kernel_height / 2;
-    for (int e = 0; e < s.kernel_height; ++e) {
+template <int WIDTH> void tap_gradient_map(const Stencil& s, int vectors, const Vector* g, const Vector* x, Vector* sums) {
+    const int half = s.kernel_height / 2, pixels = s.pixels();
+    for (int e = 0; e < s.kernel_height; ++e, sums += 7) {
         Vector tap[7];
-        UNROLL for (int d = 0; d < 7; ++d) tap[d] = sums[e * 7 + d];
+        UNROLL for (int d = 0; d < 7; ++d) tap[d] = sums[d];
         const int first = half > e ? half - e : 0, last = s.height + (half < e ? half - e : 0);
-        for (int i = first; i < last; ++i) {
-            Vector row[WIDTH];
-            UNROLL for (int j = 0; j < WIDTH; ++j) row[j] = x[(i + e - half) * WIDTH + j];
-            UNROLL for (int j = 0; j < WIDTH; ++j) {
-                Vector y = g[i * WIDTH + j];
-                UNROLL for (int d = 0; d < 7; ++d)
-                    if (j + d - 3 >= 0 && j + d - 3 < WIDTH) tap[d] += y * row[within(j + d - 3, 0, WIDTH - 1)];
+        for (int b = 0; b < vectors; ++b)
+            for (int i = first; i < last; ++i) {
+                const Vector *from = x + b * pixels + (i + e - half) * WIDTH, *of = g + b * pixels + i * WIDTH;
+                Vector row[WIDTH];
+                UNROLL for (int j = 0; j < WIDTH; ++j) row[j] = from[j];
+                UNROLL for (int j = 0; j < WIDTH; ++j) {
+                    const Vector y = of[j];
+                    UNROLL for (int d = 0; d < 7; ++d)
+                        if (j + d - 3 >= 0 && j + d - 3 < WIDTH) tap[d] += y * row[within(j + d - 3, 0, WIDTH - 1)];
+                }
             }
-        }
-        UNROLL for (int d = 0; d < 7; ++d) sums[e * 7 + d] = tap[d];
+        UNROLL for (int d = 0; d < 7; ++d) sums[d] = tap[d];
     }
 }
 
@@ -162,18 +169,20 @@ void input_gradient_frame(const Stencil& s, int outputs, const Vector* g, const 
         }
 }
 
-void tap_gradient_frame(const Stencil& s, const Vector* g, const Vector* x, Vector* sums) {
+void tap_gradient_frame(const Stencil& s, int vectors, const Vector* g, const Vector* x, Vector* sums) {
     constexpr int TAPS = Stencil::TAPS;
     const int half = s.kernel_height / 2;
     for (int e = 0; e < s.kernel_height; ++e)
         for (int d = 0; d < s.kernel_width; d += TAPS) {
             Vector tap[TAPS] = {};
             const int first = half > e ? half - e : 0, last = s.height + (half < e ? half - e : 0);
-            for (int i = first; i < last; ++i) {
-                const Vector *row = x + (i + e - half) * s.pitch() + d, *y = g + i * s.width;
-                for (int j = 0; j < s.width; ++j)
-                    UNROLL for (int u = 0; u < TAPS; ++u) tap[u] += y[j] * row[j + u];
-            }
+            for (int b = 0; b < vectors; ++b)
+                for (int i = first; i < last; ++i) {
+                    const Vector* row = x + b * s.frame() + (i + e - half) * s.pitch() + d;
+                    const Vector* of = g + b * s.pixels() + i * s.width;
+                    for (int j = 0; j < s.width; ++j)
+                        UNROLL for (int u = 0; u < TAPS; ++u) tap[u] += of[j] * row[j + u];
+                }
             for (int u = 0; u < TAPS && d + u < s.kernel_width; ++u) sums[e * s.kernel_width + d + u] += tap[u];
         }
 }
@@ -181,15 +190,15 @@ void tap_gradient_frame(const Stencil& s, const Vector* g, const Vector* x, Vect
 // Call `f` with the width as a constant if there are functions of that width, else with 0.
 template <class F> INLINE void with_width(const Stencil& s, F f) {
     switch (s.framed() ? 0 : s.width) {
-        case 1: return f(std::integral_constant<int, 1>());
-        case 2: return f(std::integral_constant<int, 2>());
-        case 3: return f(std::integral_constant<int, 3>());
-        case 4: return f(std::integral_constant<int, 4>());
-        case 5: return f(std::integral_constant<int, 5>());
-        case 6: return f(std::integral_constant<int, 6>());
-        case 7: return f(std::integral_constant<int, 7>());
-        case 8: return f(std::integral_constant<int, 8>());
-        default: return f(std::integral_constant<int, 0>());
+        case 1: return f(Constant<1>());
+        case 2: return f(Constant<2>());
+        case 3: return f(Constant<3>());
+        case 4: return f(Constant<4>());
+        case 5: return f(Constant<5>());
+        case 6: return f(Constant<6>());
+        case 7: return f(Constant<7>());
+        case 8: return f(Constant<8>());
+        default: return f(Constant<0>());
     }
 }
 
@@ -211,12 +220,12 @@ void input_gradient(const Stencil& s, int outputs, const Vector* g, size_t strid
     });
 }
 
-void tap_gradient(const Stencil& s, int outputs, const Vector* g, size_t stride, const Vector* x, Vector* sums) {
+void tap_gradient(const Stencil& s, int outputs, int vectors, const Vector* g, size_t stride, const Vector* x, Vector* sums) {
     with_width(s, [&](auto width) {
         for (int t = 0; t < outputs; ++t) {
             const Vector* of = g + t * stride;
-            if constexpr (width > 0) tap_gradient_map<width>(s, of, x, sums + t * s.taps());
-            else tap_gradient_frame(s, of, x, sums + t * s.taps());
+            if constexpr (width > 0) tap_gradient_map<width>(s, vectors, of, x, sums + t * s.taps());
+            else tap_gradient_frame(s, vectors, of, x, sums + t * s.taps());
         }
     });
 }

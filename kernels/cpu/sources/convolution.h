@@ -27,5 +27,6 @@ void convolve(const Stencil& s, int outputs, const Vector* x, const float* taps,
 // g [outputs][pixels] -> gx [pixels]; `frames` has room for a frame for each output.
 void input_gradient(const Stencil& s, int outputs, const Vector* g, size_t stride, const float* taps, Vector* gx, Vector* frames);
 
-// Adds the gradient of the taps, whose lanes are not yet summed, to sums [outputs][taps].
-void tap_gradient(const Stencil& s, int outputs, const Vector* g, size_t stride, const Vector* x, Vector* sums);
+// Adds the gradient of the taps, whose lanes are not yet summed, to sums [outputs][taps], from g [outputs][vectors][pixels]
+// and x [vectors][frame].
+void tap_gradient(const Stencil& s, int outputs, int vectors, const Vector* g, size_t stride, const Vector* x, Vector* sums);

@@ -8,16 +8,20 @@
 // `squares` the sum of squared deviations from it.
 INLINE Vector centre(Vector* h, int pixels, Vector total, Doubles& exact, Doubles& squares) {
     const Vector mean = total / (float)pixels;
-    Vector rest = {}, square = {};
-    for (int p = 0; p < pixels; ++p) {
+    // Four sums, each of which waits for its last addition.
+    Vector rest[4] = {}, square[4] = {};
+    auto add = [&](int p, int i) INLINE_LAMBDA {
         const Vector x = h[p] - mean;
         h[p] = x;
-        rest += x;
-        square += x * x;
-    }
-    const Doubles r = widen(rest) / (double)pixels;
+        rest[i] += x;
+        square[i] += x * x;
+    };
+    int p = 0;
+    for (; p + 4 <= pixels; p += 4) UNROLL for (int i = 0; i < 4; ++i) add(p + i, i);
+    for (; p < pixels; ++p) add(p, 0);
+    const Doubles r = widen((rest[0] + rest[1]) + (rest[2] + rest[3])) / (double)pixels;
     exact = widen(mean) + r;
-    squares = widen(square) - r * r * (double)pixels;
+    squares = widen((square[0] + square[1]) + (square[2] + square[3])) - r * r * (double)pixels;
     return mean;
 }
 

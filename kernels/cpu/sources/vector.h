@@ -30,12 +30,15 @@ typedef int Integers __attribute__((vector_size(4 * LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 // Where an address need not be a multiple of the vector's size.
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef double UnalignedDoubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 typedef float Quad __attribute__((vector_size(16)));
 typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE Vector broadcast(float x) { return Vector{} + x; }
 INLINE Vector load(const float* from) { return *(const Unaligned*)from; }
 INLINE void store(float* to, Vector x) { *(Unaligned*)to = x; }
+INLINE Doubles load(const double* from) { return *(const UnalignedDoubles*)from; }
+INLINE void store(double* to, Doubles x) { *(UnalignedDoubles*)to = x; }
 INLINE Doubles widen(Vector x) { return __builtin_convertvector(x, Doubles); }
 INLINE Vector narrow(Doubles x) { return __builtin_convertvector(x, Vector); }
 
