@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
-from . import memory
 from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure
 
 _Arguments = structure(
@@ -68,8 +67,7 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Te
     count = chunks.count if inputs.keep else 0
     row = (height * width + 1) * chunks.width
     shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
-    saved = [memory.empty_like(x, *shape) for shape in shapes]
-    return new_maps(x, channels, height, width), *saved
+    return new_maps(x, channels, height, width), *map(x.new_empty, shapes)
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

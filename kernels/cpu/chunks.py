@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import library, memory
+from . import library
 
 # Images of a chunk fill a line of cache, and more vectors while there are so many chunks for the threads, and a
 # chunk's widest maps fit the cache of a core.
@@ -75,9 +76,15 @@ def address(x: Tensor | None) -> int | None:
 
 def call(function: str, arguments: ctypes.Structure) -> None:
     """Call a kernel with a workspace of the size that it asks for."""
-    functions = library.load()
-    size = functions[f"{function}_workspace"]
-    size.restype = ctypes.c_size_t
-    workspace = memory.empty(size(ctypes.byref(arguments)) // 4)
+    run, workspace_size = _functions(function)
+    workspace = torch.empty(workspace_size(ctypes.byref(arguments)), dtype=torch.uint8)
     arguments.workspace = workspace.data_ptr()
-    functions[function](ctypes.byref(arguments))
+    run(ctypes.byref(arguments))
+
+
+@functools.cache
+def _functions(name: str) -> tuple[Any, Any]:
+    functions = library.load()
+    workspace_size = functions[f"{name}_workspace"]
+    workspace_size.restype = ctypes.c_size_t
+    return functions[name], workspace_size
