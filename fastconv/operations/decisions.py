@@ -63,7 +63,7 @@ def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
     return x.shape[0] >= NATIVE_IMAGES and patch_conv(x, conv) == "batch last"
 
 
-def native_pointwise_conv_gelu(x: Tensor) -> bool:
+def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
     """Whether a C++ kernel computes it, whose lanes are pixels of contiguous maps, or images in batch-last."""
     return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.kernels.cpu import block, patches
-from fastconv.operations import decisions, portable
+from fastconv.operations import backends, decisions, portable
 from fastconv.operations.columns import restore_format
 
 
@@ -35,18 +35,24 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
-    if not decisions.native_pointwise_conv_gelu(x):
+    if not (_forced() or decisions.native_pointwise_conv_gelu(x, conv)):
         return portable.pointwise_conv_gelu(x, conv, approximate)
     weight, bias = conv.contiguous()
     batch_last = not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
-    return patches.patch_conv(x, weight, bias, approximate, batch_last, _needs_grad(x, weight, bias))
+    y = patches.patch_conv(x, weight, bias, approximate, batch_last, _needs_grad(x, weight, bias))
+    return restore_format(y, x)
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
-    if not decisions.native_patch_conv(x, conv):
+    if not (_forced() or decisions.native_patch_conv(x, conv)):
         return portable.patch_conv(x, conv)
     weight, bias = conv.contiguous()
     return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
+
+
+def _forced() -> bool:
+    """Whether the kernels are to run wherever they can, also where others are faster."""
+    return backends.current() == "native"
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +76,17 @@ def address(x: Tensor | None) -> int | None:
 
 def call(function: str, arguments: ctypes.Structure) -> None:
     """Call a kernel with a workspace of the size that it asks for."""
+    run, size = _functions(function)
+    reference = ctypes.byref(arguments)
+    workspace = memory.empty(size(reference) // 4)
+    arguments.workspace = workspace.data_ptr()
+    run(reference)
+
+
+@functools.cache
+def _functions(function: str) -> tuple[Any, Any]:
+    """The kernel, and the function that gives the bytes of its workspace."""
     functions = library.load()
     size = functions[f"{function}_workspace"]
     size.restype = ctypes.c_size_t
-    workspace = memory.empty(size(ctypes.byref(arguments)) // 4)
-    arguments.workspace = workspace.data_ptr()
-    functions[function](ctypes.byref(arguments))
+    return functions[function], size

@@ -66,10 +66,12 @@ def _new_results(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     x = inputs.x
     outputs, _, patch_height, patch_width = inputs.weight.shape
     y = _new(inputs, outputs, x.shape[2] // patch_height, x.shape[3] // patch_width)
-    keeps_z = inputs.keep and inputs.activation != "identity"
-    keeps_x = inputs.keep and not _is_laid_out(x, inputs.batch_last)
-    z = memory.empty_like(x, *(y.shape if keeps_z else (0,)))
-    return y, z, _new(inputs, *x.shape[1:]) if keeps_x else x.new_empty(0)
+    z, copy = x.new_empty(0), x.new_empty(0)
+    if inputs.keep and inputs.activation != "identity":
+        z = memory.empty_like(x, *y.shape)
+    if inputs.keep and not _is_laid_out(x, inputs.batch_last):
+        copy = _new(inputs, *x.shape[1:])
+    return y, z, copy
 
 
 def _arguments(x: Tensor, inputs: Any) -> Any:

@@ -22,16 +22,13 @@ struct Patches {
 
 namespace {
 
-// A strip's columns, each a vector: where they lie in x and in y, and how many of their lanes lie there.
-struct Columns {
-    size_t *x, *y;
-    int *lanes, count;
-};
+constexpr int STRIP = 8 * TILE_COLUMNS;    // the most columns that are multiplied at once, between two caches
+constexpr size_t STRIDE = STRIP + 1;       // of their rows: by a power of two these would share a set of the cache
 
 struct Sizes {
-    int rows, outputs, high, wide, vectors, strip;
+    int rows, outputs, high, wide, vectors;
     size_t row_of_y;  // floats from each output to the next
-    size_t columns, stride;
+    size_t columns;
 
     explicit Sizes(const Patches& k)
         : rows(k.inputs * k.patch_height * k.patch_width),
@@ -39,24 +36,22 @@ struct Sizes {
           high(k.height / k.patch_height),
           wide(k.width / k.patch_width),
           vectors((k.length + LANES - 1) / LANES),
-          strip(16 * TILE_COLUMNS),
           row_of_y((size_t)high * wide * k.length),
-          columns((size_t)k.groups * high * wide * vectors) {
-        // A strip fits the cache of a core beside the weights.
-        while (strip > 2 * TILE_COLUMNS && (size_t)(rows + outputs) * strip * sizeof(Vector) > MOST_BYTES) strip /= 2;
-        stride = strip + 1;  // no power of two, whose rows would share a set of the cache
-    }
-    static constexpr size_t MOST_BYTES = 1 << 18;
+          columns((size_t)k.groups * high * wide * vectors) {}
+};
+
+// A strip's columns, each a vector: where they lie in x and in y, and how many of their lanes lie there.
+struct Columns {
+    int count;
+    size_t x[STRIP], y[STRIP];
+    int lanes[STRIP];
 };
 
 struct Scratch {
-    Vector *x, *y;  // [rows][stride], [outputs][stride]
-    Columns columns;
+    Vector *x, *y;  // [rows][STRIDE], [outputs][STRIDE]
 
     Scratch(const Sizes& s, Arena& arena)
-        : x(arena.take<Vector>(s.rows * s.stride)),
-          y(arena.take<Vector>(s.outputs * s.stride)),
-          columns{arena.take<size_t>(s.strip), arena.take<size_t>(s.strip), arena.take<int>(s.strip), 0} {}
+        : x(arena.take<Vector>(s.rows * STRIDE)), y(arena.take<Vector>(s.outputs * STRIDE)) {}
 };
 
 // Gradients of the parameters, summed over a slot's strips.
@@ -67,17 +62,19 @@ struct Partial {
         : w(arena.take<float>((size_t)s.outputs * s.rows)), bias(arena.take<float>(s.outputs)) {}
 };
 
-// Where the columns from `first` on lie, as many as fit a strip and are before `end`.
-void locate(const Patches& k, const Sizes& s, size_t first, size_t end, Columns& columns) {
-    columns.count = first + s.strip < end ? s.strip : (int)(end - first);
+// The columns from `first` on, as many as fit a strip and are before `end`.
+Columns locate(const Patches& k, const Sizes& s, size_t first, size_t end) {
+    Columns columns;
+    columns.count = first + STRIP < end ? STRIP : (int)(end - first);
     for (int c = 0; c < columns.count; ++c) {
         const size_t place = (first + c) / s.vectors, lane = (first + c) % s.vectors * LANES;
         const size_t row = place / s.wide, group = row / s.high, i = row % s.high, j = place % s.wide;
         const size_t pixel = (group * k.inputs * k.height + i * k.patch_height) * k.width + j * k.patch_width;
         columns.x[c] = pixel * k.length + lane;
-        columns.y[c] = (group * k.outputs * s.high + i) * s.wide * k.length + j * k.length + lane;
+        columns.y[c] = ((group * k.outputs * s.high + i) * s.wide + j) * k.length + lane;
         columns.lanes[c] = k.length - lane < LANES ? (int)(k.length - lane) : LANES;
     }
+    return columns;
 }
 
 // Call use(row, offset) for each element of a patch, which lies so far from its patch's first.
@@ -88,10 +85,9 @@ template <class Use> INLINE void each_row(const Patches& k, Use use) {
             for (int j = 0; j < k.patch_width; ++j) use(row++, ((input * k.height + i) * k.width + j) * k.length);
 }
 
-void read_patches(const Patches& k, const Sizes& s, const Scratch& scratch) {
-    const Columns& columns = scratch.columns;
+void read_patches(const Patches& k, const Columns& columns, Vector* x) {
     each_row(k, [&](int row, size_t offset) INLINE_LAMBDA {
-        Vector* to = scratch.x + row * s.stride;
+        Vector* to = x + row * STRIDE;
         for (int c = 0; c < columns.count; ++c) to[c] = load(k.x + offset + columns.x[c], columns.lanes[c]);
     });
 }
@@ -124,13 +120,10 @@ Vector read_row(const float* gy, const float* z, const Columns& columns, Vector*
     return total;
 }
 
-// Call f() for each strip of a slot's columns, located in `scratch`.
-template <class F> void each_strip(const Patches& k, const Sizes& s, int slot, Scratch& scratch, F f) {
+// Call use(columns) for each strip of a slot.
+template <class Use> void each_strip(const Patches& k, const Sizes& s, int slot, Use use) {
     const Slice slice(s.columns, k.slots, slot);
-    for (size_t first = slice.begin; first < slice.end; first += s.strip) {
-        locate(k, s, first, slice.end, scratch.columns);
-        f();
-    }
+    for (int first = slice.begin; first < slice.end; first += STRIP) use(locate(k, s, first, slice.end));
 }
 
 void forward(const Patches& k) {
@@ -143,13 +136,13 @@ void forward(const Patches& k) {
 
     in_parallel(k.slots, [&](int slot) {
         Arena own{arena.next + slot * scratch_size};
-        Scratch scratch(s, own);
-        each_strip(k, s, slot, scratch, [&] {
-            read_patches(k, s, scratch);
-            multiply(w, s.outputs, s.rows, scratch.x, s.stride, scratch.columns.count, scratch.y, s.stride);
+        const Scratch scratch(s, own);
+        each_strip(k, s, slot, [&](const Columns& columns) {
+            read_patches(k, columns, scratch.x);
+            multiply(w, s.outputs, s.rows, scratch.x, STRIDE, columns.count, scratch.y, STRIDE);
             for (int o = 0; o < s.outputs; ++o) {
                 const size_t row = o * s.row_of_y;
-                write(scratch.y + o * s.stride, scratch.columns, k.bias ? k.bias[o] : 0.f, k.y + row, k.z ? k.z + row : nullptr);
+                write(scratch.y + o * STRIDE, columns, k.bias ? k.bias[o] : 0.f, k.y + row, k.z ? k.z + row : nullptr);
             }
         });
     });
@@ -167,22 +160,21 @@ void backward(const Patches& k) {
     in_parallel(k.slots, [&](int slot) {
         memset(partials + slot * partial_size, 0, partial_size);
         Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
-        Scratch scratch(s, own);
+        const Scratch scratch(s, own);
         const Partial partial(s, sums);
-        each_strip(k, s, slot, scratch, [&] {
-            const Columns& columns = scratch.columns;
+        each_strip(k, s, slot, [&](const Columns& columns) {
             for (int o = 0; o < s.outputs; ++o) {
                 const size_t row = o * s.row_of_y;
-                partial.bias[o] += sum(read(k.gy + row, k.z ? k.z + row : nullptr, columns, scratch.y + o * s.stride));
+                partial.bias[o] += sum(read(k.gy + row, k.z ? k.z + row : nullptr, columns, scratch.y + o * STRIDE));
             }
             if (k.gw) {
-                read_patches(k, s, scratch);
-                add_outer(scratch.y, s.stride, s.outputs, scratch.x, s.stride, s.rows, columns.count, partial.w);
+                read_patches(k, columns, scratch.x);
+                add_outer(scratch.y, STRIDE, s.outputs, scratch.x, STRIDE, s.rows, columns.count, partial.w);
             }
             if (k.gx) {
-                multiply(w, s.rows, s.outputs, scratch.y, s.stride, columns.count, scratch.x, s.stride);
+                multiply(w, s.rows, s.outputs, scratch.y, STRIDE, columns.count, scratch.x, STRIDE);
                 each_row(k, [&](int row, size_t offset) INLINE_LAMBDA {
-                    const Vector* from = scratch.x + row * s.stride;
+                    const Vector* from = scratch.x + row * STRIDE;
                     for (int c = 0; c < columns.count; ++c) store(k.gx + offset + columns.x[c], from[c], columns.lanes[c]);
                 });
             }
@@ -194,7 +186,7 @@ void backward(const Patches& k) {
         in_parallel(k.slots, [&](int slot) {
             auto reduce = [&](float* to, size_t length, float* Partial::*part) {
                 const Slice slice(length, k.slots, slot);
-                for (size_t i = slice.begin; i < slice.end; ++i) {
+                for (int i = slice.begin; i < slice.end; ++i) {
                     float total = 0;
                     for (int other = 0; other < k.slots; ++other) {
                         Arena sums{partials + other * partial_size};
