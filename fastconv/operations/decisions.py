@@ -58,6 +58,16 @@ def native_convolution(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     return norm.over != "channel" and x.shape[0] >= NATIVE_IMAGES and depthwise.weight.numel() > 1
 
 
+def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
+    """Whether a C++ kernel computes it; its results are in batch-last."""
+    return x.shape[0] >= NATIVE_IMAGES and patch_conv(x, conv) == "batch last"
+
+
+def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
+    """Whether a C++ kernel computes it, whose lanes are pixels of contiguous maps, or images in batch-last."""
+    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+
+
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     if norm.over == "channel":
         return "pytorch channels last"

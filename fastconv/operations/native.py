@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
-from fastconv.kernels.cpu import block
-from fastconv.operations import decisions, portable
+from fastconv.kernels.cpu import block, patches
+from fastconv.operations import backends, decisions, portable
 from fastconv.operations.columns import restore_format
 
 
@@ -35,11 +35,24 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
-    return portable.pointwise_conv_gelu(x, conv, approximate)
+    if not (_forced() or decisions.native_pointwise_conv_gelu(x, conv)):
+        return portable.pointwise_conv_gelu(x, conv, approximate)
+    weight, bias = conv.contiguous()
+    batch_last = not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
+    y = patches.patch_conv(x, weight, bias, approximate, batch_last, _needs_grad(x, weight, bias))
+    return restore_format(y, x)
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
-    return portable.patch_conv(x, conv)
+    if not (_forced() or decisions.native_patch_conv(x, conv)):
+        return portable.patch_conv(x, conv)
+    weight, bias = conv.contiguous()
+    return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
+
+
+def _forced() -> bool:
+    """Whether the kernels are to run wherever they can, also where others are faster."""
+    return backends.current() == "native"
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -84,6 +84,7 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 
 @functools.cache
 def _functions(name: str) -> tuple[Any, Any]:
+    """The kernel, and the function that gives the bytes of its workspace."""
     functions = library.load()
     workspace_size = functions[f"{name}_workspace"]
     workspace_size.restype = ctypes.c_size_t

@@ -39,6 +39,17 @@ INLINE Vector load(const float* from) { return *(const Unaligned*)from; }
 INLINE void store(float* to, Vector x) { *(Unaligned*)to = x; }
 INLINE Doubles load(const double* from) { return *(const UnalignedDoubles*)from; }
 INLINE void store(double* to, Doubles x) { *(UnalignedDoubles*)to = x; }
+// The first lanes alone, whose memory may end with them; the others are read as zeros.
+INLINE Vector load(const float* from, int lanes) {
+    if (lanes == LANES) return load(from);
+    Vector x = {};
+    memcpy(&x, from, lanes * sizeof(float));
+    return x;
+}
+INLINE void store(float* to, Vector x, int lanes) {
+    if (lanes == LANES) store(to, x);
+    else memcpy(to, &x, lanes * sizeof(float));
+}
 INLINE Doubles widen(Vector x) { return __builtin_convertvector(x, Doubles); }
 INLINE Vector narrow(Doubles x) { return __builtin_convertvector(x, Vector); }
 
