@@ -1,5 +1,6 @@
 // Threads: those of the OpenMP runtime that PyTorch has loaded, through three of its functions.
 #pragma once
+#include <cstddef>
 
 extern "C" {
 // GOMP_parallel(body, data, threads, flags): every thread of a team calls body(data).
@@ -31,3 +32,16 @@ struct Slice {
     int begin, end;
     Slice(long count, int slots, int slot) : begin(count * slot / slots), end(count * (slot + 1) / slots) {}
 };
+
+// to[i] = the sum of part(slot, i) over the slots, in their order; nothing if `to` is null.
+template <class Part> void sum_slots(int slots, float* to, size_t length, Part part) {
+    if (!to) return;
+    in_parallel(slots, [&](int slot) {
+        const Slice slice(length, slots, slot);
+        for (int i = slice.begin; i < slice.end; ++i) {
+            float total = 0;
+            for (int other = 0; other < slots; ++other) total += part(other, i);
+            to[i] = total;
+        }
+    });
+}
