@@ -58,6 +58,11 @@ def native_convolution(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     return norm.over != "channel" and x.shape[0] >= NATIVE_IMAGES and depthwise.weight.numel() > 1
 
 
+def native_layer_norm(norm: Norm) -> bool:
+    """Whether a C++ kernel computes a norm."""
+    return norm.over != "channel"
+
+
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     if norm.over == "channel":
         return "pytorch channels last"

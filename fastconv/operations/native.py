@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.kernels.cpu import block
+from fastconv.kernels.cpu import layer_norm as norms
 from fastconv.operations import decisions, portable
 from fastconv.operations.columns import restore_format
 
@@ -31,7 +32,9 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return portable.layer_norm(x, norm)
+    if not decisions.native_layer_norm(norm):
+        return portable.layer_norm(x, norm)
+    return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +76,16 @@ def address(x: Tensor | None) -> int | None:
 
 def call(function: str, arguments: ctypes.Structure) -> None:
     """Call a kernel with a workspace of the size that it asks for."""
-    functions = library.load()
-    size = functions[f"{function}_workspace"]
-    size.restype = ctypes.c_size_t
-    workspace = memory.empty(size(ctypes.byref(arguments)) // 4)
+    kernel, workspace_bytes = _kernel(function)
+    workspace = memory.empty(workspace_bytes(ctypes.byref(arguments)) // 4)
     arguments.workspace = workspace.data_ptr()
-    functions[function](ctypes.byref(arguments))
+    kernel(ctypes.byref(arguments))
+
+
+@functools.cache
+def _kernel(function: str) -> tuple[Any, Any]:
+    """A kernel, and what returns the bytes of its workspace."""
+    functions = library.load()
+    workspace_bytes = functions[f"{function}_workspace"]
+    workspace_bytes.restype = ctypes.c_size_t
+    return functions[function], workspace_bytes

@@ -27,6 +27,9 @@ template <class F> void in_parallel(int slots, F f) {
     openmp_parallel(body, &shared, slots, 0);
 }
 
+// How many parts of a size there are, of which the last may be smaller.
+inline int parts(int count, int size) { return (count + size - 1) / size; }
+
 // What a slot has of `count` things.
 struct Slice {
     int begin, end;

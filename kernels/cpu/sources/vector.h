@@ -27,7 +27,6 @@ constexpr bool MANY_REGISTERS = false;  // 16
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int Integers __attribute__((vector_size(4 * LANES)));
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
 // Where an address need not be a multiple of the vector's size.
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16)));
@@ -36,8 +35,37 @@ typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alia
 INLINE Vector broadcast(float x) { return Vector{} + x; }
 INLINE Vector load(const float* from) { return *(const Unaligned*)from; }
 INLINE void store(float* to, Vector x) { *(Unaligned*)to = x; }
-INLINE Doubles widen(Vector x) { return __builtin_convertvector(x, Doubles); }
-INLINE Vector narrow(Doubles x) { return __builtin_convertvector(x, Vector); }
+// The first lanes alone; the others are those of `rest`.
+INLINE Vector load(const float* from, int lanes, Vector rest = Vector{}) {
+    memcpy(&rest, from, lanes * sizeof(float));
+    return rest;
+}
+INLINE void store(float* to, Vector x, int lanes) { memcpy(to, &x, lanes * sizeof(float)); }
+
+// As many doubles as a vector has floats: two vectors, since GCC computes those beyond a register's size in memory.
+typedef float HalfVector __attribute__((vector_size(2 * LANES)));
+typedef double HalfDoubles __attribute__((vector_size(4 * LANES)));
+struct Doubles {
+    HalfDoubles low, high;
+};
+INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
+INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
+INLINE Doubles operator*(Doubles x, Doubles y) { return {x.low * y.low, x.high * y.high}; }
+INLINE Doubles operator*(Doubles x, double y) { return {x.low * y, x.high * y}; }
+INLINE Doubles operator/(Doubles x, double y) { return {x.low / y, x.high / y}; }
+INLINE Doubles operator+(Doubles x, double y) { return {x.low + y, x.high + y}; }
+INLINE void operator+=(Doubles& x, Doubles y) { x = x + y; }
+INLINE Doubles widen(Vector x) {
+    HalfVector halves[2];
+    memcpy(halves, &x, sizeof x);
+    return {__builtin_convertvector(halves[0], HalfDoubles), __builtin_convertvector(halves[1], HalfDoubles)};
+}
+INLINE Vector narrow(Doubles x) {
+    const HalfVector halves[2] = {__builtin_convertvector(x.low, HalfVector), __builtin_convertvector(x.high, HalfVector)};
+    Vector all;
+    memcpy(&all, halves, sizeof all);
+    return all;
+}
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -69,7 +97,8 @@ INLINE float sum(Vector x) {
 }
 
 INLINE double sum(Doubles x) {
-    double total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
+    double lanes[LANES], total = 0;
+    memcpy(lanes, &x, sizeof x);
+    for (double lane : lanes) total += lane;
     return total;
 }
