@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
-from fastconv.kernels.cpu import block
+from fastconv.kernels.cpu import block, depthwise_layer_norm
 from fastconv.kernels.cpu import layer_norm as norms
 from fastconv.operations import decisions, portable
 from fastconv.operations.columns import restore_format
@@ -28,7 +28,10 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    return portable.depthwise_conv_layer_norm(x, depthwise, norm)
+    if not decisions.native_convolution(x, depthwise, norm):
+        return portable.depthwise_conv_layer_norm(x, depthwise, norm)
+    y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
+    return norm.affine(restore_format(y, x))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
 from . import memory
-from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure
+from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
 
 _Arguments = structure(
     "Block",
-    integers="images channels outputs hidden height width kernel_height kernel_width vectors slots over_sample tanh",
+    integers="images channels outputs hidden height width kernel_height kernel_width vectors slots "
+    "over_sample tanh",
     numbers="eps",
     pointers="x taps shift w bias projection offset y h product scale workspace "
     "gy gx gtaps gshift gw gbias gprojection goffset",
@@ -36,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class ForwardPlan:
-    """y, whose images lie side by side, and for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
+    """y; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.chunks = _divide(inputs.x, inputs.depthwise_weight)
@@ -49,10 +51,11 @@ class ForwardPlan:
             _, _, shift, _, bias, _, offset, *_ = inputs
             arguments.shift, arguments.bias, arguments.offset = address(shift), address(bias), address(offset)
             y, *saved = results
-            arguments.y = address(y)
             if inputs.keep:
                 arguments.h, arguments.product, arguments.scale = map(address, saved)
-            call("fastconv_block_forward", arguments)
+            with written_batch_last(y) as maps:
+                arguments.y = address(maps)
+                call("fastconv_block_forward", arguments)
         return results
 
 
@@ -68,7 +71,7 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Te
     row = (height * width + 1) * chunks.width
     shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
     saved = [memory.empty_like(x, *shape) for shape in shapes]
-    return new_maps(x, channels, height, width), *saved
+    return new_maps(x, channels), *saved
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,16 +142,16 @@ class BackwardPlan:
         arguments.h, arguments.product, arguments.scale = map(address, (inputs.h, inputs.product, inputs.scale))
         gw, gprojection, gbias, goffset, gtaps, gshift = map(address, parameters.split_with_sizes(self.sizes))
         arguments.gw, arguments.gprojection, arguments.gbias, arguments.goffset = gw, gprojection, gbias, goffset
-        if inputs.needs_x:
-            arguments.gx = address(gx)
         if inputs.needs_depthwise:
             arguments.gtaps, arguments.gshift = gtaps, gshift
-        call("fastconv_block_backward", arguments)
+        with written_batch_last(gx) if inputs.needs_x else nullcontext() as maps:
+            arguments.gx = address(maps)
+            call("fastconv_block_backward", arguments)
         return gx, parameters
 
 
 def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
-    """How large the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias are."""
+    """Those of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias."""
     weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
     return [
         weight.numel(),
@@ -162,7 +165,7 @@ def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     x = inputs.x
-    gx = new_maps(x, *x.shape[1:]) if inputs.needs_x else x.new_empty(0)
+    gx = new_maps(x, x.shape[1]) if inputs.needs_x else x.new_empty(0)
     return gx, x.new_empty(sum(_gradient_sizes(inputs)))
 
 

@@ -1,7 +1,7 @@
 """Layer norm as one operation for each direction: `sources/layer_norm.cpp`.
 
-A norm of a whole tensor, or of each image, does not depend on the order of its values: maps are taken as they lie in
-memory, and results lie like them.
+A norm of a whole tensor, or of each image, does not depend on the order of its values: maps are taken as they lie
+in memory, and results lie like them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.registration import DifferentiableOperator, Operator
-from .chunks import address, call, structure
+from .chunks import SLOT_ELEMENTS, address, call, structure
 
 _Arguments = structure(
     "LayerNorm",
@@ -23,8 +23,6 @@ _Arguments = structure(
 
 # The orders of the dimensions (N, C, H, W) in memory: contiguous, channels_last, and images side by side.
 _CONTIGUOUS, _CHANNELS_LAST, _BATCH_LAST = _ORDERS = (0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0)
-# Values that are worth another thread.
-_LEAST_VALUES = 2**14
 
 
 class Inputs(NamedTuple):
@@ -95,7 +93,7 @@ def _arguments(x: Tensor, statistics: Tensor, order: tuple[int, ...]) -> Any:
         groups=groups,
         length=x.numel() // groups,
         interleaved=groups > 1 and order == _BATCH_LAST,
-        slots=max(1, min(torch.get_num_threads(), x.numel() // _LEAST_VALUES)),
+        slots=max(1, min(torch.get_num_threads(), x.numel() // SLOT_ELEMENTS)),
         x=address(x),
         statistics=address(statistics),
     )
@@ -122,5 +120,7 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     return {"x": layer_norm_backward(BackwardInputs(grad, *ctx.saved_tensors), forward=ctx)}
 
 
-layer_norm_backward = Operator("fastconv::native_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward)
+layer_norm_backward = Operator(
+    "fastconv::native_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
+)
 layer_norm = DifferentiableOperator("fastconv::native_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients)

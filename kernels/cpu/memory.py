@@ -1,6 +1,6 @@
 """Large pieces of memory for the kernels, used again and again.
 
-What a training step saves, and frees, is of the same sizes in each step. The system's allocator returns such pieces
+Each training step saves pieces of the same sizes, and frees them. The system's allocator returns such pieces
 to the system, which then clears each page anew at its first use; and with pages of 4 KiB a processor looks up more
 addresses than it keeps at hand. On the lecture's block both together take a fifth of the time.
 """
