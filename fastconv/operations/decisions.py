@@ -68,6 +68,11 @@ def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
     return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
 
 
+def native_layer_norm(norm: Norm) -> bool:
+    """Whether a C++ kernel computes a norm."""
+    return norm.over != "channel"
+
+
 def layer_norm(x: Tensor, norm: Norm) -> Form:
     if norm.over == "channel":
         return "pytorch channels last"

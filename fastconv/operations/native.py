@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastconv.kernels.common.values import Convolution, Norm
-from fastconv.kernels.cpu import block, patches
+from fastconv.kernels.cpu import block, depthwise_layer_norm, patches
+from fastconv.kernels.cpu import layer_norm as norms
 from fastconv.operations import backends, decisions, portable
 from fastconv.operations.columns import restore_format
 
@@ -27,11 +28,16 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    return portable.depthwise_conv_layer_norm(x, depthwise, norm)
+    if not decisions.native_convolution(x, depthwise, norm):
+        return portable.depthwise_conv_layer_norm(x, depthwise, norm)
+    y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
+    return norm.affine(restore_format(y, x))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return portable.layer_norm(x, norm)
+    if not decisions.native_layer_norm(norm):
+        return portable.layer_norm(x, norm)
+    return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:

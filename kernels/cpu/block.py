@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
-from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure
+from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
 
 _Arguments = structure(
     "Block",
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class ForwardPlan:
-    """y, whose images lie side by side; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
+    """y; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.chunks = _divide(inputs.x, inputs.depthwise_weight)
@@ -49,10 +50,11 @@ class ForwardPlan:
             _, _, shift, _, bias, _, offset, *_ = inputs
             arguments.shift, arguments.bias, arguments.offset = address(shift), address(bias), address(offset)
             y, *saved = results
-            arguments.y = address(y)
             if inputs.keep:
                 arguments.h, arguments.product, arguments.scale = map(address, saved)
-            call("fastconv_block_forward", arguments)
+            with written_batch_last(y) as maps:
+                arguments.y = address(maps)
+                call("fastconv_block_forward", arguments)
         return results
 
 
@@ -67,7 +69,7 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Te
     count = chunks.count if inputs.keep else 0
     row = (height * width + 1) * chunks.width
     shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
-    return new_maps(x, channels, height, width), *map(x.new_empty, shapes)
+    return new_maps(x, channels), *map(x.new_empty, shapes)
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,11 +140,11 @@ class BackwardPlan:
         arguments.h, arguments.product, arguments.scale = map(address, (inputs.h, inputs.product, inputs.scale))
         gw, gprojection, gbias, goffset, gtaps, gshift = map(address, parameters.split_with_sizes(self.sizes))
         arguments.gw, arguments.gprojection, arguments.gbias, arguments.goffset = gw, gprojection, gbias, goffset
-        if inputs.needs_x:
-            arguments.gx = address(gx)
         if inputs.needs_depthwise:
             arguments.gtaps, arguments.gshift = gtaps, gshift
-        call("fastconv_block_backward", arguments)
+        with written_batch_last(gx) if inputs.needs_x else nullcontext() as maps:
+            arguments.gx = address(maps)
+            call("fastconv_block_backward", arguments)
         return gx, parameters
 
 
@@ -161,7 +163,7 @@ def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
 
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     x = inputs.x
-    gx = new_maps(x, *x.shape[1:]) if inputs.needs_x else x.new_empty(0)
+    gx = new_maps(x, x.shape[1]) if inputs.needs_x else x.new_empty(0)
     return gx, x.new_empty(sum(_gradient_sizes(inputs)))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from . import library
 LINE_IMAGES = 16
 LEAST_CHUNKS = 8
 MOST_BYTES = 2**19
+# Elements that are worth a thread where each is only moved, or little more.
+SLOT_ELEMENTS = 2**14
 
 
 class Chunks(NamedTuple):
@@ -52,15 +56,50 @@ def divide(images: int, channels: int, pixels: int) -> Chunks:
 
 
 def batch_last(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W) as they lie for the kernels, with images side by side; a view if they do already."""
-    return x.permute(1, 2, 3, 0).contiguous()
+    """Maps (N, C, H, W) as they lie for the kernels, [C, H, W, N], with images side by side; a view if they do."""
+    y = x.permute(1, 2, 3, 0)
+    if y.is_contiguous() or not x.is_contiguous():
+        return y.contiguous()
+    y = y.new_empty(y.shape)
+    transpose(x, y, x.shape[0])
+    return y
 
 
-def new_maps(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+def new_batch_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Uninitialised maps (N, channels, height, width) for the images of `x`, which lie side by side."""
     images = x.shape[0]
     strides = 1, height * width * images, width * images, images
     return x.new_empty_strided((images, channels, height, width), strides)
+
+
+def new_maps(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps (N, channels, H, W) for the images of `x`: contiguous if it is, else side by side."""
+    images, _, height, width = x.shape
+    if x.is_contiguous():
+        return x.new_empty(images, channels, height, width)
+    return new_batch_last(x, channels, height, width)
+
+
+@contextmanager
+def written_batch_last(y: Tensor) -> Iterator[Tensor]:
+    """[C, H, W, N], with images side by side, for a kernel to write the maps y of `new_maps` to."""
+    maps = y.permute(1, 2, 3, 0)
+    if maps.is_contiguous():
+        yield maps
+        return
+    maps = y.new_empty(maps.shape)
+    yield maps
+    transpose(maps, y, maps.shape[:3].numel())
+
+
+def transpose(x: Tensor, y: Tensor, rows: int) -> None:
+    """Write the transpose of a contiguous x, as a matrix of so many rows, to a contiguous y."""
+    if x.is_meta:
+        return
+    slots = max(1, min(x.numel() // SLOT_ELEMENTS, torch.get_num_threads()))
+    columns = x.numel() // rows
+    arguments = _Transposition(rows=rows, columns=columns, slots=slots, x=address(x), y=address(y))
+    library.load().fastconv_transpose(ctypes.byref(arguments))
 
 
 def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -72,6 +111,9 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+_Transposition = structure("Transposition", integers="rows columns slots", pointers="x y")
 
 
 def call(function: str, arguments: ctypes.Structure) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
-from . import memory
-from .chunks import address, batch_last, call, new_maps, structure
+from .chunks import address, batch_last, call, new_batch_last, structure
 
 _Arguments = structure(
     "Patches",
@@ -28,14 +27,14 @@ class Inputs(NamedTuple):
     weight: Tensor  # (O, I, kh, kw), contiguous
     bias: Tensor | None  # (O,)
     activation: str
-    # How the result lies, and x, or else a copy of it: with images side by side, or contiguous, which patches of one
-    # pixel may do.
+    # How the result lies, and x, or else a copy of it: with images side by side, or contiguous, as patches of one
+    # pixel may.
     batch_last: bool
     keep: bool  # what the backward needs
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, O, H // kh, W // kw); for the backward z, from which the activation made it, and x if it was copied."""
+    """y (N, O, H // kh, W // kw); for the backward z, of which y is the activation, and x if it was copied."""
     y, z, copy = _new_results(inputs)
     x = _laid_out(inputs.x, inputs.batch_last)
     if inputs.x.numel() > 0 and not inputs.x.is_meta:
@@ -58,7 +57,7 @@ def _laid_out(x: Tensor, as_batch_last: bool) -> Tensor:
 def _new(inputs: Any, channels: int, height: int, width: int) -> Tensor:
     x = inputs.x
     if inputs.batch_last:
-        return new_maps(x, channels, height, width)
+        return new_batch_last(x, channels, height, width)
     return x.new_empty(x.shape[0], channels, height, width)
 
 
@@ -68,7 +67,7 @@ def _new_results(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     y = _new(inputs, outputs, x.shape[2] // patch_height, x.shape[3] // patch_width)
     z, copy = x.new_empty(0), x.new_empty(0)
     if inputs.keep and inputs.activation != "identity":
-        z = memory.empty_like(x, *y.shape)
+        z = x.new_empty(y.shape)
     if inputs.keep and not _is_laid_out(x, inputs.batch_last):
         copy = _new(inputs, *x.shape[1:])
     return y, z, copy

@@ -4,10 +4,8 @@
 // W (h - M) / sd = (W hc + W (m - M)) / sd. So the wide maps h are written once, less their means, while they lie in
 // the nearest cache, and the norm's own statistics, which are complete only after all images, cost no pass over them.
 // Every row of h, of the product and of its gradient has one pixel more than the map: m - M, and what comes of it.
-#include "chunks.h"
-#include "convolution.h"
+#include "depthwise.h"
 #include "gelu.h"
-#include "norm.h"
 #include "product.h"
 #include "team.h"
 
@@ -33,23 +31,10 @@ struct Block {
 
 namespace {
 
-struct Sizes {
-    Chunks chunks;
-    Stencil stencil;
-    int multiplier, pixels, columns, channels, outputs, hidden;
-    size_t stride;  // of rows, in vectors: one pixel more than the map
+struct Sizes : Depthwise {
+    int hidden;
 
-    explicit Sizes(const Block& k)
-        : chunks{k.images, k.vectors},
-          stencil{k.height, k.width, k.kernel_height, k.kernel_width},
-          multiplier(k.outputs / k.channels),
-          pixels(k.height * k.width),
-          columns(pixels * k.vectors),
-          channels(k.channels),
-          outputs(k.outputs),
-          hidden(k.hidden),
-          stride(columns + k.vectors) {}
-    size_t lanes() const { return (size_t)chunks.count() * chunks.lanes(); }
+    explicit Sizes(const Block& k) : Depthwise(k), hidden(k.hidden) {}
 };
 
 struct ForwardWork {
@@ -67,46 +52,14 @@ struct ForwardWork {
 
 // Of each slot.
 struct ForwardScratch {
-    Vector *frame, *h, *totals, *activation;  // [frame], [K][stride], [M], [O][stride]
-    Doubles* means;                           // [K]
+    ConvolutionScratch convolution;
+    Vector *h, *activation;  // [K][stride], [O][stride]
 
     ForwardScratch(const Sizes& s, Arena& arena)
-        : frame(arena.take<Vector>(s.stencil.frame())),
+        : convolution(s, arena),
           h(arena.take<Vector>(s.outputs * s.stride)),
-          totals(arena.take<Vector>(s.multiplier)),
-          activation(arena.take<Vector>(s.hidden * s.stride)),
-          means(arena.take<Doubles>(s.outputs)) {}
+          activation(arena.take<Vector>(s.hidden * s.stride)) {}
 };
-
-// h of a chunk, less its means, and the statistics of its images.
-void convolve_chunk(const Block& k, const Sizes& s, int chunk, Vector* h, Vector* means, const ForwardScratch& scratch, const Statistics& statistics) {
-    const int M = s.multiplier, P = s.pixels;
-    for (int b = 0; b < s.chunks.vectors; ++b) {
-        const int first = s.chunks.first(chunk) + b * LANES;
-        Doubles total = {}, squares = {};
-        for (int c = 0; c < s.channels; ++c) {
-            read_frame(k.x + (size_t)c * P * k.images, k.images, first, s.stencil, scratch.frame);
-            Vector* maps = h + c * M * s.stride + b * P;
-            convolve(s.stencil, M, scratch.frame, k.taps + (size_t)c * M * s.stencil.taps(), maps, s.stride, scratch.totals);
-            for (int t = 0; t < M; ++t) {
-                const int row = c * M + t;
-                const float shift = k.shift ? k.shift[row] : 0.f;
-                Doubles exact, deviations;
-                means[row * s.chunks.vectors + b] = centre(maps + t * s.stride, P, scratch.totals[t], exact, deviations) + shift;
-                scratch.means[row] = exact + (double)shift;
-                total += scratch.means[row];
-                squares += deviations;
-            }
-        }
-        const Doubles mean = total / (double)s.outputs;
-        for (int row = 0; row < s.outputs; ++row) {
-            const Doubles deviation = scratch.means[row] - mean;
-            squares += deviation * deviation * (double)P;
-        }
-        store(statistics.mean + first, mean);
-        store(statistics.squares + first, squares);
-    }
-}
 
 template <bool TANH> void activate(const Vector* product, int pixels, Vector scale, Vector shift, Vector* activation) {
     for (int p = 0; p < pixels; ++p) activation[p] = gelu<TANH>(product[p] * scale + shift).value;
@@ -132,38 +85,29 @@ void forward(const Block& k) {
         const Slice slice(chunk_count, k.slots, slot);
         for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
             Vector* h = keeps ? k.h + chunk * K * s.stride : scratch.h;
-            convolve_chunk(k, s, chunk, h, work.means + (size_t)chunk * K * B, scratch, statistics);
+            convolve_chunk(s, chunk, h, work.means + (size_t)chunk * K * B, scratch.convolution, statistics);
             Vector* product = products + chunk * O * s.stride;
             multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
         }
     });
-    statistics.finish(s.chunks, (double)K * s.pixels, k.over_sample, k.eps);
+    statistics.finish(s.chunks, s.count(), k.over_sample, k.eps);
 
     in_parallel(k.slots, [&](int slot) {
         Arena own{scratches + slot * scratch_size};
         const ForwardScratch scratch(s, own);
         const Slice slice(chunk_count, k.slots, slot);
         for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
-            // The pixel beyond the map: m - M, and its product.
-            Vector* deviations = (keeps ? k.h + chunk * K * s.stride : scratch.h) + s.columns;
-            const Vector* means = work.means + (size_t)chunk * K * B;
-            Vector scale[MOST_VECTORS];
-            for (int b = 0; b < B; ++b) {
-                const size_t lane = s.chunks.first(chunk) + b * LANES;
-                const Integers there = s.chunks.holds_image(chunk, b);
-                const Doubles mean = load(statistics.mean + lane);
-                scale[b] = load(statistics.scale + lane);
-                for (int row = 0; row < K; ++row)
-                    deviations[row * s.stride + b] = there ? narrow(widen(means[row * B + b]) - mean) : Vector{};
-            }
+            Vector* h = keeps ? k.h + chunk * K * s.stride : scratch.h;
+            deviations_of_means(s, chunk, work.means + (size_t)chunk * K * B, statistics, h);
             Vector* product = products + chunk * O * s.stride;
-            multiply(work.w, O, K, deviations, s.stride, B, product + s.columns, s.stride);
+            multiply(work.w, O, K, h + s.columns, s.stride, B, product + s.columns, s.stride);
             for (int o = 0; o < O; ++o) {
                 const Vector* row = product + o * s.stride;
                 for (int b = 0; b < B; ++b) {
-                    const Vector shift = row[s.columns + b] * scale[b] + (k.bias ? k.bias[o] : 0.f);
+                    const Vector scale = load(statistics.scale + s.chunks.first(chunk) + b * LANES);
+                    const Vector shift = row[s.columns + b] * scale + (k.bias ? k.bias[o] : 0.f);
                     auto function = k.tanh ? activate<true> : activate<false>;
-                    function(row + b * s.pixels, s.pixels, scale[b], shift, scratch.activation + o * s.stride + b * s.pixels);
+                    function(row + b * s.pixels, s.pixels, scale, shift, scratch.activation + o * s.stride + b * s.pixels);
                 }
             }
             // h of this chunk is no longer needed here.
@@ -215,16 +159,14 @@ struct Partial {
 int channels_at_once(const Sizes& s) { return s.multiplier >= 8 ? 1 : 8 / s.multiplier; }
 
 struct BackwardScratch {
-    Vector *gy, *activation, *gh;   // [C][stride], [O][stride], [rows][stride]
-    Vector *frames, *g_frames, *gx;  // [vectors][frame], [M][frame], [pixels]
+    Vector *gy, *activation, *gh;  // [C][stride], [O][stride], [rows][stride]
+    GradientScratch gradients;
 
     BackwardScratch(const Sizes& s, Arena& arena)
         : gy(arena.take<Vector>(s.channels * s.stride)),
           activation(arena.take<Vector>(s.hidden * s.stride)),
           gh(arena.take<Vector>(channels_at_once(s) * s.multiplier * s.stride)),
-          frames(arena.take<Vector>(s.chunks.vectors * s.stencil.frame())),
-          g_frames(arena.take<Vector>(s.multiplier * s.stencil.frame())),
-          gx(arena.take<Vector>(s.pixels)) {}
+          gradients(s, arena) {}
 };
 
 // From the gradient of the activation, in gz, to the scaled one of the product; and the activation. Returns sums over
@@ -292,10 +234,12 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
 void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const BackwardWork& work, const BackwardScratch& scratch, const Partial& partial) {
     const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, P = s.pixels, M = s.multiplier;
     const int at_once = channels_at_once(s), first = s.chunks.first(chunk);
-    Vector level[MOST_VECTORS], slope[MOST_VECTORS];
+    Vector scale[MOST_VECTORS], level[MOST_VECTORS], slope[MOST_VECTORS];
     for (int b = 0; b < B; ++b) {
+        scale[b] = load(k.scale + first + b * LANES);
         level[b] = narrow(load(work.g_sums + first + b * LANES));
-        slope[b] = narrow(load(work.slopes + first + b * LANES));
+        // For the normalised h: a float could not hold the slope for h if h is large.
+        slope[b] = s.chunks.holds_image(chunk, b) ? narrow(load(work.slopes + first + b * LANES) / widen(scale[b])) : Vector{};
     }
     const float* w = work.w;
     for (int c = 0; c < C; c += at_once) {
@@ -309,52 +253,18 @@ void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const Ba
             for (int b = 0; b < B; ++b) {
                 Vector* g = gh + row * s.stride + b * P;
                 const Vector* of = h + row * s.stride + b * P;
-                const Vector constant = level[b] + slope[b] * h[row * s.stride + s.columns + b];
-                Vector part[4] = {};
-                int p = 0;
-                for (; p + 4 <= P; p += 4) UNROLL for (int i = 0; i < 4; ++i) {
-                    const Vector value = g[p + i] + (constant + slope[b] * of[p + i]);
-                    g[p + i] = value;
-                    part[i] += value;
+                const Vector constant = level[b] + slope[b] * (h[row * s.stride + s.columns + b] * scale[b]);
+                for (int p = 0; p < P; ++p) {
+                    g[p] += constant + slope[b] * (of[p] * scale[b]);
+                    total += g[p];
                 }
-                for (; p < P; ++p) {
-                    g[p] += constant + slope[b] * of[p];
-                    part[0] += g[p];
-                }
-                total += (part[0] + part[1]) + (part[2] + part[3]);
             }
             partial.shift[c * M + row] += sum(total);
         }
         for (int i = c; i < c + channels; ++i) {
-            const size_t channel = (size_t)i * P * k.images, taps = (size_t)i * M * s.stencil.taps();
-            const Vector* g = gh + (i - c) * M * s.stride;
-            if (k.gtaps) {
-                for (int b = 0; b < B; ++b)
-                    read_frame(k.x + channel, k.images, first + b * LANES, s.stencil, scratch.frames + b * s.stencil.frame());
-                tap_gradient(s.stencil, M, B, g, s.stride, scratch.frames, partial.taps + taps);
-            }
-            for (int b = 0; k.gx && b < B; ++b) {
-                Vector* gx = scratch.gx;
-                input_gradient(s.stencil, M, g + b * P, s.stride, k.taps + taps, gx, scratch.g_frames);
-                read_images(k.gy + channel, P, k.images, first + b * LANES, [=](int p, Vector x) INLINE_LAMBDA { gx[p] += x; });
-                write_images(k.gx + channel, P, k.images, first + b * LANES, [=](int p) INLINE_LAMBDA { return gx[p]; });
-            }
+            Vector* taps = k.gtaps ? partial.taps + (size_t)i * M * s.stencil.taps() : nullptr;
+            gradients_of_channel(s, chunk, i, gh + (i - c) * M * s.stride, scratch.gradients, taps, k.gy, k.gx);
         }
-    }
-}
-
-// From each image's sums to the level and the slope of its dL/dh.
-void finish_sums(const Block& k, const Sizes& s, const BackwardWork& work) {
-    double count = (double)s.outputs * s.pixels, g_sum = 0, slope = 0;
-    if (!k.over_sample) {
-        for (int n = 0; n < k.images; ++n) g_sum += work.g_sums[n], slope += work.slopes[n];
-        count *= k.images;
-    }
-    for (size_t n = 0; n < s.lanes(); ++n) {
-        const bool there = n < (size_t)k.images;
-        const double scale = k.scale[n];
-        work.g_sums[n] = there ? -(k.over_sample ? work.g_sums[n] : g_sum) / count : 0;
-        work.slopes[n] = there ? -scale * scale * (k.over_sample ? work.slopes[n] : slope) / count : 0;
     }
 }
 
@@ -387,7 +297,7 @@ void backward(const Block& k) {
         for (int chunk = slice.begin; chunk < slice.end; ++chunk)
             backward_of_product(k, s, chunk, work, scratch, partial);
     });
-    finish_sums(k, s, work);
+    finish_gradient(s.chunks, s.count(), s.over_sample, k.scale, work.g_sums, work.slopes);
     if (k.gx || k.gtaps || k.gshift)
         in_parallel(k.slots, [&](int slot) {
             Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
@@ -398,19 +308,10 @@ void backward(const Block& k) {
                 backward_of_convolution(k, s, chunk, work, scratch, partial);
         });
 
-    // The slots' sums, in their order.
     auto reduce = [&](float* to, size_t length, auto part) {
-        if (!to) return;
-        in_parallel(k.slots, [&](int slot) {
-            const Slice slice(length, k.slots, slot);
-            for (int i = slice.begin; i < slice.end; ++i) {
-                float total = 0;
-                for (int other = 0; other < k.slots; ++other) {
-                    Arena sums{partials + other * partial_size};
-                    total += part(Partial(s, sums), i);
-                }
-                to[i] = total;
-            }
+        sum_slots(k.slots, to, length, [&](int slot, int i) {
+            Arena sums{partials + slot * partial_size};
+            return part(Partial(s, sums), i);
         });
     };
     reduce(k.gtaps, (size_t)K * s.stencil.taps(), [](const Partial& p, int i) { return sum(p.taps[i]); });

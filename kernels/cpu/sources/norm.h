@@ -8,20 +8,16 @@
 // `squares` the sum of squared deviations from it.
 INLINE Vector centre(Vector* h, int pixels, Vector total, Doubles& exact, Doubles& squares) {
     const Vector mean = total / (float)pixels;
-    // Four sums, each of which waits for its last addition.
-    Vector rest[4] = {}, square[4] = {};
-    auto add = [&](int p, int i) INLINE_LAMBDA {
+    Vector rest = {}, square = {};
+    for (int p = 0; p < pixels; ++p) {
         const Vector x = h[p] - mean;
         h[p] = x;
-        rest[i] += x;
-        square[i] += x * x;
-    };
-    int p = 0;
-    for (; p + 4 <= pixels; p += 4) UNROLL for (int i = 0; i < 4; ++i) add(p + i, i);
-    for (; p < pixels; ++p) add(p, 0);
-    const Doubles r = widen((rest[0] + rest[1]) + (rest[2] + rest[3])) / (double)pixels;
+        rest += x;
+        square += x * x;
+    }
+    const Doubles r = widen(rest) / (double)pixels;
     exact = widen(mean) + r;
-    squares = widen((square[0] + square[1]) + (square[2] + square[3])) - r * r * (double)pixels;
+    squares = widen(square) - r * r * (double)pixels;
     return mean;
 }
 
@@ -44,3 +40,19 @@ struct Statistics {
             scale[n] = n < images ? (float)(1 / std::sqrt(squares[n] / count + eps)) : 0.f;
     }
 };
+
+// From the sums over each image of the gradient g of x^ and of g (h - mean), both scaled, to the level and the slope
+// of the gradient of h, scale g + level + slope (h - mean). In lanes without an image they are 0.
+inline void finish_gradient(const Chunks& chunks, double count, bool over_sample, const float* scale, double* levels, double* slopes) {
+    const int images = chunks.images;
+    double level = 0, slope = 0;
+    if (!over_sample) {
+        for (int n = 0; n < images; ++n) level += levels[n], slope += slopes[n];
+        count *= images;
+    }
+    for (int n = 0; n < chunks.count() * chunks.lanes(); ++n) {
+        const bool there = n < images;
+        levels[n] = there ? -(over_sample ? levels[n] : level) / count : 0;
+        slopes[n] = there ? -(double)scale[n] * scale[n] * (over_sample ? slopes[n] : slope) / count : 0;
+    }
+}

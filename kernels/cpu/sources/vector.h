@@ -27,31 +27,56 @@ constexpr bool MANY_REGISTERS = false;  // 16
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int Integers __attribute__((vector_size(4 * LANES)));
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
 // Where an address need not be a multiple of the vector's size.
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef double UnalignedDoubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 typedef float Quad __attribute__((vector_size(16)));
 typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE Vector broadcast(float x) { return Vector{} + x; }
 INLINE Vector load(const float* from) { return *(const Unaligned*)from; }
 INLINE void store(float* to, Vector x) { *(Unaligned*)to = x; }
-INLINE Doubles load(const double* from) { return *(const UnalignedDoubles*)from; }
-INLINE void store(double* to, Doubles x) { *(UnalignedDoubles*)to = x; }
-// The first lanes alone, whose memory may end with them; the others are read as zeros.
-INLINE Vector load(const float* from, int lanes) {
+// The first lanes alone, whose memory may end with them; the others are those of `rest`.
+INLINE Vector load(const float* from, int lanes, Vector rest = Vector{}) {
     if (lanes == LANES) return load(from);
-    Vector x = {};
-    memcpy(&x, from, lanes * sizeof(float));
-    return x;
+    memcpy(&rest, from, lanes * sizeof(float));
+    return rest;
 }
 INLINE void store(float* to, Vector x, int lanes) {
     if (lanes == LANES) store(to, x);
     else memcpy(to, &x, lanes * sizeof(float));
 }
-INLINE Doubles widen(Vector x) { return __builtin_convertvector(x, Doubles); }
-INLINE Vector narrow(Doubles x) { return __builtin_convertvector(x, Vector); }
+
+// As many doubles as a vector has floats: two vectors, since GCC computes those beyond a register's size in memory.
+typedef float HalfVector __attribute__((vector_size(2 * LANES)));
+typedef double HalfDoubles __attribute__((vector_size(4 * LANES)));
+struct Doubles {
+    HalfDoubles low, high;
+};
+INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
+INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
+INLINE Doubles operator*(Doubles x, Doubles y) { return {x.low * y.low, x.high * y.high}; }
+INLINE Doubles operator/(Doubles x, Doubles y) { return {x.low / y.low, x.high / y.high}; }
+INLINE Doubles operator*(Doubles x, double y) { return {x.low * y, x.high * y}; }
+INLINE Doubles operator/(Doubles x, double y) { return {x.low / y, x.high / y}; }
+INLINE Doubles operator+(Doubles x, double y) { return {x.low + y, x.high + y}; }
+INLINE void operator+=(Doubles& x, Doubles y) { x = x + y; }
+INLINE Doubles load(const double* from) {
+    Doubles x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+INLINE void store(double* to, Doubles x) { memcpy(to, &x, sizeof x); }
+INLINE Doubles widen(Vector x) {
+    HalfVector halves[2];
+    memcpy(halves, &x, sizeof x);
+    return {__builtin_convertvector(halves[0], HalfDoubles), __builtin_convertvector(halves[1], HalfDoubles)};
+}
+INLINE Vector narrow(Doubles x) {
+    const HalfVector halves[2] = {__builtin_convertvector(x.low, HalfVector), __builtin_convertvector(x.high, HalfVector)};
+    Vector all;
+    memcpy(&all, halves, sizeof all);
+    return all;
+}
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -83,7 +108,8 @@ INLINE float sum(Vector x) {
 }
 
 INLINE double sum(Doubles x) {
-    double total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
+    double lanes[LANES], total = 0;
+    memcpy(lanes, &x, sizeof x);
+    for (double lane : lanes) total += lane;
     return total;
 }

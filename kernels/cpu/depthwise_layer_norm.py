@@ -1,0 +1,148 @@
+"""Depthwise convolution and layer norm as one operation for each direction: `sources/depthwise_layer_norm.cpp`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..common.layout import gradient_like
+from ..common.registration import DifferentiableOperator, Operator
+from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
+
+_Arguments = structure(
+    "DepthwiseLayerNorm",
+    integers="images channels outputs height width kernel_height kernel_width vectors slots "
+    "over_sample contiguous",
+    numbers="eps",
+    pointers="x taps shift y h scale workspace gy gx gtaps gshift",
+)
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # (N, C, H, W)
+    weight: Tensor  # (K, 1, kh, kw)
+    bias: Tensor | None  # (K,)
+    norm: str
+    eps: float
+
+
+class ForwardPlan:
+    """y, contiguous if x is, else with images side by side; for the backward h [chunks, K, row] and the scales."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.chunks = _divide(inputs.x, inputs.weight)
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        results = y, h, scale = _results(inputs, self.chunks)
+        if inputs.x.numel() > 0 and not inputs.x.is_meta:
+            x = batch_last(inputs.x)
+            arguments = _arguments(x, inputs.weight, inputs.norm, h, scale, self.chunks)
+            arguments.shift, arguments.eps = address(inputs.bias), inputs.eps
+            arguments.contiguous, arguments.y = y.is_contiguous(), address(y)
+            call("fastconv_depthwise_forward", arguments)
+        return results
+
+
+def _divide(x: Tensor, weight: Tensor) -> Chunks:
+    images, _, height, width = x.shape
+    return divide(images, weight.shape[0], height * width)
+
+
+def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+    x, outputs = inputs.x, inputs.weight.shape[0]
+    row = (x.shape[2] * x.shape[3] + 1) * chunks.width
+    h = x.new_empty(chunks.count, outputs, row)
+    return new_maps(x, outputs), h, x.new_empty(chunks.count, chunks.width)
+
+
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(inputs, _divide(inputs.x, inputs.weight))
+
+
+def _arguments(x: Tensor, weight: Tensor, norm: str, h: Tensor, scale: Tensor, chunks: Chunks) -> Any:
+    """What both directions take, from maps x that lie as the kernels want them."""
+    channels, height, width, images = x.shape
+    return _Arguments(
+        images=images,
+        channels=channels,
+        outputs=weight.shape[0],
+        height=height,
+        width=width,
+        kernel_height=weight.shape[2],
+        kernel_width=weight.shape[3],
+        vectors=chunks.vectors,
+        slots=chunks.slots,
+        over_sample=norm == "sample",
+        x=address(x),
+        taps=address(weight),
+        h=address(h),
+        scale=address(scale),
+    )
+
+
+class BackwardInputs(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    h: Tensor
+    scale: Tensor
+    norm: str
+    needs_x: bool
+    needs_weight: bool
+
+
+class BackwardPlan:
+    """The gradients of x and of the weight, each if needed, and of the bias."""
+
+    def __init__(self, inputs: BackwardInputs) -> None:
+        self.chunks = _divide(inputs.x, inputs.weight)
+
+    def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+        results = gx, weight, bias = _fake_backward(inputs)
+        if inputs.x.is_meta:
+            return results
+        if inputs.x.numel() == 0:
+            return gx, weight.zero_(), bias.zero_()
+        x = batch_last(inputs.x)
+        contiguous = inputs.grad.is_contiguous()
+        gy = inputs.grad if contiguous else batch_last(inputs.grad)
+        arguments = _arguments(x, inputs.weight, inputs.norm, inputs.h, inputs.scale, self.chunks)
+        arguments.contiguous, arguments.gy, arguments.gshift = contiguous, address(gy), address(bias)
+        if inputs.needs_weight:
+            arguments.gtaps = address(weight)
+        with written_batch_last(gx) if inputs.needs_x else nullcontext() as maps:
+            arguments.gx = address(maps)
+            call("fastconv_depthwise_backward", arguments)
+        return results
+
+
+def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = inputs.x, inputs.weight
+    gx = new_maps(x, x.shape[1]) if inputs.needs_x else x.new_empty(0)
+    return gx, x.new_empty(weight.numel() if inputs.needs_weight else 0), x.new_empty(weight.shape[0])
+
+
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs.x, inputs.weight, *output[1:])
+    ctx.norm = inputs.norm
+
+
+def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, ctx.norm, needs_x, needs_weight)
+    gx, weight, bias = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
+    return {
+        "x": gx if needs_x else None,
+        "weight": gradient_like(inputs.weight, weight) if needs_weight else None,
+        "bias": bias if needs_bias else None,
+    }
+
+
+depthwise_conv_layer_norm_backward = Operator(
+    "fastconv::native_depthwise_conv_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
+)
+depthwise_conv_layer_norm = DifferentiableOperator(
+    "fastconv::native_depthwise_conv_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients
+)
