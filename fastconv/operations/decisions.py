@@ -52,10 +52,9 @@ SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so 
 NATIVE_IMAGES = 4  # With fewer images most lanes of a vector are empty.
 
 
-def native_convolution(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
-    """Whether a C++ kernel computes the convolution and its norm."""
-    # The norm of a single value is constant.
-    return norm.over != "channel" and x.shape[0] >= NATIVE_IMAGES and depthwise.weight.numel() > 1
+def native_convolution(x: Tensor) -> bool:
+    """Whether the C++ kernels compute a depthwise convolution with a norm over the tensor or its images."""
+    return x.shape[0] >= NATIVE_IMAGES
 
 
 def native_patch_conv(x: Tensor, conv: Convolution) -> bool:

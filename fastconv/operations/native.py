@@ -20,15 +20,16 @@ def convnext_block(
     norm: Norm,
     approximate: str,
 ) -> Tensor:
-    if not decisions.native_convolution(x, depthwise, norm):
+    if not _convolves(x, depthwise, norm):
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
-    parameters = *depthwise.contiguous(), *norm.contiguous().fold_into(pointwise), *projection.contiguous()
+    pointwise = norm.contiguous().fold_into(pointwise.contiguous())
+    parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
     y = block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, _needs_grad(x, *parameters))
     return restore_format(y, x)
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    if not decisions.native_convolution(x, depthwise, norm):
+    if not _convolves(x, depthwise, norm):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
     return norm.affine(restore_format(y, x))
@@ -54,6 +55,14 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
         return portable.patch_conv(x, conv)
     weight, bias = conv.contiguous()
     return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
+
+
+def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
+    """Whether a kernel computes the convolution and its norm."""
+    # The norm of a single value is constant: its gradient is 0, and not almost.
+    if norm.over == "channel" or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
+        return False
+    return _forced() or decisions.native_convolution(x)
 
 
 def _forced() -> bool:

@@ -230,7 +230,7 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
         add_outer(gz, s.stride, O, k.h + chunk * K * s.stride, s.stride, K, s.columns + B, partial.w);
 }
 
-// dL/dh = W^T gz + level + slope (h - M), whose level and slope are those of each image.
+// dL/dh = W^T gz + level + slope x^, whose level and slope are those of each image.
 void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const BackwardWork& work, const BackwardScratch& scratch, const Partial& partial) {
     const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, P = s.pixels, M = s.multiplier;
     const int at_once = channels_at_once(s), first = s.chunks.first(chunk);
@@ -238,8 +238,7 @@ void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const Ba
     for (int b = 0; b < B; ++b) {
         scale[b] = load(k.scale + first + b * LANES);
         level[b] = narrow(load(work.g_sums + first + b * LANES));
-        // For the normalised h: a float could not hold the slope for h if h is large.
-        slope[b] = s.chunks.holds_image(chunk, b) ? narrow(load(work.slopes + first + b * LANES) / widen(scale[b])) : Vector{};
+        slope[b] = narrow(load(work.slopes + first + b * LANES));
     }
     const float* w = work.w;
     for (int c = 0; c < C; c += at_once) {

@@ -155,8 +155,7 @@ void gradients(const DepthwiseLayerNorm& k, const Depthwise& d, int chunk, const
         for (int b = 0; b < d.chunks.vectors; ++b) {
             const int first = d.chunks.first(chunk) + b * LANES;
             const Vector scale = load(k.scale + first), level = narrow(load(work.levels + first));
-            // For the normalised h: a float could not hold the slope for h if h is large.
-            const Vector slope = d.chunks.holds_image(chunk, b) ? narrow(load(work.slopes + first) / widen(scale)) : Vector{};
+            const Vector slope = narrow(load(work.slopes + first));
             for (int t = 0; t < M; ++t) {
                 const int row = c * M + t;
                 Vector* g = scratch.gh + t * d.stride + b * P;

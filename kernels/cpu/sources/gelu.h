@@ -44,21 +44,26 @@ INLINE Vector error_function(Vector x) {
     return x * a / b;
 }
 
-// Beyond the bounds GELU is 0 or z to the last digit, and its derivative 0 or 1.
+// Below these bounds GELU and its derivative are 0 in float32, which the rounded functions of them are only almost.
+constexpr float LEAST_OF_ERF = -6.f, LEAST_OF_TANH = -9.9f;
+
+INLINE Gelu zero_below(Vector z, float least, Vector value, Vector derivative) {
+    return {z < least ? Vector{} : value, z < least ? Vector{} : derivative};
+}
+
 INLINE Gelu gelu_of_erf(Vector z) {
-    const Vector cdf = error_function(z) * 0.5f + 0.5f;
-    const Vector near = clamp(z, -13.f, 13.f);
+    const Vector cdf = error_function(z) * 0.5f + 0.5f, near = clamp(z, -13.f, 13.f);
     const Vector density = exponential(near * near * -0.5f) * 0.39894228f;
-    return {(z < -13.f ? near : z) * cdf, cdf + near * density};
+    return zero_below(z, LEAST_OF_ERF, z * cdf, cdf + near * density);
 }
 
 // By tanh: cdf(z) = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), where u = sqrt(2 / pi) (z + 0.044715 z^3).
 INLINE Gelu gelu_of_tanh(Vector z) {
-    const Vector near = clamp(z, -9.9f, 9.9f), square = near * near;
+    const Vector near = clamp(z, LEAST_OF_TANH, -LEAST_OF_TANH), square = near * near;
     const Vector doubled = near * (square * (2 * 0.79788456f * 0.044715f) + 2 * 0.79788456f);
     const Vector cdf = 1.f / (exponential(-doubled) + 1.f);
     const Vector rise = square * (6 * 0.79788456f * 0.044715f) + 2 * 0.79788456f;
-    return {(z < -9.9f ? near : z) * cdf, cdf + near * (cdf * (1.f - cdf) * rise)};
+    return zero_below(z, LEAST_OF_TANH, z * cdf, cdf + near * (cdf * (1.f - cdf) * rise));
 }
 
 template <bool TANH> INLINE Gelu gelu(Vector z) {

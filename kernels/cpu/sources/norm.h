@@ -41,8 +41,8 @@ struct Statistics {
     }
 };
 
-// From the sums over each image of the gradient g of x^ and of g (h - mean), both scaled, to the level and the slope
-// of the gradient of h, scale g + level + slope (h - mean). In lanes without an image they are 0.
+// From the sums over each image of the gradient g of x^ and of g (h - mean), both scaled, to the level and the slope of
+// the gradient of h, scale g + level + slope x^. In lanes without an image they are 0.
 inline void finish_gradient(const Chunks& chunks, double count, bool over_sample, const float* scale, double* levels, double* slopes) {
     const int images = chunks.images;
     double level = 0, slope = 0;
@@ -53,6 +53,6 @@ inline void finish_gradient(const Chunks& chunks, double count, bool over_sample
     for (int n = 0; n < chunks.count() * chunks.lanes(); ++n) {
         const bool there = n < images;
         levels[n] = there ? -(over_sample ? levels[n] : level) / count : 0;
-        slopes[n] = there ? -(double)scale[n] * scale[n] * (over_sample ? slopes[n] : slope) / count : 0;
+        slopes[n] = there ? -(double)scale[n] * (over_sample ? slopes[n] : slope) / count : 0;
     }
 }
