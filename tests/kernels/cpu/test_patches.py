@@ -176,7 +176,7 @@ def test_where_pointwise_convolution_is_native(sizes, layout, native):
         ((128, 3, 32, 32, 32, (4, 4)), True),
         ((1, 3, 32, 32, 32, (4, 4)), False),
         ((8, 3, 64, 64, 8, (4, 4)), False),
-        ((4, 192, 14, 14, 384, (2, 2)), False),
+        ((8, 256, 8, 8, 512, (2, 2)), False),
     ],
     ids=str,
 )
