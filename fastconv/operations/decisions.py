@@ -50,6 +50,10 @@ SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so 
 
 # The native kernels.
 NATIVE_IMAGES = 4  # With fewer images most lanes of a vector are empty.
+NATIVE_PATCH_IMAGES = 8  # With fewer, PyTorch's product of patches is as fast.
+NATIVE_LANES, NATIVE_FILLED = 16, 0.75  # With fewer lanes of pixels filled, PyTorch's own product is faster.
+NATIVE_WEIGHTS_PER_PATCH = 64  # With more, PyTorch's own product uses the caches better.
+NATIVE_SMALL = 2**15  # Elements of maps, and of weights, up to which the fewer calls count more than either.
 
 
 def native_convolution(x: Tensor) -> bool:
@@ -59,12 +63,29 @@ def native_convolution(x: Tensor) -> bool:
 
 def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
     """Whether a C++ kernel computes it; its results are in batch-last."""
-    return x.shape[0] >= NATIVE_IMAGES and patch_conv(x, conv) == "batch last"
+    images, _, height, width = x.shape
+    _, _, patch_height, patch_width = conv.weight.shape
+    patches = images * (height // patch_height) * (width // patch_width)
+    worth_packing = conv.weight.numel() <= NATIVE_WEIGHTS_PER_PATCH * patches
+    return images >= NATIVE_PATCH_IMAGES and worth_packing and patch_conv(x, conv) == "batch last"
 
 
 def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
-    """Whether a C++ kernel computes it, whose lanes are pixels of contiguous maps, or images in batch-last."""
-    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    """Whether a C++ kernel computes it."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    images, _, height, width = x.shape
+    pixels, weights = height * width, conv.weight.numel()
+    vectors = (pixels + NATIVE_LANES - 1) // NATIVE_LANES
+    filled = has_images_side_by_side(x) or pixels >= NATIVE_FILLED * vectors * NATIVE_LANES
+    few_calls = images >= NATIVE_IMAGES and weights <= NATIVE_SMALL
+    few_weights = weights <= NATIVE_WEIGHTS_PER_PATCH * images * pixels
+    return (filled or x.numel() <= NATIVE_SMALL) and (few_calls or few_weights)
+
+
+def has_images_side_by_side(x: Tensor) -> bool:
+    """Whether the lanes of a pointwise convolution are images, of maps in batch-last; else they are pixels."""
+    return not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
 
 
 def native_layer_norm(norm: Norm) -> bool:

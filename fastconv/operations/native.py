@@ -45,7 +45,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
     if not (_forced() or decisions.native_pointwise_conv_gelu(x, conv)):
         return portable.pointwise_conv_gelu(x, conv, approximate)
     weight, bias = conv.contiguous()
-    batch_last = not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
+    batch_last = decisions.has_images_side_by_side(x)
     y = patches.patch_conv(x, weight, bias, approximate, batch_last, _needs_grad(x, weight, bias))
     return restore_format(y, x)
 

@@ -99,13 +99,13 @@ def _arguments(x: Tensor, inputs: Any) -> Any:
 
 class BackwardInputs(NamedTuple):
     grad: Tensor
+    needs_x: bool
+    needs_parameters: bool
     x: Tensor  # as it lies for the kernels
     weight: Tensor
     z: Tensor
     activation: str
     batch_last: bool
-    needs_x: bool
-    needs_parameters: bool
 
 
 def _backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,8 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> No
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_bias)
+    needs = needs_x, needs_weight or needs_bias
+    inputs = BackwardInputs(grad, *needs, *ctx.saved_tensors, *ctx.options)
     gx, parameters = patch_conv_backward(inputs, forward=ctx)
     gradients: dict[str, Tensor | None] = {"x": gx if needs_x else None}
     if inputs.needs_parameters:

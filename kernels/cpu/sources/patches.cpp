@@ -22,8 +22,10 @@ struct Patches {
 
 namespace {
 
-constexpr int STRIP = 8 * TILE_COLUMNS;    // the most columns that are multiplied at once, between two caches
-constexpr size_t STRIDE = STRIP + 1;       // of their rows: by a power of two these would share a set of the cache
+// Columns that are multiplied at once, while they lie in a cache of the core. Rows are no power of two apart, which would
+// share a set of the cache.
+constexpr int STRIP = 8 * TILE_COLUMNS;
+constexpr size_t STRIDE = STRIP + 1;
 
 struct Sizes {
     int rows, outputs, high, wide, vectors;
