@@ -50,12 +50,24 @@ SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so 
 
 # The native kernels.
 NATIVE_IMAGES = 4  # With fewer images most lanes of a vector are empty.
+NATIVE_IMAGES_OF_LARGE_MAPS = 8  # Of which PyTorch's own convolution is faster than of small ones.
+NATIVE_ALWAYS_PIXELS = 64  # The convolution of maps up to this size is faster, whatever the batch.
+NATIVE_MEDIUM_PIXELS = 256  # Beyond this size maps are large.
 
 
 def native_convolution(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     """Whether a C++ kernel computes the convolution and its norm."""
     # The norm of a single value is constant.
     return norm.over != "channel" and x.shape[0] >= NATIVE_IMAGES and depthwise.weight.numel() > 1
+
+
+def native_depthwise_conv_layer_norm(x: Tensor) -> bool:
+    """Whether a C++ kernel is faster than the portable path."""
+    images, _, height, width = x.shape
+    pixels = height * width
+    if pixels <= NATIVE_ALWAYS_PIXELS:
+        return True
+    return images >= (NATIVE_IMAGES if pixels <= NATIVE_MEDIUM_PIXELS else NATIVE_IMAGES_OF_LARGE_MAPS)
 
 
 def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
@@ -66,11 +78,6 @@ def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
 def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
     """Whether a C++ kernel computes it, whose lanes are pixels of contiguous maps, or images in batch-last."""
     return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-
-
-def native_layer_norm(norm: Norm) -> bool:
-    """Whether a C++ kernel computes a norm."""
-    return norm.over != "channel"
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:

@@ -28,14 +28,17 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    if not decisions.native_convolution(x, depthwise, norm):
+    # The norm of a single value is constant.
+    values = depthwise.weight.shape[0] * x.shape[2] * x.shape[3]
+    can = norm.over != "channel" and values > 1
+    if not (can and (_forced() or decisions.native_depthwise_conv_layer_norm(x))):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
     return norm.affine(restore_format(y, x))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if not decisions.native_layer_norm(norm):
+    if norm.over == "channel":
         return portable.layer_norm(x, norm)
     return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
