@@ -54,11 +54,23 @@ NATIVE_PATCH_IMAGES = 8  # With fewer, PyTorch's product of patches is as fast.
 NATIVE_LANES, NATIVE_FILLED = 16, 0.75  # With fewer lanes of pixels filled, PyTorch's own product is faster.
 NATIVE_WEIGHTS_PER_PATCH = 64  # With more, PyTorch's own product uses the caches better.
 NATIVE_SMALL = 2**15  # Elements of maps, and of weights, up to which the fewer calls count more than either.
+NATIVE_IMAGES_OF_LARGE_MAPS = 8  # Of which PyTorch's own convolution is faster than of small ones.
+NATIVE_ALWAYS_PIXELS = 64  # The convolution of maps up to this size is faster, whatever the batch.
+NATIVE_MEDIUM_PIXELS = 256  # Beyond this size maps are large.
 
 
-def native_convolution(x: Tensor) -> bool:
-    """Whether the C++ kernels compute a depthwise convolution with a norm over the tensor or its images."""
+def native_convnext_block(x: Tensor) -> bool:
+    """Whether the C++ kernel is faster than the portable path."""
     return x.shape[0] >= NATIVE_IMAGES
+
+
+def native_depthwise_conv_layer_norm(x: Tensor) -> bool:
+    """Whether the C++ kernel is faster than the portable path."""
+    images, _, height, width = x.shape
+    pixels = height * width
+    if pixels <= NATIVE_ALWAYS_PIXELS:
+        return True
+    return images >= (NATIVE_IMAGES if pixels <= NATIVE_MEDIUM_PIXELS else NATIVE_IMAGES_OF_LARGE_MAPS)
 
 
 def native_patch_conv(x: Tensor, conv: Convolution) -> bool:
@@ -86,11 +98,6 @@ def native_pointwise_conv_gelu(x: Tensor, conv: Convolution) -> bool:
 def has_images_side_by_side(x: Tensor) -> bool:
     """Whether the lanes of a pointwise convolution are images, of maps in batch-last; else they are pixels."""
     return not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
-
-
-def native_layer_norm(norm: Norm) -> bool:
-    """Whether a C++ kernel computes a norm."""
-    return norm.over != "channel"
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Form:

@@ -20,7 +20,7 @@ def convnext_block(
     norm: Norm,
     approximate: str,
 ) -> Tensor:
-    if not _convolves(x, depthwise, norm):
+    if not (_takes(x, depthwise, norm) and (_forced() or decisions.native_convnext_block(x))):
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
@@ -29,14 +29,14 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    if not _convolves(x, depthwise, norm):
+    if not (_takes(x, depthwise, norm) and (_forced() or decisions.native_depthwise_conv_layer_norm(x))):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
     return norm.affine(restore_format(y, x))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if not decisions.native_layer_norm(norm):
+    if norm.over == "channel":
         return portable.layer_norm(x, norm)
     return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
@@ -57,12 +57,10 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
 
 
-def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
-    """Whether a kernel computes the convolution and its norm."""
+def _takes(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
+    """Whether a kernel can compute the convolution and its norm."""
     # The norm of a single value is constant: its gradient is 0, and not almost.
-    if norm.over == "channel" or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
-        return False
-    return _forced() or decisions.native_convolution(x)
+    return norm.over != "channel" and depthwise.weight.shape[0] * x.shape[2] * x.shape[3] > 1
 
 
 def _forced() -> bool:

@@ -18,6 +18,7 @@ from . import library
 LINE_IMAGES = 16
 LEAST_CHUNKS = 8
 MOST_BYTES = 2**19
+MOST_VECTORS = 8  # As in sources/chunks.h.
 # Elements that are worth a thread where each is only moved, or little more.
 SLOT_ELEMENTS = 2**14
 
@@ -50,7 +51,11 @@ def divide(images: int, channels: int, pixels: int) -> Chunks:
     vectors = 1
     while lanes * vectors < min(LINE_IMAGES, images):
         vectors *= 2
-    while images >= 2 * LEAST_CHUNKS * lanes * vectors and 8 * channels * pixels * lanes * vectors <= MOST_BYTES:
+    while (
+        vectors < MOST_VECTORS
+        and images >= 2 * LEAST_CHUNKS * lanes * vectors
+        and 8 * channels * pixels * lanes * vectors <= MOST_BYTES
+    ):
         vectors *= 2
     return Chunks(images, vectors, lanes)
 

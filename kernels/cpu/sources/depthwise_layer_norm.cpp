@@ -89,15 +89,14 @@ void forward(const DepthwiseLayerNorm& k) {
     statistics.finish(d.chunks, d.count(), d.over_sample, k.eps);
     each_chunk([&](int chunk, Vector* h, Vector* means, const ForwardScratch& scratch) {
         deviations_of_means(d, chunk, means, statistics, h);
-        for (int b = 0; b < d.chunks.vectors; ++b) {
-            const int first = d.chunks.first(chunk) + b * LANES;
-            const Vector scale = load(k.scale + first);
-            for (int row = 0; row < K; ++row) {
+        for (int row = 0; row < K; ++row)
+            for (int b = 0; b < d.chunks.vectors; ++b) {
+                const int first = d.chunks.first(chunk) + b * LANES;
+                const Vector scale = load(k.scale + first);
                 const Vector *of = h + row * d.stride, deviation = of[d.columns + b];
                 for (int p = 0; p < P; ++p) scratch.map[p] = (of[b * P + p] + deviation) * scale;
                 results.write(k.y, row, first, scratch.map);
             }
-        }
     });
 }
 
@@ -127,11 +126,11 @@ struct BackwardScratch {
 void add_up(const DepthwiseLayerNorm& k, const Depthwise& d, int chunk, const BackwardWork& work, const BackwardScratch& scratch) {
     const Results results{d, (bool)k.contiguous};
     const Vector* h = k.h + chunk * d.outputs * d.stride;
-    for (int b = 0; b < d.chunks.vectors; ++b) {
-        const int first = d.chunks.first(chunk) + b * LANES;
-        const Vector scale = load(k.scale + first);
-        Doubles level = {}, slope = {};
-        for (int row = 0; row < d.outputs; ++row) {
+    Doubles levels[MOST_VECTORS] = {}, slopes[MOST_VECTORS] = {};
+    for (int row = 0; row < d.outputs; ++row)
+        for (int b = 0; b < d.chunks.vectors; ++b) {
+            const int first = d.chunks.first(chunk) + b * LANES;
+            const Vector scale = load(k.scale + first);
             results.read(k.gy, row, first, scratch.gh);
             const Vector *of = h + row * d.stride, deviation = of[d.columns + b];
             Vector sum = {}, product = {};
@@ -140,11 +139,12 @@ void add_up(const DepthwiseLayerNorm& k, const Depthwise& d, int chunk, const Ba
                 sum += g;
                 product += g * (of[b * d.pixels + p] + deviation);
             }
-            level += widen(sum);
-            slope += widen(product);
+            levels[b] += widen(sum);
+            slopes[b] += widen(product);
         }
-        memcpy(work.levels + first, &level, sizeof level);
-        memcpy(work.slopes + first, &slope, sizeof slope);
+    for (int b = 0; b < d.chunks.vectors; ++b) {
+        store(work.levels + d.chunks.first(chunk) + b * LANES, levels[b]);
+        store(work.slopes + d.chunks.first(chunk) + b * LANES, slopes[b]);
     }
 }
 
