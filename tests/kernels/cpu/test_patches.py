@@ -123,6 +123,17 @@ def test_results_repeat_bit_for_bit(operation):
     assert all(map(torch.equal, results(operation, leaves, grad), results(operation, leaves, grad)))
 
 
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_gelu_far_from_zero(approximate):
+    x = torch.tensor([-4e5, -50.0, -14.0, 14.0, 50.0, 4e5, torch.nan])[None, None, None].requires_grad_()
+    y = functional.pointwise_conv_gelu(x, torch.ones(1, 1, 1, 1), approximate=approximate)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    # Exactly 0 where PyTorch's are: all of a map may lie there.
+    assert not torch.stack((y, grad))[..., :3].any()
+    torch.testing.assert_close(y[..., 3:], x[..., 3:], equal_nan=True)
+    torch.testing.assert_close(grad[..., 3:], x[..., 3:] / x[..., 3:], equal_nan=True)
+
+
 def test_an_empty_batch(operation):
     leaves = leaves_of(*draw((0, 4, 3, 5, 6)))
     y, *grads = results(operation, leaves, torch.empty(0, 6, 3, 5))
