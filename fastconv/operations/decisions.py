@@ -49,7 +49,7 @@ SLOW_PIXELS = 4  # Few pixels are at most these.
 SLOW_ELEMENTS = 2**16  # In training they are slow on plain maps of at least so many elements.
 
 # The native kernels.
-NATIVE_IMAGES = 4  # With fewer images most lanes of a vector are empty.
+NATIVE_IMAGES = 4  # Of medium maps. With fewer images most lanes of a vector are empty.
 NATIVE_PATCH_IMAGES = 8  # With fewer, PyTorch's product of patches is as fast.
 NATIVE_LANES, NATIVE_FILLED = 16, 0.75  # With fewer lanes of pixels filled, PyTorch's own product is faster.
 NATIVE_WEIGHTS_PER_PATCH = 64  # With more, PyTorch's own product uses the caches better.
@@ -59,13 +59,8 @@ NATIVE_ALWAYS_PIXELS = 64  # The convolution of maps up to this size is faster, 
 NATIVE_MEDIUM_PIXELS = 256  # Beyond this size maps are large.
 
 
-def native_convnext_block(x: Tensor) -> bool:
-    """Whether the C++ kernel is faster than the portable path."""
-    return x.shape[0] >= NATIVE_IMAGES
-
-
-def native_depthwise_conv_layer_norm(x: Tensor) -> bool:
-    """Whether the C++ kernel is faster than the portable path."""
+def native_convolution(x: Tensor) -> bool:
+    """Whether the C++ kernels of a depthwise convolution are faster than the portable path."""
     images, _, height, width = x.shape
     pixels = height * width
     if pixels <= NATIVE_ALWAYS_PIXELS:

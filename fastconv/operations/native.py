@@ -20,7 +20,7 @@ def convnext_block(
     norm: Norm,
     approximate: str,
 ) -> Tensor:
-    if not (_takes(x, depthwise, norm) and (_forced() or decisions.native_convnext_block(x))):
+    if not _convolves(x, depthwise, norm):
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
@@ -29,7 +29,7 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    if not (_takes(x, depthwise, norm) and (_forced() or decisions.native_depthwise_conv_layer_norm(x))):
+    if not _convolves(x, depthwise, norm):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
     return norm.affine(restore_format(y, x))
@@ -57,10 +57,12 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
 
 
-def _takes(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
-    """Whether a kernel can compute the convolution and its norm."""
+def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
+    """Whether a kernel computes the convolution and its norm."""
     # The norm of a single value is constant: its gradient is 0, and not almost.
-    return norm.over != "channel" and depthwise.weight.shape[0] * x.shape[2] * x.shape[3] > 1
+    if norm.over == "channel" or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
+        return False
+    return _forced() or decisions.native_convolution(x)
 
 
 def _forced() -> bool:

@@ -69,7 +69,8 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Te
     count = chunks.count if inputs.keep else 0
     row = (height * width + 1) * chunks.width
     shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
-    return new_maps(x, channels), *map(x.new_empty, shapes)
+    h, product, scale = map(x.new_empty, shapes)
+    return new_maps(x, channels), h, product, scale
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,7 +177,8 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = ctx.needs_input_grad
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_shift)
+    needs = needs_x, needs_weight or needs_shift
+    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options, *needs)
     gx, parameters = convnext_block_backward(inputs, forward=ctx)
     weight, projection, bias, offset, taps, shift = torch.split_with_sizes(parameters, _gradient_sizes(inputs))
     return {

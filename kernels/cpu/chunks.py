@@ -6,7 +6,8 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ MOST_VECTORS = 8  # As in sources/chunks.h.
 SLOT_ELEMENTS = 2**14
 
 
-class Chunks(NamedTuple):
+@dataclass(frozen=True)
+class Chunks:
     """Images in chunks of `vectors` vectors of `lanes` images, of which the last chunk may have fewer."""
 
     images: int
