@@ -37,7 +37,7 @@ struct Depthwise {
     double count() const { return (double)outputs * pixels; }
 };
 
-// Of each slot.
+// Each slot has its own.
 struct ConvolutionScratch {
     Vector *frame, *totals;  // [frame], [M]
     Doubles* means;          // [K]
@@ -88,7 +88,7 @@ inline void deviations_of_means(const Depthwise& d, int chunk, const Vector* mea
     }
 }
 
-// Of each slot.
+// Each slot has its own.
 struct GradientScratch {
     Vector *frames, *g_frames, *gx;  // [vectors][frame], [M][frame], [pixels]
 

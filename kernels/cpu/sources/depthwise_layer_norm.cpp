@@ -56,7 +56,7 @@ struct ForwardWork {
           means(arena.take<Vector>((size_t)d.chunks.count() * d.outputs * d.chunks.vectors)) {}
 };
 
-// Of each slot.
+// Each slot has its own.
 struct ForwardScratch {
     ConvolutionScratch convolution;
     Vector* map;

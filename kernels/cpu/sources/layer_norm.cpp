@@ -100,8 +100,8 @@ INLINE void split(double x, float* high, float* low) {
     *low = (float)(x - *high);
 }
 
-// The sums of x - start and of its squares, where start is the piece's first value, of which much is left over by no
-// other sum than that of values which are all near it.
+// The sums of x - start and of its squares. The start is the piece's first value: equal values leave exact zeros, and
+// values far from 0 but near each other few digits to lose. If it is an outlier the variance is as large.
 void add_up(const LayerNorm& k, const Pieces& pieces, int item, const Sums& sums) {
     const Vectors vectors = pieces.vectors(item);
     const Vector start = pieces.interleaved ? load(k.x + vectors.first, pieces.lanes(item)) : broadcast(k.x[vectors.first]);
