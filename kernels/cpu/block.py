@@ -177,8 +177,7 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = ctx.needs_input_grad
-    needs = needs_x, needs_weight or needs_shift
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    inputs = BackwardInputs(grad, *[*ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_shift])
     gx, parameters = convnext_block_backward(inputs, forward=ctx)
     weight, projection, bias, offset, taps, shift = torch.split_with_sizes(parameters, _gradient_sizes(inputs))
     return {

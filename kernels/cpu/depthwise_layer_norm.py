@@ -131,7 +131,7 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> No
 
 def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *(ctx.norm, needs_x, needs_weight))
+    inputs = BackwardInputs(grad, *[*ctx.saved_tensors, ctx.norm, needs_x, needs_weight])
     gx, weight, bias = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
     return {
         "x": gx if needs_x else None,
