@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv.operations import normalisation
+from fastconv.operations import backends, normalisation
 from fuzzing.arguments import draw_case, draw_tensors
 from fuzzing.judgement import judge
 
@@ -25,6 +25,17 @@ def beyond_the_rule(backend, indices, interpreted=False):
 @pytest.mark.parametrize("first", range(0, 400, 100))
 def test_random_cases_are_right(first):
     found = beyond_the_rule("portable", range(first, first + 100))
+    assert len(found) <= MOST_BEYOND, found
+
+
+@pytest.mark.parametrize("first", range(0, 600, 300))
+def test_random_cases_of_native_kernels_are_right(first):
+    if reason := backends.can_run("native", torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    cases = {index: draw_case(0, index) for index in range(first, first + 300)}
+    taken = [i for i, case in cases.items() if case.dtype == torch.float32 and case.autocast is None]
+    assert len(taken) > 60
+    found = beyond_the_rule("native", taken)
     assert len(found) <= MOST_BEYOND, found
 
 

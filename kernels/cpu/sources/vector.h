@@ -19,11 +19,14 @@
 #endif
 
 // How many sums a loop may hold in registers follows from their number.
+#ifndef REGISTERS
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool MANY_REGISTERS = true;  // 32
+#define REGISTERS 32
 #else
-constexpr bool MANY_REGISTERS = false;  // 16
+#define REGISTERS 16
 #endif
+#endif
+constexpr bool MANY_REGISTERS = REGISTERS >= 32;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int Integers __attribute__((vector_size(4 * LANES)));
