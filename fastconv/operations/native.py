@@ -11,6 +11,9 @@ from fastconv.kernels.cpu import layer_norm as norms
 from fastconv.operations import backends, decisions, portable
 from fastconv.operations.columns import restore_format
 
+# That the kernels compute.
+NORMS = ("tensor", "sample")
+
 
 def convnext_block(
     x: Tensor,
@@ -36,7 +39,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.over == "channel":
+    if norm.over not in NORMS:
         return portable.layer_norm(x, norm)
     return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
@@ -60,7 +63,7 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
 def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     """Whether a kernel computes the convolution and its norm."""
     # The norm of a single value is constant: its gradient is 0, and not almost.
-    if norm.over == "channel" or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if norm.over not in NORMS or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
         return False
     return _forced() or decisions.native_convolution(x)
 

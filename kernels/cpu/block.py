@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
+from ..common.values import APPROXIMATIONS
 from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
 
 _Arguments = structure(
@@ -92,8 +93,8 @@ def _arguments(x: Tensor, inputs: Any, chunks: Chunks) -> Any:
         kernel_width=weight.shape[3],
         vectors=chunks.vectors,
         slots=chunks.slots,
-        over_sample=inputs.norm == "sample",
-        tanh=inputs.approximate == "tanh",
+        over_sample=("tensor", "sample").index(inputs.norm),
+        tanh=APPROXIMATIONS.index(inputs.approximate),
         eps=inputs.eps,
         x=address(x),
         taps=address(weight),
