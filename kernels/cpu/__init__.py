@@ -3,8 +3,8 @@
 `library.py` opens the compiled library: `compiler.py` finds a compiler and runs it (by `processes.py`), `cache.py`
 keeps what it made, and `openmp.py` gives it torch's threads.
 
-`block.py`, `depthwise_layer_norm.py`, `layer_norm.py` and `patches.py`, which has the pointwise convolution too, are
-the operators that PyTorch sees, on what `chunks.py` shares. The C++ of each has its name in `sources/`, and is made of
+PyTorch sees the operators in `block.py`, `depthwise_layer_norm.py`, `layer_norm.py` and `patches.py`, that has the
+pointwise convolution too; they share `chunks.py`. The C++ of each has its name in `sources/`, made of
 
 | source | what it has |
 |---|---|
