@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
-from .common.rules import gelu
+from .common.rules import gelu, needs_grad
 from .common.values import Convolution, Norm
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
@@ -42,7 +42,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
     if form == "stencil channel norm":
         norm = norm.contiguous()
         parameters = *depthwise, norm.weight, norm.bias
-        keep = _needs_grad(x, *parameters)
+        keep = needs_grad(x, *parameters)
         return stencil_operators.depthwise_conv_channel_norm(x, *parameters, norm.eps, keep)
     if form == "stencil":
         return layer_norm(stencil_operators.depthwise_conv(x, *depthwise), norm)
@@ -53,7 +53,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
     if decisions.pointwise_conv_gelu(conv) == "pytorch":
         return gelu(_pointwise_conv(x, conv), approximate)
     conv = conv.contiguous()
-    return pointwise_operator.pointwise_conv_gelu(x, *conv, approximate, _needs_grad(x, *conv))
+    return pointwise_operator.pointwise_conv_gelu(x, *conv, approximate, needs_grad(x, *conv))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -78,7 +78,3 @@ def _pointwise_conv(x: Tensor, conv: Convolution) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
     return F.conv2d(x, conv.weight, conv.bias)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

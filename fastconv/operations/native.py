@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fastconv.kernels.common.rules import needs_grad
 from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.kernels.cpu import block, depthwise_layer_norm, patches
 from fastconv.kernels.cpu import layer_norm as norms
@@ -27,7 +27,7 @@ def convnext_block(
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
-    y = block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, _needs_grad(x, *parameters))
+    y = block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, needs_grad(x, *parameters))
     return restore_format(y, x)
 
 
@@ -49,7 +49,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
         return portable.pointwise_conv_gelu(x, conv, approximate)
     weight, bias = conv.contiguous()
     batch_last = decisions.has_images_side_by_side(x)
-    y = patches.patch_conv(x, weight, bias, approximate, batch_last, _needs_grad(x, weight, bias))
+    y = patches.patch_conv(x, weight, bias, approximate, batch_last, needs_grad(x, weight, bias))
     return restore_format(y, x)
 
 
@@ -57,7 +57,7 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     if not (_forced() or decisions.native_patch_conv(x, conv)):
         return portable.patch_conv(x, conv)
     weight, bias = conv.contiguous()
-    return patches.patch_conv(x, weight, bias, "identity", True, _needs_grad(x, weight, bias))
+    return patches.patch_conv(x, weight, bias, "identity", True, needs_grad(x, weight, bias))
 
 
 def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
@@ -71,7 +71,3 @@ def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
 def _forced() -> bool:
     """Whether the kernels are to run wherever they can, also where others are faster."""
     return backends.current() == "native"
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -31,6 +31,14 @@ def is_traced() -> bool:
     )
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come, for which an operation has to keep something."""
+    # A tracer that has recorded a graph with gradients runs it again without, and refuses other constants.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_differentiated_once() -> None:
     """In a backward: refuse `create_graph=True`, which asks for second derivatives that there are not.
 
