@@ -39,7 +39,7 @@ def used(path):
     forget_plans()
     try:
         with (
-            mock.patch.object(library, "_first_use", lambda: planted),
+            mock.patch.object(library, "_first_use", return_value=planted),
             mock.patch.object(chunks, "SLOT_ELEMENTS", 16),
             mock.patch.object(layer_norm, "SLOT_ELEMENTS", 16),
             mock.patch.object(patches, "LEAST_WORK", 1),

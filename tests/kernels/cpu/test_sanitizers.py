@@ -18,34 +18,43 @@ SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1",
 # Each operation, forward and backward.
 RUN = """
 import sys
+sys.path[:0] = sys.argv[2:]
 import torch
 import fastconv
 from builds import PATCHES, SIZES, used
-from cases import draw_leaves
+from cases import draw
 from fastconv.accuracy import in_format
 from fastconv.operations import functional
 
-def differentiate(operation, tensors, **options):
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+NORMED = "convnext_block", "depthwise_conv_layer_norm", "layer_norm"
+
+def differentiate(operation, tensors, layout, **options):
+    leaves = {name: x.detach() for name, x in tensors.items() if x is not None}
+    leaves["x"] = in_format(leaves["x"], layout)
+    with torch.no_grad():
+        getattr(functional, operation)(**leaves, **options)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     getattr(functional, operation)(**leaves, **options).sum().backward()
+
+def run(layout):
+    for sizes in SIZES:
+        for norm in ("tensor", "sample"):
+            for operation in NORMED:
+                differentiate(operation, draw(operation, sizes), layout, norm=norm)
+        for approximate in functional.APPROXIMATIONS:
+            operation = "pointwise_conv_gelu"
+            differentiate(operation, draw(operation, sizes), layout, approximate=approximate)
+    for *shape, outputs, patch in PATCHES:
+        weight = torch.randn(outputs, shape[1], *patch)
+        tensors = {"x": torch.randn(shape), "weight": weight, "bias": torch.randn(outputs)}
+        differentiate("patch_conv", tensors, layout)
 
 with used(sys.argv[1]), fastconv.backend("native"):
     for threads in (1, 3):
         torch.set_num_threads(threads)
         for layout in ("contiguous", "batch_last"):
-            for sizes in SIZES:
-                for operation in ("convnext_block", "depthwise_conv_layer_norm", "layer_norm", "pointwise_conv_gelu"):
-                    tensors = draw_leaves(operation, sizes)
-                    tensors["x"] = in_format(tensors["x"], layout)
-                    for norm in ("tensor", "sample"):
-                        options = {} if operation == "pointwise_conv_gelu" else {"norm": norm}
-                        differentiate(operation, tensors, **options)
-            for images, inputs, height, width, outputs, patch in PATCHES:
-                x = in_format(torch.randn(images, inputs, height, width), layout)
-                weight = torch.randn(outputs, inputs, *patch)
-                differentiate("patch_conv", {"x": x, "weight": weight, "bias": torch.randn(outputs)})
-    with torch.no_grad():
-        functional.convnext_block(**draw_leaves("convnext_block", SIZES[0]))
+            run(layout)
 """
 
 
@@ -59,14 +68,14 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path, monkeypatch):
         builds.compile_kernels(library, *SANITIZERS)
     except Unavailable as error:
         pytest.skip(f"g++ has no sanitizers: {error}")
-    paths = [Path(__file__).parent, Path(__file__).parents[2]]
     done = run_python(
         "-c",
-        f"import sys; sys.path[:0] = {[*map(str, paths)]}\n{RUN}",
+        RUN,
         library,
+        Path(__file__).parent,
+        Path(__file__).parents[2],
         LD_PRELOAD=runtime,
         ASAN_OPTIONS="detect_leaks=0",
-        UBSAN_OPTIONS="print_stacktrace=1",
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -1,4 +1,4 @@
-"""The same numbers from other vectors, registers and compilers than this machine's; and what is only compiled here."""
+"""The same numbers from other vectors and compilers than this machine's; and targets only compiled for."""
 
 import functools
 import shutil
@@ -78,8 +78,11 @@ def test_compiles_for(target, tmp_path):
     program, *flags = TARGETS[target]
     if shutil.which(program) is None:
         pytest.skip(f"there is no {program}")
-    command = program, *compiler.FLAGS, *flags, "-Werror"
-    if subprocess.run([*command, "-E", "-x", "c++", "/dev/null"], check=False, capture_output=True).returncode != 0:
+    command = program, *compiler.FLAGS, *flags
+    if (
+        subprocess.run([*command, "-E", "-x", "c++", "/dev/null"], check=False, capture_output=True).returncode
+        != 0
+    ):
         pytest.skip(f"{program} does not take {' '.join(flags)}")
     found = compiler.Compiler(command, "", "")
     compiler.compile_sources(found, sorted(library.SOURCES.glob("*.cpp")), tmp_path / "kernels.so")
