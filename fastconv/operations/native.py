@@ -13,6 +13,8 @@ from fastconv.operations.columns import restore_format
 
 # That the kernels compute.
 NORMS = ("tensor", "sample")
+# The kernels count in 32 bits, and a little beyond the last element.
+MOST_ELEMENTS = 2**30
 
 
 def convnext_block(
@@ -23,7 +25,7 @@ def convnext_block(
     norm: Norm,
     approximate: str,
 ) -> Tensor:
-    if not _convolves(x, depthwise, norm):
+    if not (_convolves(x, depthwise, norm) and _counts(x, depthwise, pointwise, projection)):
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
@@ -32,20 +34,20 @@ def convnext_block(
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
-    if not _convolves(x, depthwise, norm):
+    if not (_convolves(x, depthwise, norm) and _counts(x, depthwise)):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
     return norm.affine(restore_format(y, x))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.over not in NORMS:
+    if norm.over not in NORMS or not _counts(x):
         return portable.layer_norm(x, norm)
     return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
-    if not (_forced() or decisions.native_pointwise_conv_gelu(x, conv)):
+    if not ((_forced() or decisions.native_pointwise_conv_gelu(x, conv)) and _counts(x, conv)):
         return portable.pointwise_conv_gelu(x, conv, approximate)
     weight, bias = conv.contiguous()
     batch_last = decisions.has_images_side_by_side(x)
@@ -54,7 +56,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
-    if not (_forced() or decisions.native_patch_conv(x, conv)):
+    if not ((_forced() or decisions.native_patch_conv(x, conv)) and _counts(x, conv)):
         return portable.patch_conv(x, conv)
     weight, bias = conv.contiguous()
     return patches.patch_conv(x, weight, bias, "identity", True, needs_grad(x, weight, bias))
@@ -66,6 +68,15 @@ def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     if norm.over not in NORMS or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
         return False
     return _forced() or decisions.native_convolution(x)
+
+
+def _counts(x: Tensor, *convolutions: Convolution) -> bool:
+    """Whether the kernels can count the elements of the widest maps, and of each weight."""
+    images, channels, height, width = x.shape
+    widest = max([channels, *(conv.weight.shape[0] for conv in convolutions)])
+    return (
+        max([images * widest * height * width, *(conv.weight.numel() for conv in convolutions)]) <= MOST_ELEMENTS
+    )
 
 
 def _forced() -> bool:

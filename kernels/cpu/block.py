@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.values import APPROXIMATIONS
-from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
+from .chunks import Chunks, address, aligned, batch_last, call, divide, new_maps, structure, written_batch_last
 
 _Arguments = structure(
     "Block",
@@ -139,7 +139,8 @@ class BackwardPlan:
         x, gy = batch_last(inputs.x), batch_last(inputs.grad)
         arguments = _arguments(x, inputs, self.chunks)
         arguments.bias, arguments.gy = address(inputs.bias), address(gy)
-        arguments.h, arguments.product, arguments.scale = map(address, (inputs.h, inputs.product, inputs.scale))
+        h, product = aligned(inputs.h), aligned(inputs.product)
+        arguments.h, arguments.product, arguments.scale = map(address, (h, product, inputs.scale))
         gw, gprojection, gbias, goffset, gtaps, gshift = map(address, parameters.split_with_sizes(self.sizes))
         arguments.gw, arguments.gprojection, arguments.gbias, arguments.goffset = gw, gprojection, gbias, goffset
         if inputs.needs_depthwise:

@@ -20,6 +20,7 @@ LINE_IMAGES = 16
 LEAST_CHUNKS = 8
 MOST_BYTES = 2**19
 MOST_VECTORS = 8  # As in sources/chunks.h.
+ALIGNMENT = 64  # Bytes, of vectors as of the memory that PyTorch allocates.
 # Elements that are worth a thread where each is only moved, or little more.
 SLOT_ELEMENTS = 2**14
 
@@ -120,13 +121,22 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """What a kernel saved, for vectors to be read from; a copy if a hook for saved tensors has moved it."""
+    return (
+        x
+        if x.data_ptr() % ALIGNMENT == 0 and x.is_contiguous()
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 _Transposition = structure("Transposition", integers="rows columns slots", pointers="x y")
 
 
 def call(function: str, arguments: ctypes.Structure) -> None:
     """Call a kernel with a workspace of the size that it asks for."""
     run, workspace_size = _functions(function)
-    workspace = torch.empty(workspace_size(ctypes.byref(arguments)), dtype=torch.uint8)
+    workspace = torch.empty(workspace_size(ctypes.byref(arguments)), dtype=torch.uint8, device="cpu")
     arguments.workspace = workspace.data_ptr()
     run(ctypes.byref(arguments))
 

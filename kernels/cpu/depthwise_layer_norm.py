@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
-from .chunks import Chunks, address, batch_last, call, divide, new_maps, structure, written_batch_last
+from .chunks import Chunks, address, aligned, batch_last, call, divide, new_maps, structure, written_batch_last
 
 _Arguments = structure(
     "DepthwiseLayerNorm",
@@ -108,7 +108,8 @@ class BackwardPlan:
         x = batch_last(inputs.x)
         contiguous = inputs.grad.is_contiguous()
         gy = inputs.grad if contiguous else batch_last(inputs.grad)
-        arguments = _arguments(x, inputs.weight, inputs.norm, inputs.h, inputs.scale, self.chunks)
+        h = aligned(inputs.h)
+        arguments = _arguments(x, inputs.weight, inputs.norm, h, inputs.scale, self.chunks)
         arguments.contiguous, arguments.gy, arguments.gshift = contiguous, address(gy), address(bias)
         if inputs.needs_weight:
             arguments.gtaps = address(weight)

@@ -119,6 +119,8 @@ def _backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     if x.shape[2] % weight.shape[2] or x.shape[3] % weight.shape[3]:
         gx.zero_()
     gy = _laid_out(inputs.grad, inputs.batch_last)
+    # A hook for saved tensors may have changed its strides.
+    x = _laid_out(x, inputs.batch_last)
     arguments = _arguments(x, inputs)
     arguments.gy, arguments.z = address(gy), address(inputs.z)
     if inputs.needs_x:

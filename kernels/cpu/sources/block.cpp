@@ -47,7 +47,7 @@ struct ForwardWork {
           projection(arena.take<float>(packed_size(s.channels, s.hidden))),
           statistics{arena.take<double>(s.lanes()), arena.take<double>(s.lanes()), arena.take<float>(s.lanes())},
           means(arena.take<Vector>((size_t)s.chunks.count() * s.outputs * s.chunks.vectors)),
-          product(arena.take<Vector>(s.chunks.count() * s.hidden * s.stride)) {}
+          product(arena.take<Vector>(s.stride * s.hidden * s.chunks.count())) {}
 };
 
 // Of each slot.
@@ -75,7 +75,7 @@ void forward(const Block& k) {
     Statistics statistics = work.statistics;
     if (keeps) statistics.scale = k.scale;
     const size_t scratch_size = size_of<ForwardScratch>(s);
-    char* const scratches = arena.next;
+    char* const scratches = arena.rest();
     pack(k.w, O, K, K, 1, work.w);
     pack(k.projection, C, O, O, 1, work.projection);
 
@@ -84,9 +84,9 @@ void forward(const Block& k) {
         const ForwardScratch scratch(s, own);
         const Slice slice(chunk_count, k.slots, slot);
         for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
-            Vector* h = keeps ? k.h + chunk * K * s.stride : scratch.h;
+            Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
             convolve_chunk(s, chunk, h, work.means + (size_t)chunk * K * B, scratch.convolution, statistics);
-            Vector* product = products + chunk * O * s.stride;
+            Vector* product = products + s.stride * O * chunk;
             multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
         }
     });
@@ -97,9 +97,9 @@ void forward(const Block& k) {
         const ForwardScratch scratch(s, own);
         const Slice slice(chunk_count, k.slots, slot);
         for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
-            Vector* h = keeps ? k.h + chunk * K * s.stride : scratch.h;
+            Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
             deviations_of_means(s, chunk, work.means + (size_t)chunk * K * B, statistics, h);
-            Vector* product = products + chunk * O * s.stride;
+            Vector* product = products + s.stride * O * chunk;
             multiply(work.w, O, K, h + s.columns, s.stride, B, product + s.columns, s.stride);
             for (int o = 0; o < O; ++o) {
                 const Vector* row = product + o * s.stride;
@@ -138,7 +138,7 @@ struct BackwardWork {
           w_sums(arena.take<float>(s.hidden)),
           g_sums(arena.take<double>(s.lanes())),
           slopes(arena.take<double>(s.lanes())),
-          gz(arena.take<Vector>(s.chunks.count() * s.hidden * s.stride)) {}
+          gz(arena.take<Vector>(s.stride * s.hidden * s.chunks.count())) {}
 };
 
 // Gradients of parameters, summed over a slot's chunks; those of taps with their lanes.
@@ -204,9 +204,9 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
         }
         partial.offset[c] += sum(total);
     }
-    Vector* gz = work.gz + chunk * O * s.stride;
+    Vector* gz = work.gz + s.stride * O * chunk;
     multiply(work.projection, O, C, scratch.gy, s.stride, s.columns, gz, s.stride);
-    const Vector* product = k.product + chunk * O * s.stride;
+    const Vector* product = k.product + s.stride * O * chunk;
     for (int b = 0; b < B; ++b) {
         const size_t lane = s.chunks.first(chunk) + b * LANES;
         const Vector scale = load(k.scale + lane);
@@ -227,7 +227,7 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
     if (k.gprojection)
         add_outer(scratch.gy, s.stride, C, scratch.activation, s.stride, O, s.columns, partial.projection);
     if (k.gw)
-        add_outer(gz, s.stride, O, k.h + chunk * K * s.stride, s.stride, K, s.columns + B, partial.w);
+        add_outer(gz, s.stride, O, k.h + s.stride * K * chunk, s.stride, K, s.columns + B, partial.w);
 }
 
 // dL/dh = W^T gz + level + slope x^, whose level and slope are those of each image.
@@ -243,9 +243,9 @@ void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const Ba
     const float* w = work.w;
     for (int c = 0; c < C; c += at_once) {
         const int channels = c + at_once < C ? at_once : C - c, rows = channels * M;
-        const Vector* h = k.h + (chunk * K + c * M) * s.stride;
+        const Vector* h = k.h + s.stride * K * chunk + s.stride * M * c;
         Vector* gh = scratch.gh;
-        multiply(w, rows, O, work.gz + chunk * O * s.stride, s.stride, s.columns, gh, s.stride);
+        multiply(w, rows, O, work.gz + s.stride * O * chunk, s.stride, s.columns, gh, s.stride);
         w += packed_size(rows, O);
         for (int row = 0; row < rows; ++row) {
             Vector total = {};
@@ -273,7 +273,7 @@ void backward(const Block& k) {
     Arena arena{(char*)k.workspace};
     const BackwardWork work(s, arena);
     const size_t scratch_size = size_of<BackwardScratch>(s), partial_size = size_of<Partial>(s);
-    char *const partials = arena.next, *const scratches = partials + k.slots * partial_size;
+    char *const partials = arena.rest(), *const scratches = partials + k.slots * partial_size;
     float* w = work.w;
     for (int c = 0; c < C; c += at_once) {
         const int rows = (c + at_once < C ? at_once : C - c) * s.multiplier;

@@ -57,20 +57,33 @@ inline void read_frame(const float* channel, int images, int first, const Stenci
     }
 }
 
-// Hands out parts of a piece of memory. From a null pointer it only adds up how much that is.
+// Between parts of memory AddressSanitizer finds accesses out of bounds, if something lies there.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+constexpr size_t GAP = 64;
+#else
+#define ASAN_POISON_MEMORY_REGION(begin, size) ((void)0)
+constexpr size_t GAP = 0;
+#endif
+
+// Hands out parts of a piece of memory. If that is null it only adds up their size.
 struct Arena {
-    char* next;
+    char* memory;
+    size_t size = 0;
 
     template <class T> T* take(size_t count) {
-        T* part = (T*)next;
-        next += (count * sizeof(T) + 63) / 64 * 64;
-        return part;
+        const size_t begin = size, end = begin + count * sizeof(T);
+        size = (end + 63) / 64 * 64 + GAP;
+        if (!memory) return nullptr;
+        ASAN_POISON_MEMORY_REGION(memory + end, size - end);
+        return (T*)(memory + begin);
     }
+    char* rest() const { return memory + size; }
 };
 
 // How much memory a part takes whose constructor takes it from an arena.
 template <class Part, class Sizes> size_t size_of(const Sizes& sizes) {
     Arena arena{nullptr};
     Part part(sizes, arena);
-    return (size_t)arena.next;
+    return arena.size;
 }

@@ -73,14 +73,14 @@ void forward(const DepthwiseLayerNorm& k) {
     Statistics statistics = work.statistics;
     statistics.scale = k.scale;
     const size_t scratch_size = size_of<ForwardScratch>(d);
-    char* const scratches = arena.next;
+    char* const scratches = arena.rest();
     auto each_chunk = [&](auto use) {
         in_parallel(k.slots, [&](int slot) {
             Arena own{scratches + slot * scratch_size};
             const ForwardScratch scratch(d, own);
             const Slice slice(d.chunks.count(), k.slots, slot);
             for (int chunk = slice.begin; chunk < slice.end; ++chunk)
-                use(chunk, k.h + chunk * K * d.stride, work.means + (size_t)chunk * K * d.chunks.vectors, scratch);
+                use(chunk, k.h + d.stride * K * chunk, work.means + (size_t)chunk * K * d.chunks.vectors, scratch);
         });
     };
     each_chunk([&](int chunk, Vector* h, Vector* means, const ForwardScratch& scratch) {
@@ -125,7 +125,7 @@ struct BackwardScratch {
 
 void add_up(const DepthwiseLayerNorm& k, const Depthwise& d, int chunk, const BackwardWork& work, const BackwardScratch& scratch) {
     const Results results{d, (bool)k.contiguous};
-    const Vector* h = k.h + chunk * d.outputs * d.stride;
+    const Vector* h = k.h + d.stride * d.outputs * chunk;
     Doubles levels[MOST_VECTORS] = {}, slopes[MOST_VECTORS] = {};
     for (int row = 0; row < d.outputs; ++row)
         for (int b = 0; b < d.chunks.vectors; ++b) {
@@ -160,7 +160,7 @@ void gradients(const DepthwiseLayerNorm& k, const Depthwise& d, int chunk, const
                 const int row = c * M + t;
                 Vector* g = scratch.gh + t * d.stride + b * P;
                 results.read(k.gy, row, first, g);
-                const Vector *of = k.h + (chunk * d.outputs + row) * d.stride, deviation = of[d.columns + b];
+                const Vector *of = k.h + d.stride * d.outputs * chunk + d.stride * row, deviation = of[d.columns + b];
                 Vector total = {};
                 for (int p = 0; p < P; ++p) {
                     g[p] = g[p] * scale + (level + slope * ((of[b * P + p] + deviation) * scale));
@@ -179,7 +179,7 @@ void backward(const DepthwiseLayerNorm& k) {
     Arena arena{(char*)k.workspace};
     const BackwardWork work(d, arena);
     const size_t scratch_size = size_of<BackwardScratch>(d), partial_size = size_of<Partial>(d);
-    char *const partials = arena.next, *const scratches = partials + k.slots * partial_size;
+    char *const partials = arena.rest(), *const scratches = partials + k.slots * partial_size;
     memset(partials, 0, k.slots * partial_size);
     auto each_chunk = [&](auto use) {
         in_parallel(k.slots, [&](int slot) {

@@ -172,7 +172,8 @@ void backward(const LayerNorm& k) {
         each(pieces.vectors(item), [&](size_t at, int lanes) INLINE_LAMBDA {
             const Vector g = load(k.gy + at, lanes);
             total += widen(g);
-            product += widen(g * normalise(load(k.x + at, lanes)));
+            // Lanes beyond the last value have no gradient, and stay finite.
+            product += widen(g * normalise(load(k.x + at, lanes, normalise.mean)));
         });
         keep(pieces, item, total, sums.first);
         keep(pieces, item, product, sums.second);

@@ -36,8 +36,9 @@ struct Statistics {
             for (int n = 0; n < images; ++n) deviations += squares[n] + count * (mean[n] - centre) * (mean[n] - centre);
             for (int n = 0; n < images; ++n) mean[n] = centre, squares[n] = deviations / images;
         }
+        // The sum of no deviations may be rounded to less than 0.
         for (int n = 0; n < chunks.count() * chunks.lanes(); ++n)
-            scale[n] = n < images ? (float)(1 / std::sqrt(squares[n] / count + eps)) : 0.f;
+            scale[n] = n < images ? (float)(1 / std::sqrt((squares[n] < 0 ? 0 : squares[n]) / count + eps)) : 0.f;
     }
 };
 

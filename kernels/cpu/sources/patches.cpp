@@ -134,10 +134,11 @@ void forward(const Patches& k) {
     float* w = arena.take<float>(packed_size(s.outputs, s.rows));
     pack(k.w, s.outputs, s.rows, s.rows, 1, w);
     const size_t scratch_size = size_of<Scratch>(s);
+    char* const scratches = arena.rest();
     auto write = k.activation == IDENTITY ? write_row<IDENTITY> : k.activation == GELU_OF_ERF ? write_row<GELU_OF_ERF> : write_row<GELU_OF_TANH>;
 
     in_parallel(k.slots, [&](int slot) {
-        Arena own{arena.next + slot * scratch_size};
+        Arena own{scratches + slot * scratch_size};
         const Scratch scratch(s, own);
         each_strip(k, s, slot, [&](const Columns& columns) {
             read_patches(k, columns, scratch.x);
@@ -156,7 +157,7 @@ void backward(const Patches& k) {
     float* w = arena.take<float>(packed_size(s.rows, s.outputs));
     pack(k.w, s.rows, s.outputs, 1, s.rows, w);
     const size_t scratch_size = size_of<Scratch>(s), partial_size = size_of<Partial>(s);
-    char *const partials = arena.next, *const scratches = partials + k.slots * partial_size;
+    char *const partials = arena.rest(), *const scratches = partials + k.slots * partial_size;
     auto read = k.activation == IDENTITY ? read_row<IDENTITY> : k.activation == GELU_OF_ERF ? read_row<GELU_OF_ERF> : read_row<GELU_OF_TANH>;
 
     in_parallel(k.slots, [&](int slot) {
@@ -210,10 +211,14 @@ EXPORT void fastconv_patches_backward(const Patches* k) { backward(*k); }
 // Bytes of the workspace.
 EXPORT size_t fastconv_patches_forward_workspace(const Patches* k) {
     const Sizes s(*k);
-    return packed_size(s.outputs, s.rows) * sizeof(float) + 64 + k->slots * size_of<Scratch>(s);
+    Arena arena{nullptr};
+    arena.take<float>(packed_size(s.outputs, s.rows));
+    return arena.size + k->slots * size_of<Scratch>(s);
 }
 EXPORT size_t fastconv_patches_backward_workspace(const Patches* k) {
     const Sizes s(*k);
-    return packed_size(s.rows, s.outputs) * sizeof(float) + 64 + k->slots * (size_of<Scratch>(s) + size_of<Partial>(s));
+    Arena arena{nullptr};
+    arena.take<float>(packed_size(s.rows, s.outputs));
+    return arena.size + k->slots * (size_of<Scratch>(s) + size_of<Partial>(s));
 }
 }

@@ -1,4 +1,4 @@
-"""A folder of sources as small as it can be, and a cache folder of its own for each test."""
+"""A folder of sources as small as it can be, and a cache folder of a test's own."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def sources(tmp_path):
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cached(tmp_path, monkeypatch):
     """The folder of the compiled libraries."""
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "cache"))

@@ -9,6 +9,8 @@ import pytest
 from fastconv.kernels.cpu import compiler, processes
 from fastconv.kernels.cpu.library import Unavailable, open_library
 
+pytestmark = pytest.mark.usefixtures("cached")
+
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):

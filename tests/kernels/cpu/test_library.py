@@ -1,6 +1,7 @@
 """The library of CPU kernels: compiled once, found again, and never a file that is broken or somebody else's."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import sys
@@ -14,6 +15,8 @@ import fastconv
 from fastconv.kernels.cpu import cache, compiler, library
 from fastconv.kernels.cpu.library import Unavailable, open_library
 from fastconv.operations import backends, functional, portable, reference
+
+pytestmark = pytest.mark.usefixtures("cached")
 
 
 @pytest.fixture
@@ -45,9 +48,7 @@ def kept(sources, tmp_path):
 def first_use(sources, monkeypatch):
     """A process in which the library was not asked for, and whose sources are these."""
     monkeypatch.setattr(library, "SOURCES", sources)
-    library._first_use.cache_clear()
-    yield
-    library._first_use.cache_clear()
+    monkeypatch.setattr(library, "_first_use", functools.cache(library._first_use.__wrapped__))
 
 
 def test_it_is_compiled_once_and_says_so(sources, cached, compiled, scratch, capsys):

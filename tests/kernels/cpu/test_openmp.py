@@ -8,6 +8,8 @@ from processes import run_python
 
 from fastconv.kernels.cpu import library, openmp
 
+pytestmark = pytest.mark.usefixtures("cached")
+
 PRELUDE = """
 import ctypes, os, re, sys
 from pathlib import Path
