@@ -74,9 +74,8 @@ def _counts(x: Tensor, *convolutions: Convolution) -> bool:
     """Whether the kernels can count the elements of the widest maps, and of each weight."""
     images, channels, height, width = x.shape
     widest = max([channels, *(conv.weight.shape[0] for conv in convolutions)])
-    return (
-        max([images * widest * height * width, *(conv.weight.numel() for conv in convolutions)]) <= MOST_ELEMENTS
-    )
+    elements = [images * widest * height * width, *(conv.weight.numel() for conv in convolutions)]
+    return max(elements) <= MOST_ELEMENTS
 
 
 def _forced() -> bool:

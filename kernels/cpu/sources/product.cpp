@@ -49,11 +49,12 @@ void add_outer(const Vector* a, size_t a_stride, int rows, const Vector* b, size
             UNROLL for (int c = 0; c < C; ++c) y[c] = b + (column + c < columns ? column + c : columns - 1) * b_stride;
             Vector tile[R][C] = {};
             for (int k = 0; k < length; ++k) {
-                Vector w[C];
-                UNROLL for (int c = 0; c < C; ++c) w[c] = y[c][k];
-                UNROLL for (int r = 0; r < R; ++r) {
-                    Vector v = x[r][k];
-                    UNROLL for (int c = 0; c < C; ++c) tile[r][c] += v * w[c];
+                // With the fewer operands in registers, and of the others one at a time, 16 registers suffice.
+                Vector v[R];
+                UNROLL for (int r = 0; r < R; ++r) v[r] = x[r][k];
+                UNROLL for (int c = 0; c < C; ++c) {
+                    const Vector w = y[c][k];
+                    UNROLL for (int r = 0; r < R; ++r) tile[r][c] += v[r] * w;
                 }
             }
             UNROLL for (int r = 0; r < R; ++r) {
