@@ -123,11 +123,9 @@ def address(x: Tensor | None) -> int | None:
 
 def aligned(x: Tensor) -> Tensor:
     """What a kernel saved, for vectors to be read from; a copy if a hook for saved tensors has moved it."""
-    return (
-        x
-        if x.data_ptr() % ALIGNMENT == 0 and x.is_contiguous()
-        else x.clone(memory_format=torch.contiguous_format)
-    )
+    if x.data_ptr() % ALIGNMENT == 0 and x.is_contiguous():
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 _Transposition = structure("Transposition", integers="rows columns slots", pointers="x y")

@@ -10,7 +10,7 @@ struct Depthwise {
     Chunks chunks;
     Stencil stencil;
     int channels, outputs, multiplier, pixels, columns, slots;  // C, K, K / C
-    size_t stride;  // of rows, in vectors
+    size_t stride;  // of rows, in vectors; first in products with chunks, which are then of 64 bits
     const float *x, *taps, *shift;  // [C][pixels][images], [K][kernel], [K] or null
     bool over_sample;
 
