@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like
+from ..common.layout import block_gradient_sizes, flat_pixels, gradient_like, in_dtype, new_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.rules import accumulator
 from ..toeplitz.tiling import ToeplitzTiling
@@ -83,13 +83,13 @@ class BackwardInputs(NamedTuple):
 
 
 class BackwardPlan:
-    """The gradient of x, like x, and one vector of those of the parameters, in the order of `_gradient_sizes`."""
+    """The gradient of x, like x, and a vector of the parameters', in the order of `block_gradient_sizes`."""
 
     def __init__(self, inputs: BackwardInputs) -> None:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
         tiling = self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
         mlp = MlpTiling(tiling, inputs.weight, inputs.approximate)
-        sizes = _gradient_sizes(inputs)
+        sizes = block_gradient_sizes(inputs)
         self.length, self.sum_parts, self.partials = sum(sizes), mlp.sum_parts, (mlp.partials, mlp.length)
         self.collapse_moments = tiling.collapse_moments(inputs.moments.shape[2])
         self.collapse_sums = tiling.collapse_sums(self.sum_parts)
@@ -123,24 +123,8 @@ class BackwardPlan:
         return grad_x, parameters
 
 
-def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
-    """How large the gradients of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias are.
-
-    `norm_mlp_residual_backward` makes the first four, `depthwise_backward` the others.
-    """
-    weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
-    return [
-        weight.numel(),
-        projection.numel(),
-        weight.shape[0],
-        projection.shape[0],
-        depthwise_weight.numel(),
-        depthwise_weight.shape[0],
-    ]
-
-
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
-    parameters = inputs.x.new_empty(sum(_gradient_sizes(inputs)), dtype=accumulator(inputs.weight))
+    parameters = inputs.x.new_empty(sum(block_gradient_sizes(inputs)), dtype=accumulator(inputs.weight))
     return new_like(flat_pixels(inputs.x)), parameters
 
 
@@ -154,7 +138,7 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
     grad_x, parameters = convnext_block_backward(inputs, forward=ctx)
     weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias = torch.split_with_sizes(
-        in_dtype(parameters, inputs.weight.dtype), _gradient_sizes(inputs)
+        in_dtype(parameters, inputs.weight.dtype), block_gradient_sizes(inputs)
     )
     _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = ctx.needs_input_grad
     return {

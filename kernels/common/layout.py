@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ def gradient_like(weight: Tensor, gradient: Tensor) -> Tensor:
     DistributedDataParallel copies, with a warning, what has others than the parameter.
     """
     return gradient.as_strided(weight.shape, weight.stride())
+
+
+def block_gradient_sizes(inputs: Any) -> list[int]:
+    """How large a block's gradients of weight, projection, their biases, depthwise weight and its bias are.
+
+    Its backward, with these inputs, writes them into one vector in this order.
+    """
+    weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
+    outputs = weight.shape[0], projection.shape[0]
+    return [weight.numel(), projection.numel(), *outputs, depthwise_weight.numel(), depthwise_weight.shape[0]]
 
 
 def parameter_dtypes(*parameters: Tensor | None) -> tuple[torch.dtype | None, ...]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.layout import gradient_like
+from ..common.layout import block_gradient_sizes, gradient_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.values import APPROXIMATIONS
 from .chunks import Chunks, address, aligned, batch_last, call, divide, new_maps, structure, written_batch_last
@@ -121,14 +121,14 @@ class BackwardInputs(NamedTuple):
 
 
 class BackwardPlan:
-    """The gradient of x, if needed, and one vector of those of the parameters, in the order of `_gradient_sizes`.
+    """The gradient of x, if needed, and a vector of the parameters', in the order of `block_gradient_sizes`.
 
     Without `needs_depthwise` those of the depthwise convolution are undefined.
     """
 
     def __init__(self, inputs: BackwardInputs) -> None:
         self.chunks = _divide(inputs.x, inputs.depthwise_weight)
-        self.sizes = _gradient_sizes(inputs)
+        self.sizes = block_gradient_sizes(inputs)
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         gx, parameters = _fake_backward(inputs)
@@ -151,23 +151,10 @@ class BackwardPlan:
         return gx, parameters
 
 
-def _gradient_sizes(inputs: BackwardInputs) -> list[int]:
-    """Those of weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias."""
-    weight, projection, depthwise_weight = inputs.weight, inputs.projection, inputs.depthwise_weight
-    return [
-        weight.numel(),
-        projection.numel(),
-        weight.shape[0],
-        projection.shape[0],
-        depthwise_weight.numel(),
-        depthwise_weight.shape[0],
-    ]
-
-
 def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     x = inputs.x
     gx = new_maps(x, x.shape[1]) if inputs.needs_x else x.new_empty(0)
-    return gx, x.new_empty(sum(_gradient_sizes(inputs)))
+    return gx, x.new_empty(sum(block_gradient_sizes(inputs)))
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -181,7 +168,8 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = ctx.needs_input_grad
     inputs = BackwardInputs(grad, *[*ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_shift])
     gx, parameters = convnext_block_backward(inputs, forward=ctx)
-    weight, projection, bias, offset, taps, shift = torch.split_with_sizes(parameters, _gradient_sizes(inputs))
+    parts = torch.split_with_sizes(parameters, block_gradient_sizes(inputs))
+    weight, projection, bias, offset, taps, shift = parts
     return {
         "x": gx if needs_x else None,
         "depthwise_weight": gradient_like(inputs.depthwise_weight, taps),

@@ -7,7 +7,6 @@
 #include "depthwise.h"
 #include "gelu.h"
 #include "product.h"
-#include "team.h"
 
 struct Block {
     int images, channels, outputs, hidden;  // N, C, K, O
@@ -67,61 +66,50 @@ template <bool TANH> void activate(const Vector* product, int pixels, Vector sca
 
 void forward(const Block& k) {
     const Sizes s(k);
-    const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden, chunk_count = s.chunks.count();
+    const int B = s.chunks.vectors, C = s.channels, K = s.outputs, O = s.hidden;
     Arena arena{(char*)k.workspace};
     const ForwardWork work(s, arena);
     const bool keeps = k.h;
     Vector* products = keeps ? k.product : work.product;
     Statistics statistics = work.statistics;
     if (keeps) statistics.scale = k.scale;
-    const size_t scratch_size = size_of<ForwardScratch>(s);
     char* const scratches = arena.rest();
     pack(k.w, O, K, K, 1, work.w);
     pack(k.projection, C, O, O, 1, work.projection);
 
-    in_parallel(k.slots, [&](int slot) {
-        Arena own{scratches + slot * scratch_size};
-        const ForwardScratch scratch(s, own);
-        const Slice slice(chunk_count, k.slots, slot);
-        for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
-            Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
-            convolve_chunk(s, chunk, h, work.means + (size_t)chunk * K * B, scratch.convolution, statistics);
-            Vector* product = products + s.stride * O * chunk;
-            multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
-        }
+    in_chunks<ForwardScratch>(s, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
+        Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
+        convolve_chunk(s, chunk, h, work.means + (size_t)chunk * K * B, scratch.convolution, statistics);
+        Vector* product = products + s.stride * O * chunk;
+        multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
     });
     statistics.finish(s.chunks, s.count(), k.over_sample, k.eps);
 
-    in_parallel(k.slots, [&](int slot) {
-        Arena own{scratches + slot * scratch_size};
-        const ForwardScratch scratch(s, own);
-        const Slice slice(chunk_count, k.slots, slot);
-        for (int chunk = slice.begin; chunk < slice.end; ++chunk) {
-            Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
-            deviations_of_means(s, chunk, work.means + (size_t)chunk * K * B, statistics, h);
-            Vector* product = products + s.stride * O * chunk;
-            multiply(work.w, O, K, h + s.columns, s.stride, B, product + s.columns, s.stride);
-            for (int o = 0; o < O; ++o) {
-                const Vector* row = product + o * s.stride;
-                for (int b = 0; b < B; ++b) {
-                    const Vector scale = load(statistics.scale + s.chunks.first(chunk) + b * LANES);
-                    const Vector shift = row[s.columns + b] * scale + (k.bias ? k.bias[o] : 0.f);
-                    auto function = k.tanh ? activate<true> : activate<false>;
-                    function(row + b * s.pixels, s.pixels, scale, shift, scratch.activation + o * s.stride + b * s.pixels);
-                }
+    in_chunks<ForwardScratch>(s, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
+        Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
+        deviations_of_means(s, chunk, work.means + (size_t)chunk * K * B, statistics, h);
+        Vector* product = products + s.stride * O * chunk;
+        multiply(work.w, O, K, h + s.columns, s.stride, B, product + s.columns, s.stride);
+        for (int o = 0; o < O; ++o) {
+            const Vector* row = product + o * s.stride;
+            for (int b = 0; b < B; ++b) {
+                const Vector scale = load(statistics.scale + s.chunks.first(chunk) + b * LANES);
+                const Vector shift = row[s.columns + b] * scale + (k.bias ? k.bias[o] : 0.f);
+                auto function = k.tanh ? activate<true> : activate<false>;
+                function(row + b * s.pixels, s.pixels, scale, shift, scratch.activation + o * s.stride + b * s.pixels);
             }
-            // h of this chunk is no longer needed here.
-            Vector* branch = scratch.h;
-            multiply(work.projection, C, O, scratch.activation, s.stride, s.columns, branch, s.stride);
-            for (int c = 0; c < C; ++c) {
-                const size_t channel = (size_t)c * s.pixels * k.images;
-                const float offset = k.offset ? k.offset[c] : 0.f;
-                for (int b = 0; b < B; ++b) {
-                    Vector* map = branch + c * s.stride + b * s.pixels;
-                    const int first = s.chunks.first(chunk) + b * LANES;
-                    read_images(k.x + channel, s.pixels, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { map[p] += x + offset; });
-                    write_images(k.y + channel, s.pixels, k.images, first, [=](int p) INLINE_LAMBDA { return map[p]; });
-                }
+        }
+        // h of this chunk is no longer needed here.
+        Vector* branch = scratch.h;
+        multiply(work.projection, C, O, scratch.activation, s.stride, s.columns, branch, s.stride);
+        for (int c = 0; c < C; ++c) {
+            const size_t channel = (size_t)c * s.pixels * k.images;
+            const float offset = k.offset ? k.offset[c] : 0.f;
+            for (int b = 0; b < B; ++b) {
+                Vector* map = branch + c * s.stride + b * s.pixels;
+                const int first = s.chunks.first(chunk) + b * LANES;
+                read_images(k.x + channel, s.pixels, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { map[p] += x + offset; });
+                write_images(k.y + channel, s.pixels, k.images, first, [=](int p) INLINE_LAMBDA { return map[p]; });
             }
         }
     });
@@ -269,10 +257,10 @@ void backward_of_convolution(const Block& k, const Sizes& s, int chunk, const Ba
 
 void backward(const Block& k) {
     const Sizes s(k);
-    const int C = s.channels, K = s.outputs, O = s.hidden, chunk_count = s.chunks.count(), at_once = channels_at_once(s);
+    const int C = s.channels, K = s.outputs, O = s.hidden, at_once = channels_at_once(s);
     Arena arena{(char*)k.workspace};
     const BackwardWork work(s, arena);
-    const size_t scratch_size = size_of<BackwardScratch>(s), partial_size = size_of<Partial>(s);
+    const size_t partial_size = size_of<Partial>(s);
     char *const partials = arena.rest(), *const scratches = partials + k.slots * partial_size;
     float* w = work.w;
     for (int c = 0; c < C; c += at_once) {
@@ -287,31 +275,22 @@ void backward(const Block& k) {
         work.w_sums[o] = (float)total;
     }
 
-    in_parallel(k.slots, [&](int slot) {
-        memset(partials + slot * partial_size, 0, partial_size);
-        Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
-        const BackwardScratch scratch(s, own);
-        const Partial partial(s, sums);
-        const Slice slice(chunk_count, k.slots, slot);
-        for (int chunk = slice.begin; chunk < slice.end; ++chunk)
-            backward_of_product(k, s, chunk, work, scratch, partial);
+    in_parallel(k.slots, [&](int slot) { memset(partials + slot * partial_size, 0, partial_size); });
+    auto partial = [&](int slot) {
+        Arena sums{partials + slot * partial_size};
+        return Partial(s, sums);
+    };
+    in_chunks<BackwardScratch>(s, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
+        backward_of_product(k, s, chunk, work, scratch, partial(slot));
     });
     finish_gradient(s.chunks, s.count(), s.over_sample, k.scale, work.g_sums, work.slopes);
     if (k.gx || k.gtaps || k.gshift)
-        in_parallel(k.slots, [&](int slot) {
-            Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
-            const BackwardScratch scratch(s, own);
-            const Partial partial(s, sums);
-            const Slice slice(chunk_count, k.slots, slot);
-            for (int chunk = slice.begin; chunk < slice.end; ++chunk)
-                backward_of_convolution(k, s, chunk, work, scratch, partial);
+        in_chunks<BackwardScratch>(s, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
+            backward_of_convolution(k, s, chunk, work, scratch, partial(slot));
         });
 
     auto reduce = [&](float* to, size_t length, auto part) {
-        sum_slots(k.slots, to, length, [&](int slot, int i) {
-            Arena sums{partials + slot * partial_size};
-            return part(Partial(s, sums), i);
-        });
+        sum_slots(k.slots, to, length, [&](int slot, int i) { return part(partial(slot), i); });
     };
     reduce(k.gtaps, (size_t)K * s.stencil.taps(), [](const Partial& p, int i) { return sum(p.taps[i]); });
     reduce(k.gshift, K, [](const Partial& p, int i) { return p.shift[i]; });

@@ -4,6 +4,7 @@
 #include "chunks.h"
 #include "convolution.h"
 #include "norm.h"
+#include "team.h"
 
 // Rows of a chunk's wide maps [K][stride] have one pixel more than the map, for what a norm knows only at its end.
 struct Depthwise {
@@ -36,6 +37,17 @@ struct Depthwise {
     // Values of a norm of one image.
     double count() const { return (double)outputs * pixels; }
 };
+
+// Call use(slot, chunk, scratch) for each chunk; each slot has a scratch of its own, one after the other in `scratches`.
+template <class Scratch, class Sizes, class Use> void in_chunks(const Sizes& s, char* scratches, Use use) {
+    const size_t size = size_of<Scratch>(s);
+    in_parallel(s.slots, [&](int slot) {
+        Arena own{scratches + slot * size};
+        const Scratch scratch(s, own);
+        const Slice slice(s.chunks.count(), s.slots, slot);
+        for (int chunk = slice.begin; chunk < slice.end; ++chunk) use(slot, chunk, scratch);
+    });
+}
 
 // Each slot has its own.
 struct ConvolutionScratch {

@@ -3,7 +3,6 @@
 // The first pass keeps the convolution's maps h, less their means, and each image's statistics; the second writes y.
 // The backward, too, takes the norm's sums first, and then both gradients, channel by channel.
 #include "depthwise.h"
-#include "team.h"
 #include "transpose.h"
 
 struct DepthwiseLayerNorm {
@@ -72,23 +71,15 @@ void forward(const DepthwiseLayerNorm& k) {
     const ForwardWork work(d, arena);
     Statistics statistics = work.statistics;
     statistics.scale = k.scale;
-    const size_t scratch_size = size_of<ForwardScratch>(d);
     char* const scratches = arena.rest();
-    auto each_chunk = [&](auto use) {
-        in_parallel(k.slots, [&](int slot) {
-            Arena own{scratches + slot * scratch_size};
-            const ForwardScratch scratch(d, own);
-            const Slice slice(d.chunks.count(), k.slots, slot);
-            for (int chunk = slice.begin; chunk < slice.end; ++chunk)
-                use(chunk, k.h + d.stride * K * chunk, work.means + (size_t)chunk * K * d.chunks.vectors, scratch);
-        });
-    };
-    each_chunk([&](int chunk, Vector* h, Vector* means, const ForwardScratch& scratch) {
-        convolve_chunk(d, chunk, h, means, scratch.convolution, statistics);
+    in_chunks<ForwardScratch>(d, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
+        Vector* means = work.means + (size_t)chunk * K * d.chunks.vectors;
+        convolve_chunk(d, chunk, k.h + d.stride * K * chunk, means, scratch.convolution, statistics);
     });
     statistics.finish(d.chunks, d.count(), d.over_sample, k.eps);
-    each_chunk([&](int chunk, Vector* h, Vector* means, const ForwardScratch& scratch) {
-        deviations_of_means(d, chunk, means, statistics, h);
+    in_chunks<ForwardScratch>(d, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
+        Vector* h = k.h + d.stride * K * chunk;
+        deviations_of_means(d, chunk, work.means + (size_t)chunk * K * d.chunks.vectors, statistics, h);
         for (int row = 0; row < K; ++row)
             for (int b = 0; b < d.chunks.vectors; ++b) {
                 const int first = d.chunks.first(chunk) + b * LANES;
@@ -178,27 +169,23 @@ void backward(const DepthwiseLayerNorm& k) {
     const Depthwise d(k);
     Arena arena{(char*)k.workspace};
     const BackwardWork work(d, arena);
-    const size_t scratch_size = size_of<BackwardScratch>(d), partial_size = size_of<Partial>(d);
+    const size_t partial_size = size_of<Partial>(d);
     char *const partials = arena.rest(), *const scratches = partials + k.slots * partial_size;
-    memset(partials, 0, k.slots * partial_size);
-    auto each_chunk = [&](auto use) {
-        in_parallel(k.slots, [&](int slot) {
-            Arena own{scratches + slot * scratch_size}, sums{partials + slot * partial_size};
-            const BackwardScratch scratch(d, own);
-            const Partial partial(d, sums);
-            const Slice slice(d.chunks.count(), k.slots, slot);
-            for (int chunk = slice.begin; chunk < slice.end; ++chunk) use(chunk, scratch, partial);
-        });
-    };
-    each_chunk([&](int chunk, const BackwardScratch& scratch, const Partial&) { add_up(k, d, chunk, work, scratch); });
-    finish_gradient(d.chunks, d.count(), d.over_sample, k.scale, work.levels, work.slopes);
-    each_chunk([&](int chunk, const BackwardScratch& scratch, const Partial& partial) { gradients(k, d, chunk, work, scratch, partial); });
-    auto of = [&](int slot) {
+    in_parallel(k.slots, [&](int slot) { memset(partials + slot * partial_size, 0, partial_size); });
+    auto partial = [&](int slot) {
         Arena sums{partials + slot * partial_size};
         return Partial(d, sums);
     };
-    sum_slots(k.slots, k.gtaps, (size_t)d.outputs * d.stencil.taps(), [&](int slot, int i) { return sum(of(slot).taps[i]); });
-    sum_slots(k.slots, k.gshift, d.outputs, [&](int slot, int i) { return of(slot).shift[i]; });
+    in_chunks<BackwardScratch>(d, scratches, [&](int, int chunk, const BackwardScratch& scratch) {
+        add_up(k, d, chunk, work, scratch);
+    });
+    finish_gradient(d.chunks, d.count(), d.over_sample, k.scale, work.levels, work.slopes);
+    in_chunks<BackwardScratch>(d, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
+        gradients(k, d, chunk, work, scratch, partial(slot));
+    });
+    const size_t taps = (size_t)d.outputs * d.stencil.taps();
+    sum_slots(k.slots, k.gtaps, taps, [&](int slot, int i) { return sum(partial(slot).taps[i]); });
+    sum_slots(k.slots, k.gshift, d.outputs, [&](int slot, int i) { return partial(slot).shift[i]; });
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 
 import pytest
 
+import fastconv
+from fastconv.kernels.cpu import library
+
 SOURCE = """
 #include "twice.h"
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -41,3 +44,14 @@ def cached(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     return tmp_path / "cache/native"
+
+
+@pytest.fixture
+def native():
+    """Force the backend, or skip where it cannot run."""
+    try:
+        library.load()
+    except library.Unavailable as error:
+        pytest.skip(str(error))
+    with fastconv.backend("native"):
+        yield

@@ -6,7 +6,7 @@ from cases import assert_operation_accurate, draw_leaves, results
 
 import fastconv
 from fastconv.checking.inputs import Sizes
-from fastconv.kernels.cpu import block, library
+from fastconv.kernels.cpu import block
 from fastconv.operations import functional
 
 # images, channels, height, width, multiplier, kernel. A vector has 4, 8 or 16 images, a chunk 16 or more.
@@ -25,17 +25,7 @@ SIZES = {
 }
 NORMS = "tensor", "sample"
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _native():
-    try:
-        library.load()
-    except library.Unavailable as error:
-        pytest.skip(str(error))
-    with fastconv.backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native", "poisoned")
 
 
 @pytest.mark.parametrize("norm", NORMS)

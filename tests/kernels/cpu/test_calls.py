@@ -18,15 +18,7 @@ OPERATIONS = "convnext_block", "depthwise_conv_layer_norm", "layer_norm", "point
 STRUCTURES = block, depthwise_layer_norm, layer_norm, patches
 TYPES = {"c_int": "int", "c_double": "double", "c_void_p": "*"}
 
-
-@pytest.fixture(autouse=True)
-def _native():
-    try:
-        library.load()
-    except library.Unavailable as error:
-        pytest.skip(str(error))
-    with fastconv.backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def fields_in_sources(name):
