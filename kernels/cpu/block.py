@@ -11,7 +11,18 @@ from torch import Tensor
 from ..common.layout import block_gradient_sizes, gradient_like
 from ..common.registration import DifferentiableOperator, Operator
 from ..common.values import APPROXIMATIONS
-from .chunks import Chunks, address, aligned, batch_last, call, divide, new_maps, structure, written_batch_last
+from .chunks import (
+    Chunks,
+    address,
+    aligned,
+    batch_last,
+    call,
+    depthwise_arguments,
+    divide,
+    new_maps,
+    structure,
+    written_batch_last,
+)
 
 _Arguments = structure(
     "Block",
@@ -41,7 +52,7 @@ class ForwardPlan:
     """y; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.chunks = _divide(inputs.x, inputs.depthwise_weight)
+        self.chunks = divide(inputs.x, inputs.depthwise_weight)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         results = _results(inputs, self.chunks)
@@ -59,11 +70,6 @@ class ForwardPlan:
         return results
 
 
-def _divide(x: Tensor, depthwise_weight: Tensor) -> Chunks:
-    images, _, height, width = x.shape
-    return divide(images, depthwise_weight.shape[0], height * width)
-
-
 def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, outputs, hidden = inputs.x, inputs.depthwise_weight.shape[0], inputs.weight.shape[0]
     _, channels, height, width = x.shape
@@ -75,29 +81,16 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _results(inputs, _divide(inputs.x, inputs.depthwise_weight))
+    return _results(inputs, divide(inputs.x, inputs.depthwise_weight))
 
 
 def _arguments(x: Tensor, inputs: Any, chunks: Chunks) -> Any:
     """What both directions take, from maps x that lie as the kernels want them."""
-    channels, height, width, images = x.shape
-    weight = inputs.depthwise_weight
     return _Arguments(
-        images=images,
-        channels=channels,
-        outputs=weight.shape[0],
+        **depthwise_arguments(x, inputs.depthwise_weight, inputs.norm, chunks),
         hidden=inputs.weight.shape[0],
-        height=height,
-        width=width,
-        kernel_height=weight.shape[2],
-        kernel_width=weight.shape[3],
-        vectors=chunks.vectors,
-        slots=chunks.slots,
-        over_sample=("tensor", "sample").index(inputs.norm),
         tanh=APPROXIMATIONS.index(inputs.approximate),
         eps=inputs.eps,
-        x=address(x),
-        taps=address(weight),
         w=address(inputs.weight),
         projection=address(inputs.projection),
     )
@@ -127,7 +120,7 @@ class BackwardPlan:
     """
 
     def __init__(self, inputs: BackwardInputs) -> None:
-        self.chunks = _divide(inputs.x, inputs.depthwise_weight)
+        self.chunks = divide(inputs.x, inputs.depthwise_weight)
         self.sizes = block_gradient_sizes(inputs)
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:

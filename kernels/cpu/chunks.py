@@ -48,8 +48,10 @@ class Chunks:
         return max(1, min(self.count, torch.get_num_threads()))
 
 
-def divide(images: int, channels: int, pixels: int) -> Chunks:
-    """Chunks of images whose widest maps have so many channels and pixels; the number of threads plays no part."""
+def divide(x: Tensor, depthwise_weight: Tensor) -> Chunks:
+    """Chunks of the images of maps x (N, C, H, W) for their convolution; the number of threads plays no part."""
+    images, _, height, width = x.shape
+    channels, pixels = depthwise_weight.shape[0], height * width
     lanes = library.load().fastconv_lanes()
     vectors = 1
     while lanes * vectors < min(LINE_IMAGES, images):
@@ -115,6 +117,25 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     types = {"integers": ctypes.c_int, "numbers": ctypes.c_double, "pointers": ctypes.c_void_p}
     members = [(field, types[kind]) for kind, names in fields.items() for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": members})
+
+
+def depthwise_arguments(x: Tensor, weight: Tensor, norm: str, chunks: Chunks) -> dict[str, int | None]:
+    """The fields for a depthwise convolution and its norm, from maps x [C, H, W, N]."""
+    channels, height, width, images = x.shape
+    return {
+        "images": images,
+        "channels": channels,
+        "outputs": weight.shape[0],
+        "height": height,
+        "width": width,
+        "kernel_height": weight.shape[2],
+        "kernel_width": weight.shape[3],
+        "vectors": chunks.vectors,
+        "slots": chunks.slots,
+        "over_sample": ("tensor", "sample").index(norm),
+        "x": address(x),
+        "taps": address(weight),
+    }
 
 
 def address(x: Tensor | None) -> int | None:

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Operator
-from .chunks import Chunks, address, aligned, batch_last, call, divide, new_maps, structure, written_batch_last
+from .chunks import (
+    Chunks,
+    address,
+    aligned,
+    batch_last,
+    call,
+    depthwise_arguments,
+    divide,
+    new_maps,
+    structure,
+    written_batch_last,
+)
 
 _Arguments = structure(
     "DepthwiseLayerNorm",
@@ -32,7 +43,7 @@ class ForwardPlan:
     """y, contiguous if x is, else with images side by side; for the backward h [chunks, K, row] and the scales."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.chunks = _divide(inputs.x, inputs.weight)
+        self.chunks = divide(inputs.x, inputs.weight)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         results = y, h, scale = _results(inputs, self.chunks)
@@ -45,11 +56,6 @@ class ForwardPlan:
         return results
 
 
-def _divide(x: Tensor, weight: Tensor) -> Chunks:
-    images, _, height, width = x.shape
-    return divide(images, weight.shape[0], height * width)
-
-
 def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
     x, outputs = inputs.x, inputs.weight.shape[0]
     row = (x.shape[2] * x.shape[3] + 1) * chunks.width
@@ -58,28 +64,13 @@ def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(inputs, _divide(inputs.x, inputs.weight))
+    return _results(inputs, divide(inputs.x, inputs.weight))
 
 
 def _arguments(x: Tensor, weight: Tensor, norm: str, h: Tensor, scale: Tensor, chunks: Chunks) -> Any:
     """What both directions take, from maps x that lie as the kernels want them."""
-    channels, height, width, images = x.shape
-    return _Arguments(
-        images=images,
-        channels=channels,
-        outputs=weight.shape[0],
-        height=height,
-        width=width,
-        kernel_height=weight.shape[2],
-        kernel_width=weight.shape[3],
-        vectors=chunks.vectors,
-        slots=chunks.slots,
-        over_sample=norm == "sample",
-        x=address(x),
-        taps=address(weight),
-        h=address(h),
-        scale=address(scale),
-    )
+    fields = depthwise_arguments(x, weight, norm, chunks)
+    return _Arguments(**fields, h=address(h), scale=address(scale))
 
 
 class BackwardInputs(NamedTuple):
@@ -97,7 +88,7 @@ class BackwardPlan:
     """The gradients of x and of the weight, each if needed, and of the bias."""
 
     def __init__(self, inputs: BackwardInputs) -> None:
-        self.chunks = _divide(inputs.x, inputs.weight)
+        self.chunks = divide(inputs.x, inputs.weight)
 
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
         results = gx, weight, bias = _fake_backward(inputs)

@@ -103,13 +103,12 @@ void forward(const Block& k) {
         Vector* branch = scratch.h;
         multiply(work.projection, C, O, scratch.activation, s.stride, s.columns, branch, s.stride);
         for (int c = 0; c < C; ++c) {
-            const size_t channel = (size_t)c * s.pixels * k.images;
             const float offset = k.offset ? k.offset[c] : 0.f;
             for (int b = 0; b < B; ++b) {
                 Vector* map = branch + c * s.stride + b * s.pixels;
                 const int first = s.chunks.first(chunk) + b * LANES;
-                read_images(k.x + channel, s.pixels, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { map[p] += x + offset; });
-                write_images(k.y + channel, s.pixels, k.images, first, [=](int p) INLINE_LAMBDA { return map[p]; });
+                read_images(s.channel(k.x, c), s.pixels, k.images, first, [=](int p, Vector x) INLINE_LAMBDA { map[p] += x + offset; });
+                write_images(s.channel(k.y, c), s.pixels, k.images, first, [=](int p) INLINE_LAMBDA { return map[p]; });
             }
         }
     });
@@ -185,7 +184,7 @@ void backward_of_product(const Block& k, const Sizes& s, int chunk, const Backwa
         Vector total = {};
         for (int b = 0; b < B; ++b) {
             Vector* gy = scratch.gy + c * s.stride + b * P;
-            read_images(k.gy + (size_t)c * P * k.images, P, k.images, s.chunks.first(chunk) + b * LANES, [&](int p, Vector x) INLINE_LAMBDA {
+            read_images(s.channel(k.gy, c), P, k.images, s.chunks.first(chunk) + b * LANES, [&](int p, Vector x) INLINE_LAMBDA {
                 gy[p] = x;
                 total += x;
             });

@@ -30,7 +30,7 @@ template <class Use> INLINE void read_images(const float* channel, int pixels, i
     else
         for (int p = 0; p < pixels; ++p) {
             Vector x = {};
-            if (first < images) memcpy(&x, channel + (size_t)p * images, (images - first) * sizeof(float));
+            if (first < images) x = load(channel + (size_t)p * images, images - first);
             use(p, x);
         }
 }
@@ -41,10 +41,7 @@ template <class Make> INLINE void write_images(float* channel, int pixels, int i
     if (first + LANES <= images)
         for (int p = 0; p < pixels; ++p) store(channel + (size_t)p * images, make(p));
     else if (first < images)
-        for (int p = 0; p < pixels; ++p) {
-            const Vector x = make(p);
-            memcpy(channel + (size_t)p * images, &x, (images - first) * sizeof(float));
-        }
+        for (int p = 0; p < pixels; ++p) store(channel + (size_t)p * images, make(p), images - first);
 }
 
 // The same images as `convolve` takes them.

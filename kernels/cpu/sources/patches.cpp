@@ -184,23 +184,12 @@ void backward(const Patches& k) {
         });
     });
 
-    // The slots' sums, in their order.
-    if (k.gw)
-        in_parallel(k.slots, [&](int slot) {
-            auto reduce = [&](float* to, size_t length, float* Partial::*part) {
-                const Slice slice(length, k.slots, slot);
-                for (int i = slice.begin; i < slice.end; ++i) {
-                    float total = 0;
-                    for (int other = 0; other < k.slots; ++other) {
-                        Arena sums{partials + other * partial_size};
-                        total += (Partial(s, sums).*part)[i];
-                    }
-                    to[i] = total;
-                }
-            };
-            reduce(k.gw, (size_t)s.outputs * s.rows, &Partial::w);
-            reduce(k.gbias, s.outputs, &Partial::bias);
-        });
+    auto partial = [&](int slot) {
+        Arena sums{partials + slot * partial_size};
+        return Partial(s, sums);
+    };
+    sum_slots(k.slots, k.gw, (size_t)s.outputs * s.rows, [&](int slot, int i) { return partial(slot).w[i]; });
+    sum_slots(k.slots, k.gbias, s.outputs, [&](int slot, int i) { return partial(slot).bias[i]; });
 }
 
 }  // namespace

@@ -58,7 +58,6 @@ struct Doubles {
 INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
 INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
 INLINE Doubles operator*(Doubles x, Doubles y) { return {x.low * y.low, x.high * y.high}; }
-INLINE Doubles operator/(Doubles x, Doubles y) { return {x.low / y.low, x.high / y.high}; }
 INLINE Doubles operator*(Doubles x, double y) { return {x.low * y, x.high * y}; }
 INLINE Doubles operator/(Doubles x, double y) { return {x.low / y, x.high / y}; }
 INLINE Doubles operator+(Doubles x, double y) { return {x.low + y, x.high + y}; }
