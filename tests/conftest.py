@@ -17,6 +17,8 @@ if importlib.util.find_spec("triton") and INTERPRETED:
     import interpreter
 
     interpreter.install()
+# These import the interpreter, by which each kernel that is imported later would be interpreted.
+collect_ignore = [] if INTERPRETED else ["kernels/test_interpreter.py"]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from interpreter import products, replacing
-from processes import run_python
+from processes import printed_by, run_python
 
 SIZE = 1024
 
@@ -540,6 +540,22 @@ def test_an_import_of_triton_that_came_too_early_is_refused():
     done = run_python("-c", program, cwd=Path(__file__).parents[1], TRITON_INTERPRET=None)
     assert done.returncode == 1
     assert "was imported before TRITON_INTERPRET=1 was set; import tests/interpreter before" in done.stderr
+
+
+# Which interpreter is there after pytest has collected the tests of a machine with a GPU.
+COLLECTED = """
+import sys, torch, pytest
+torch.cuda.is_available = lambda: True
+assert pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "gpu", *sys.argv[1:]]) == 0
+import triton.language as tl
+print("\\n", type(tl.sum).__name__, "interpreter" in sys.modules)
+"""
+
+
+def test_tests_of_a_gpu_are_collected_without_the_interpreter():
+    tests = Path(__file__).parents[1]
+    printed = printed_by("-c", COLLECTED, tests / "kernels", cwd=tests.parent, TRITON_INTERPRET=None)
+    assert printed.splitlines()[-1].split() == ["JITFunction", "False"]
 
 
 def test_a_triton_without_what_is_corrected_is_refused():
