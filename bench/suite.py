@@ -93,6 +93,9 @@ def measure(
                     # An epoch is long enough to be its own warm-up.
                     if not workload.is_epoch:
                         call(0)
+                    if device.type == "cuda":
+                        # A fault on the GPU is that of the contender that runs.
+                        torch.cuda.synchronize(device)
                     calls[name] = call
         samples = time_all(calls, workload, device, seconds)
         least = workload.cost(direction)

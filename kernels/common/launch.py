@@ -31,7 +31,7 @@ class Launch:
             constants.
         programs: how many run.
         numbers: the kernel's, in its order.
-        constants: the kernel's, by name, and Triton's `num_warps`.
+        constants: the kernel's, by name, and options of the compiler, such as `num_warps`.
     """
 
     def __init__(self, kernel: Any, programs: int, *numbers: float, **constants: Any) -> None:
@@ -84,7 +84,7 @@ class Launch:
         """
         try:
             compiled = self.kernel.warmup(
-                *tensors, *self.numbers, grid=(self.programs,), **self.constants, **COMPILER_OPTIONS
+                *tensors, *self.numbers, grid=(self.programs,), **(COMPILER_OPTIONS | self.constants)
             )
             # To load it is to see whether the device has the resources. Triton's public `run` raises only the
             # first time, and then when it is launched.

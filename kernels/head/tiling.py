@@ -62,6 +62,14 @@ class HeadTiling:
         return self._launch(has_gradients=False)
 
     def _launch(self, has_gradients: bool) -> Launch:
+        # Several threads hold the same logit, and add the same products. Where the compiler fuses a product with
+        # the sum, each leaves another product unrounded: the logits differ, and which is stored is undefined.
         return Launch(
-            head, self.programs, self._images, self._rounds, HAS_GRADIENTS=has_gradients, **self._constants
+            head,
+            self.programs,
+            self._images,
+            self._rounds,
+            HAS_GRADIENTS=has_gradients,
+            enable_fp_fusion=False,
+            **self._constants,
         )

@@ -38,7 +38,7 @@ def compare(self, *tensors):
     signature = self.compile(*tensors).src.signature.values()
     sizes = [8 if type_[0] == "*" else SIZES[type_] for type_ in signature if type_ != "constexpr"]
     library.null_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-    self.kernel[(self.programs,)](*arguments, **self.constants, **launch.COMPILER_OPTIONS)
+    self.kernel[(self.programs,)](*arguments, **(launch.COMPILER_OPTIONS | self.constants))
     expected, before = last(len(sizes)), library.null_launches()
     for _ in range(2):
         call(self, *tensors)

@@ -19,6 +19,7 @@ import triton
 
 from fastconv.kernels import decisions, operations
 from fastconv.kernels.common import launch, registration
+from fastconv.kernels.common.layout import memory_format
 
 # The third, "channel", has kernels of its own: see test_stencil.py.
 NORMS = ("tensor", "sample")
@@ -257,7 +258,8 @@ def test_elements_2_31_apart(norm, kernel, strides, device):
     far = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device).as_strided(sizes[:4], strides)
     for operation in (*NORMED, "pointwise_conv_gelu"):
         x, *parameters = draw(operation, sizes, device, torch.float16).items()
-        parameters, near = dict(parameters), x[1]
+        # PyTorch's own products, of a block's projection, are other ones in another memory format.
+        parameters, near = dict(parameters), x[1].detach().contiguous(memory_format=memory_format(far))
         with torch.no_grad():
             far.copy_(near)
         options = {"norm": norm} if operation in NORMED else {}
