@@ -31,7 +31,16 @@ def main() -> None:
 def prove(out: Path, scratch: Path) -> None:
     selected = ("-m", parts.GPU_TESTS) if ON_GPU else ("-k", "convnext_block and one and row or auto and pairs")
     together = [
-        parts.pytest_part("tests", out / "outcomes.jsonl", PROCESSES, *selected, *parts.SUITE, **HOW_TO_TEST),
+        parts.pytest_part(
+            "tests",
+            out / "outcomes.jsonl",
+            PROCESSES,
+            *selected,
+            *parts.SUITE,
+            # A large network takes a minute where others share the cores.
+            seconds_each=TOGETHER_SECONDS,
+            **HOW_TO_TEST,
+        ),
         parts.pytest_part(
             "sanitizer",
             scratch / "sanitizer.jsonl",
