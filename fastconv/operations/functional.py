@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastconv.kernels.common.rules import accumulator
 from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
 from fastconv.kernels.common.values import NORMS as NORMS
 from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
@@ -39,22 +40,23 @@ def depthwise_conv_layer_norm(
         norm: what each mean and variance is computed over: "tensor", everything, batch included; "sample", the
             channels and pixels of one image; "channel", the channels of one pixel.
         eps: added to the variance.
-        norm_weight: (C * M,), multiplies the normalised tensor; None is 1.
-        norm_bias: (C * M,), is added to the product; None is 0.
+        norm_weight: (C * M,), of any floating dtype, multiplies the normalised tensor; None is 1.
+        norm_bias: (C * M,), of any floating dtype, is added to the product; None is 0.
 
     Returns:
         (N, C * M, H, W)
 
     Raises:
-        TypeError: an argument is not a floating point tensor, or dtypes differ outside autocast.
+        TypeError: an argument is not a floating point tensor, or `weight` or `bias` has not the dtype of `x`, and
+            autocast is off.
         ValueError: a shape, a device, `norm` or `eps` is wrong.
         BackendUnavailable: the forced backend cannot run it.
     """
     _, channels, _, _ = _check_maps(x)
-    _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check_tensors(x, weight=weight, bias=bias)
     outputs = _check_depthwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, outputs)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, outputs)
     return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
@@ -127,12 +129,10 @@ def convnext_block(
         pointwise_bias=pointwise_bias,
         projection_weight=projection_weight,
         projection_bias=projection_bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
     )
     wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
     _check_vector("depthwise_bias", depthwise_bias, wide)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, wide)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, wide)
     hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
     _check_vector("pointwise_bias", pointwise_bias, hidden)
     outputs = _check_pointwise("projection_weight", projection_weight, hidden)
@@ -170,8 +170,7 @@ def layer_norm(
     autocast does so on GPUs, and it keeps the residual stream of the lecture's classifier in float32.
     """
     _, channels, _, _ = _check_maps(x)
-    _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, channels)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, channels)
     return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
 
 
@@ -255,16 +254,20 @@ def _check_maps(x: Tensor) -> torch.Size:
 
 def _check_tensors(x: Tensor, **tensors: Tensor | None) -> None:
     """Check that all are tensors on the device of `x`, and, except under autocast, have its dtype."""
-    device, dtype = x.device, x.dtype
+    dtype = x.dtype
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {device}; move them to one device")
+        _check_tensor(name, tensor, x)
         if tensor.dtype != dtype and backends.autocast_dtype(x) is None:
             raise TypeError(f"{name} has dtype {tensor.dtype}, x {dtype}; convert one, or use torch.autocast")
+
+
+def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move them to one device")
 
 
 def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
@@ -296,11 +299,22 @@ def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
     return shape[0]
 
 
-def _checked_norm(over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int) -> Norm:
+def _checked_norm(
+    x: Tensor, over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int
+) -> Norm:
+    """The norm, with parameters in the dtype of `x`; or, if one has another, in that in which `x` is summed."""
     check_norm(over, eps)
-    _check_vector("norm_weight", weight, channels)
-    _check_vector("norm_bias", bias, channels)
-    return Norm(over, eps, weight, bias)
+    dtypes = {x.dtype}
+    for name, vector in (("norm_weight", weight), ("norm_bias", bias)):
+        if vector is None:
+            continue
+        _check_tensor(name, vector, x)
+        if not vector.is_floating_point():
+            raise TypeError(f"{name} has dtype {vector.dtype}; expected floating point: convert it with .float()")
+        _check_vector(name, vector, channels)
+        dtypes.add(vector.dtype)
+    norm = Norm(over, eps, weight, bias)
+    return norm if len(dtypes) == 1 else map_tensors(lambda vector: vector.to(accumulator(x)), norm)[0]
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -30,19 +30,13 @@ def depthwise_conv(inputs: Any) -> Tensor:
 
 def depthwise_conv_channel_norm(inputs: Any) -> Tensor:
     x, weight, bias, norm_weight, norm_bias, eps, _ = inputs
-    y = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
-    return _channel_norm(y, norm_weight, norm_bias, eps)
+    norm = {"norm": "channel", "eps": eps, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    return reference.depthwise_conv_layer_norm(x, weight, bias, **norm)
 
 
 def channel_norm(inputs: Any) -> Tensor:
-    return _channel_norm(*inputs)
-
-
-def _channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The norm's parameters may be wider than the maps."""
-    parameters = [None if each is None else each.to(x.dtype) for each in (weight, bias)]
-    norm_weight, norm_bias = parameters
-    return reference.layer_norm(x, norm="channel", eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
+    x, weight, bias, eps = inputs
+    return reference.layer_norm(x, norm="channel", eps=eps, norm_weight=weight, norm_bias=bias)
 
 
 def layer_norm(inputs: Any) -> Tensor:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from cases import NORMED, SHAPES, draw_leaves
 from fuzzing.arguments import LAYOUTS
+from oracle import assert_accurate
 
 import fastconv
-from fastconv.accuracy import FORMATS, in_format
-from fastconv.checking.inputs import Sizes
+from fastconv.accuracy import FORMATS, compare, in_format
+from fastconv.checking.inputs import Input, Sizes
+from fastconv.checking.problems import operation_problem
 from fastconv.operations import backends, functional
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -107,6 +109,43 @@ def test_gradients_of_norms_are_not_rounded_by_autocast(operation, call, leaves,
         torch.testing.assert_close(found, grad.double().sum((0, 2, 3)).float())
     # Numbers that were rounded to bfloat16 stay the same if it is done again.
     assert not torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("operation", [f"{name}, {norm}" for name in NORMED for norm in functional.NORMS])
+def test_norm_parameters_of_another_dtype(operation, backend, device, sizes, dtype, norm_dtype):
+    if backend == "native" and dtype != torch.float32:
+        pytest.skip("its kernels take float32 only")
+    name, norm = operation.split(", ")
+    gradients = {}
+
+    def mixed(function):
+        def call(*values):
+            tensors = dict(zip(names, values, strict=True))
+            for each in ("norm_weight", "norm_bias"):
+                # What is exact stays float64.
+                if tensors["x"].dtype == dtype:
+                    tensors[each] = tensors[each].to(norm_dtype)
+                    tensors[each].register_hook(lambda grad: gradients.setdefault(grad.dtype))
+            y = function(*tensors.values())
+            assert y.dtype == tensors["x"].dtype
+            return y
+
+        return call
+
+    names = []
+
+    def sample():
+        ours, definition, tensors = operation_problem(name, Input(sizes, affine=True), {"norm": norm})
+        names[:] = tensors
+        return compare(mixed(ours), mixed(definition), tensors.values(), names, dtype=dtype, device=device)
+
+    assert_accurate(sample, dtype, samples=4)
+    assert gradients.keys() == {norm_dtype}
 
 
 @each_operation
