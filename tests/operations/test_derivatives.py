@@ -101,7 +101,6 @@ def a_few(f):
 # name: called with a function of tensors, and tensors
 WAYS = {
     "penalty": grad_penalty,
-    "third derivative": functools.partial(grad_penalty, order=3),
     "is_grads_batched": batched_gradients,
     "is_grads_batched, recorded": batched_and_recorded,
     "autograd.functional.jacobian": lambda f, t: torch.autograd.functional.jacobian(a_few(f), tuple(t), vectorize=True),
@@ -124,6 +123,7 @@ WAYS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 @pytest.mark.parametrize("way", WAYS)
 @each_operation
 def test_a_way_of_differentiating(operation, way, backend):
@@ -137,11 +137,20 @@ def test_a_way_of_differentiating(operation, way, backend):
 def compare_all(found, expected):
     for ours, exact in zip(leaves_of(found), leaves_of(expected), strict=True):
         if exact is not None:
-            torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-4)
+            assert (ours.double() - exact).norm() <= 1e-4 * exact.norm() + 1e-5
 
 
 def leaves_of(results):
     return torch.utils._pytree.tree_leaves(results)
+
+
+# Not of norms: in PyTorch 2.14 the third derivative of F.layer_norm itself fails gradgradcheck.
+@pytest.mark.parametrize("operation", ["pointwise_conv_gelu", "patch_conv"])
+def test_third_derivatives(operation, backend):
+    tensors = draw_some(operation, SIZES["batch last"])
+    expected = grad_penalty(of_tensors(operation, tensors, reference), list(tensors.values()), order=3)
+    singles = [x.float() for x in tensors.values()]
+    compare_all(grad_penalty(of_tensors(operation, tensors, functional), singles, order=3), expected)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
