@@ -21,7 +21,7 @@ from fastconv.kernels.common.composition import (
     saved,
     without_autocast,
 )
-from fastconv.kernels.common.rules import gelu, gelu_backward, is_transformed
+from fastconv.kernels.common.rules import gelu, gelu_backward, is_batched, is_transformed
 from fastconv.operations import reference
 from fastconv.operations.columns import (
     convolve,
@@ -56,7 +56,7 @@ def with_definition(definition: Callable[..., Tensor]) -> Callable[[Callable[...
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         def call(ctx: Any, grad: Tensor) -> Any:
             inputs, kept = saved(ctx)
-            if asks_for_more():
+            if asks_for_more(grad):
                 return composed_gradients(definition, inputs, ctx.needs_input_grad, grad)
             with torch.no_grad(), without_autocast(grad):
                 return backward(ctx, from_memory_order(grad, ctx.geometry), inputs, *kept)
@@ -79,7 +79,7 @@ class OwnStrides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if is_transformed():
+        if is_transformed() or is_batched(grad):
             return grad
         return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 

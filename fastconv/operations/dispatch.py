@@ -9,11 +9,10 @@ from torch import Tensor
 
 from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
-from fastconv.kernels.common.rules import is_transformed
 from fastconv.kernels.common.values import Convolution, Norm, Value
 from fastconv.operations import backends, definition, fallback, selftest, setting
 from fastconv.operations.selftest import Subject
-from fastconv.operations.watchers import is_watched
+from fastconv.operations.watchers import is_composed
 
 _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
 
@@ -36,11 +35,11 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     dtype = first.weight.dtype if isinstance(first, Convolution) else maps
     large = operation in _CONVOLVING and decisions.is_large(x)
     subject = operation, norm, large, maps, dtype, approximate
+    if is_composed(x, *values):
+        return definition.call(operation, x, *values)
     if torch.compiler.is_compiling():
         return _call(_backend_for_graph(subject, x.device), operation, x, values)
     forced = setting.current()
-    if is_transformed() or (forced == "auto" and is_watched(x, *values)):
-        return definition.call(operation, x, *values)
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     try:
@@ -80,9 +79,6 @@ def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
     from fastconv.operations import tracing
 
-    # An exported program may run for any batch, and where there is no fastconv.
-    if tracing.is_transformed() or (torch.compiler.is_exporting() and backends.current() == "auto"):
-        return "reference"
     operation, _, _, maps, dtype, _ = subject
     name = backends.select(operation, device, maps, dtype)
     tested = name in backends.TESTED and backends.current() == "auto"

@@ -1,21 +1,43 @@
 """The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
-Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
-reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.
+Each is defined by the function of the same name in `fastconv.reference`. Fused kernels compute the values of plain
+tensors and their first derivatives, eagerly and under `torch.compile`. Where more is asked, PyTorch's own operations
+compute what the definition says: for second derivatives and batched gradients in the backward, and from the start for
+forward mode, the transforms of `torch.func`, tracers, exporters, dispatch modes and subclasses of tensors.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from fastconv.kernels.common.rules import accumulator
 from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
 from fastconv.kernels.common.values import NORMS as NORMS
 from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
-from fastconv.operations import backends, dispatch
+from fastconv.operations import backends, dispatch, reference
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
+def _symbolic(operation: _Function) -> _Function:
+    """An operation of which torch.fx, where it traces symbolically, sees the definition."""
+
+    @functools.wraps(operation)
+    def call(x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(x, Proxy):
+            return getattr(reference, operation.__name__)(x, *args, **kwargs)
+        return operation(x, *args, **kwargs)
+
+    return cast(_Function, call)
+
+
+@_symbolic
 def depthwise_conv_layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -60,6 +82,7 @@ def depthwise_conv_layer_norm(
     return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
+@_symbolic
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
@@ -87,6 +110,7 @@ def pointwise_conv_gelu(
     return _run("pointwise_conv_gelu", x, Convolution(weight, bias), approximate)
 
 
+@_symbolic
 def convnext_block(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -156,6 +180,7 @@ def convnext_block(
     )
 
 
+@_symbolic
 def layer_norm(
     x: Tensor,
     *,
@@ -174,6 +199,7 @@ def layer_norm(
     return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
 
 
+@_symbolic
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution of patches that do not overlap: its stride is the size of its kernel.
 

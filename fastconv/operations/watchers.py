@@ -5,9 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastconv.kernels.common.rules import is_transformed
 from fastconv.kernels.common.values import Value, tensors_in
+from fastconv.operations import backends
 
 _PLAIN = {Tensor, nn.Parameter}
+
+
+def is_composed(x: Tensor, *values: Value) -> bool:
+    """Whether what is computed from maps and values is to be composed of PyTorch's own operations.
+
+    It is for transforms and, unless a backend is forced, for exported programs, which may run for any batch and
+    where there is no fastconv, and for those who watch.
+    """
+    if torch.compiler.is_compiling():
+        from fastconv.operations import tracing
+
+        return tracing.is_transformed() or (torch.compiler.is_exporting() and backends.current() == "auto")
+    return is_transformed() or (is_watched(x, *values) and backends.current() == "auto")
 
 
 def is_watched(x: Tensor, *values: Value) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import is_transformed
+from .rules import is_batched, is_transformed
 
 
 def save(ctx: Any, inputs: Sequence[Any], kept: Sequence[Tensor | None]) -> None:
@@ -24,11 +24,11 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
     return [next(tensors) if other is None else other[0] for other in ctx.others], list(tensors)
 
 
-def asks_for_more() -> bool:
-    """In a backward: whether its result is to be differentiated again, or a transform computes it."""
+def asks_for_more(grad: Tensor) -> bool:
+    """In a backward: whether its result is to be differentiated again, or a transform or a batch computes it."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or is_transformed()
+    return torch.is_grad_enabled() or is_transformed() or is_batched(grad)
 
 
 def composed_gradients(

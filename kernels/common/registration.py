@@ -186,7 +186,7 @@ class DifferentiableOperator(Operator[Inputs]):
             if grad is None:
                 return (None,) * len(names)
             arguments, kept = saved(ctx)
-            if asks_for_more():
+            if asks_for_more(grad):
                 return composed_gradients(composed, arguments, ctx.needs_input_grad, grad)
             key = getattr(ctx, "key", None)
             before = Forward(self._inputs(*arguments), tuple(kept), ctx.needs_input_grad, key)
