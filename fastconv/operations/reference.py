@@ -21,9 +21,11 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
-    for parameter in (norm_weight, norm_bias):
-        if parameter is not None and parameter.dtype != x.dtype:
-            return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias)
+    # A symbolic trace knows no dtypes.
+    if isinstance(x, Tensor):
+        for parameter in (norm_weight, norm_bias):
+            if parameter is not None and parameter.dtype != x.dtype:
+                return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias)
     if norm == "channel":
         y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
         return y.permute(0, 3, 1, 2)

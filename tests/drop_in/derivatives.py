@@ -27,7 +27,7 @@ def of_a_bias(model, x):
     return lambda bias: functional_call(model, {path: bias}, (x,)).flatten()[:5].square(), bias
 
 
-@feature("`create_graph=True`, as for gradient penalties")
+@feature("gradient penalties (`create_graph=True`)")
 def penalty(model, x):
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -44,7 +44,7 @@ def third(model, x):
     return {"y": y.detach()}
 
 
-@feature("`torch.func.grad` and `functional_call`")
+@feature("`torch.func.grad` with `functional_call`")
 def func_grad(model, x):
     return grad(of_parameters(model, x))(parameters_of(model))
 
@@ -82,7 +82,9 @@ def func_hessian(model, x):
 
 @feature("gradients of each sample by `vmap`")
 def per_sample(model, x):
-    loss = lambda parameters, image: functional_call(model, parameters, (image[None],)).square().mean()
+    def loss(parameters, image):
+        return of_parameters(model, image[None])(parameters)
+
     return vmap(grad(loss), (None, 0))(parameters_of(model), x)
 
 

@@ -126,7 +126,7 @@ def quantized(block):
     block.conv2 = Quantized(block.conv2)
 
 
-@changed("a part replaced by a `Sequential` with dropout")
+@changed("dropout before a part")
 def wrapped(block):
     block.conv3 = nn.Sequential(nn.Dropout(0.0), block.conv3)
 
@@ -155,7 +155,7 @@ def strided(model, x):
     return trained(model, x)
 
 
-@feature("a last part replaced by `Identity`")
+@feature("`Identity` as the last part")
 def removed(model, x):
     name = "bottleneck" if hasattr(model, "bottleneck") else "pointwise"
     setattr(model, name, nn.Identity())
@@ -189,7 +189,7 @@ def pickled(model, x):
     return trained(pickle.loads(pickle.dumps(model)), x)
 
 
-@feature("`torch.save` and `load_state_dict`")
+@feature("`load_state_dict`")
 def saved(model, x):
     file = io.BytesIO()
     torch.save(model.state_dict(), file)

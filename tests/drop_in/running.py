@@ -87,7 +87,7 @@ def optimised(model, x):
     return {"y": model(x).detach()}
 
 
-@feature("threads, as in `DataParallel`")
+@feature("threads (as in `DataParallel`)")
 def threads(model, x):
     def work(part):
         y = model(part)

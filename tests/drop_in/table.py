@@ -3,25 +3,29 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+Run = Callable[..., dict[str, Any]]
+
 
 class Feature(NamedTuple):
+    """
+    Args:
+        area: the name of its file.
+        run: called with a model, which it may change, and images.
+        half: whether it computes in half precision, unless the images are float64.
+    """
+
     area: str
-    run: Callable[..., dict[str, Any]]
+    run: Run
     half: bool
 
 
 FEATURES: dict[str, Feature] = {}
 
 
-def feature(name: str, half: bool = False) -> Callable[..., Any]:
-    """Enter a function into the table, in the area that its file is.
+def feature(name: str, half: bool = False) -> Callable[[Run], Run]:
+    """Enter a function into the table, by its name in the README."""
 
-    Args:
-        name: as the README shows it.
-        half: whether it computes in half precision, and so is compared by the rule of `fastconv.accuracy`.
-    """
-
-    def enter(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def enter(run: Run) -> Run:
         FEATURES[name] = Feature(run.__module__.rpartition(".")[2], run, half)
         return run
 

@@ -46,7 +46,7 @@ def extracted(model, x):
     return {name: y.detach() for name, y in found.items()}
 
 
-@feature("`torch.jit.trace`, for any batch")
+@feature("`torch.jit.trace` for any batch")
 def jit_traced(model, x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
