@@ -4,10 +4,21 @@ import copy
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.functional import jacobian
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.autograd.functional import hvp, jacobian
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 
-from .models import block_of
+from .models import block_of, trained
 from .table import feature
 
 
@@ -115,3 +126,29 @@ def batched(model, x):
 @feature("`jacobian(vectorize=True)`")
 def vectorized(model, x):
     return {"jacobian": jacobian(lambda images: model(images).flatten()[:5], x, vectorize=True)}
+
+
+@feature("`hvp`")
+def hessian_vector(model, x):
+    y, product = hvp(lambda images: model(images).square().sum(), x, torch.ones_like(x))
+    return {"y": y, "product": product}
+
+
+@feature("`torch.func.linearize`")
+def linearized(model, x):
+    y, tangent = linearize(model, x)
+    return {"y": y.detach(), "tangent": tangent(torch.ones_like(x)).detach()}
+
+
+@feature("a graph used twice (`retain_graph=True`)")
+def retained(model, x):
+    y = model(x).square().sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@feature("`detect_anomaly`")
+def anomaly(model, x):
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return trained(model, x)

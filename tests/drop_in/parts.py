@@ -199,3 +199,47 @@ def saved(model, x):
             parameter.zero_()
     model.load_state_dict(torch.load(file))
     return trained(model, x)
+
+
+@feature("tied parameters")
+def tied(model, x):
+    block = block_of(model)
+    block.conv3.bias = model.stem.bias
+    return trained(model, x)
+
+
+@feature("hooks that take gradients while they come")
+def optimizer_in_backward(model, x):
+    def step(parameter):
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    model(x).square().mean().backward()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@feature("parameters as views of one vector")
+def vector(model, x):
+    values = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(1.1 * values.detach(), model.parameters())
+    return trained(model, x)
+
+
+@feature("`share_memory`")
+def shared(model, x):
+    return trained(model.share_memory(), x)
+
+
+@feature("backward pre-hooks")
+def backward_pre_hook(model, x):
+    block_of(model).conv2.register_full_backward_pre_hook(lambda part, grads: tuple(2 * grad for grad in grads))
+    return trained(model, x)
+
+
+@feature("hooks of a whole block")
+def block_hook(model, x):
+    block_of(model).register_forward_hook(lambda part, args, y: y.view(len(y), -1).mul(2).view(y.shape))
+    return trained(model, x)

@@ -4,10 +4,12 @@ import asyncio
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -143,14 +145,67 @@ def forked(model, x):
         torch.set_num_threads(before)
 
 
-@feature("`DistributedDataParallel`")
-def distributed_data_parallel(model, x):
+@contextmanager
+def group():
+    """A process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder:
         store = distributed.FileStore(os.path.join(folder, "store"), 1)
         distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
-            ddp = DistributedDataParallel(model)
-            ddp(x).square().sum().backward()
+            yield
         finally:
             distributed.destroy_process_group()
+
+
+@feature("`DistributedDataParallel`")
+def distributed_data_parallel(model, x):
+    with group():
+        DistributedDataParallel(model)(x).square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+@feature("reentrant checkpointing")
+def reentrant(model, x):
+    x = x.clone().requires_grad_()
+    y = checkpoint(model, x, use_reentrant=True)
+    y.square().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@feature("an empty batch")
+def empty(model, x):
+    y = model(x[:0])
+    return {"shape": torch.tensor(y.shape)}
+
+
+@feature("deterministic algorithms")
+def deterministic(model, x):
+    torch.use_deterministic_algorithms(True)
+    try:
+        return trained(model, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Tagged(torch.Tensor):
+    """A subclass, as libraries make them."""
+
+
+@feature("subclasses of tensors")
+def subclass(model, x):
+    y = model(x.as_subclass(Tagged))
+    assert type(y) is Tagged
+    return {"y": y.detach().as_subclass(torch.Tensor)}
+
+
+@feature("`fully_shard`")
+def fully_sharded(model, x):
+    with group():
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for part in model.modules():
+            if isinstance(part, nn.Conv2d):
+                fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        y = model(x)
+        y.square().sum().backward()
+        return {"y": y.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
