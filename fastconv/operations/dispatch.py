@@ -40,6 +40,9 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _call(_backend_for_graph(subject, x.device), operation, x, values)
     forced = setting.current()
+    # Kernels read memory as it is; in that of the imaginary part of a conjugate the sign is the other.
+    if x.is_neg():
+        x = x.resolve_neg()
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     try:

@@ -158,6 +158,22 @@ def test_expanded_gradient(call, leaves, device):
         torch.testing.assert_close(gradients(y, leaves, expanded, retain_graph=True), dense)
 
 
+@each_operation
+def test_imaginary_parts_of_conjugates(call, leaves, device):
+    """PyTorch negates them only when it reads them."""
+
+    def imaginary(x):
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    x = leaves.pop("x").detach()
+    assert imaginary(x).is_neg()
+    y = call(x, **leaves)
+    grad = torch.randn(y.shape, device=device)
+    torch.testing.assert_close(call(imaginary(x), **leaves), y)
+    expected = gradients(y, leaves, grad, retain_graph=True)
+    torch.testing.assert_close(gradients(y, leaves, imaginary(grad)), expected)
+
+
 # That of the norm of each pixel is in tests/kernels/test_stencil.py.
 @pytest.mark.parametrize("operation", ["convnext_block, tensor", "pointwise_conv_gelu"])
 def test_each_gradient_by_itself(call, leaves, device):
