@@ -103,7 +103,9 @@ WAYS = {
     "penalty": grad_penalty,
     "is_grads_batched": batched_gradients,
     "is_grads_batched, recorded": batched_and_recorded,
-    "autograd.functional.jacobian": lambda f, t: torch.autograd.functional.jacobian(a_few(f), tuple(t), vectorize=True),
+    "autograd.functional.jacobian": lambda f, t: torch.autograd.functional.jacobian(
+        a_few(f), tuple(t), vectorize=True
+    ),
     "autograd.functional.hessian": lambda f, t: torch.autograd.functional.hessian(
         lambda x: scalar(f)(x, *t[1:]), t[0], vectorize=True
     ),
