@@ -1,4 +1,4 @@
-"""Who traces a model, or counts what it does, sees PyTorch's own operations, of fused modules and of swapped ones."""
+"""Who traces a model or counts its operations sees PyTorch's own, in fused modules and in swapped models."""
 
 import copy
 import io

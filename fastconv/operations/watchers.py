@@ -16,7 +16,7 @@ _PLAIN = {Tensor, nn.Parameter}
 
 
 def is_symbolic(x: Any) -> bool:
-    """Whether x stands for maps of any size: torch.fx, torch.jit.trace or torch.onnx.export records a graph of it."""
+    """Whether x stands for maps of any size, in a graph that torch.fx or torch.jit.trace records."""
     return isinstance(x, Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 

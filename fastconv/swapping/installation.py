@@ -10,7 +10,6 @@ import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
 from fastconv.operations import backends

@@ -1,7 +1,5 @@
 """Every way of differentiating beyond the first derivative gives what the definition's operations give."""
 
-import functools
-
 import pytest
 import torch
 from cases import NORMED, draw_leaves

@@ -4,7 +4,6 @@ import pytest
 import torch
 from cases import assert_operation_accurate, draw_leaves, results
 
-import fastconv
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels.cpu import block
 from fastconv.operations import functional
