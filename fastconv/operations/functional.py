@@ -1,9 +1,9 @@
 """The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
-Each is defined by the function of the same name in `fastconv.reference`. Fused kernels compute with plain tensors,
-eagerly and under `torch.compile`, and their first derivatives. For all else PyTorch's own operations compute what the
-definition says: in the backward for second derivatives and batches of gradients; and from the start for forward mode,
-`torch.func`, tracers and exporters and, unless a backend is forced, for modes and subclasses of tensors.
+Each is defined by the function of the same name in `fastconv.reference`. Fused kernels compute with plain
+tensors, eagerly and under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own
+operations, as the definition says: in the backward second derivatives and batches of gradients; and from the start
+forward mode, `torch.func`, tracers and, unless a backend is forced, exporters, modes and subclasses of tensors.
 """
 
 from __future__ import annotations
