@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn import functional as F
 
 from fastconv.kernels.common.values import check_approximate, check_norm
@@ -19,7 +20,19 @@ from fastconv.operations.watchers import is_symbolic
 from fastconv.plain import is_plain
 
 
-class DepthwiseConvLayerNorm(nn.Conv2d):
+class Scriptable(nn.Module):
+    """Mixed into a module before its base: TorchScript, which cannot read our forward, compiles its graph."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        program = symbolic_trace(self)
+        for node in program.graph.nodes:
+            # Annotations are strings, which are no types of TorchScript's.
+            node.type = None
+        program.recompile()
+        return program
+
+
+class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
     """`nn.Conv2d(C, C * M, kernel_size, padding="same", groups=C)`, then layer norm, as one operation.
 
     Its parameters are those of `nn.Conv2d`, with the same initial values, and `norm_weight` and `norm_bias`,
@@ -77,7 +90,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         return f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
-class PointwiseConvGELU(nn.Conv2d):
+class PointwiseConvGELU(Scriptable, nn.Conv2d):
     """`nn.Conv2d(I, O, 1)`, then GELU, as one operation, with the parameters of `nn.Conv2d`.
 
     Args:
@@ -124,7 +137,7 @@ class PointwiseConvGELU(nn.Conv2d):
         return f"{super().extra_repr()}, approximate={self.approximate}"
 
 
-class ConvNextBlock(nn.Module):
+class ConvNextBlock(Scriptable):
     """The lecture's block as one operation: depthwise, layer norm, pointwise, GELU, pointwise, residual.
 
     With the defaults it computes what `fastconv.reference.ConvNextBlock` does, with the same parts and state_dict.
@@ -189,7 +202,7 @@ class ConvNextBlock(nn.Module):
         return f"norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
-class Classifier(nn.Module):
+class Classifier(Scriptable):
     """The lecture's classifier of fused blocks; the defaults give its 235,434 parameters.
 
     It computes what `fastconv.reference.Classifier` does, with the same state_dict.

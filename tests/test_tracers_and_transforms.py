@@ -1,4 +1,4 @@
-"""Who traces a model or counts its operations sees PyTorch's own, in fused modules and in swapped models."""
+"""Who traces, counts or transforms a model finds PyTorch's own operations, in fused modules and swapped models."""
 
 import copy
 import io
@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import func, nn
+from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,6 +124,13 @@ def test_jit_traces(model, plain, shape, grad):
     check(program, plain, shape, 3, 40)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+def test_scripts(model, plain, shape):
+    program = torch.jit.script(nn.Sequential(model))
+    assert program.state_dict().keys() == nn.Sequential(model).state_dict().keys()
+    check(program, plain, shape, 3, 40)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs(model, plain, shape, strict):
     program = torch.export.export(model, (torch.rand(20, *shape),), dynamic_shapes=({0: BATCH},), strict=strict)
@@ -192,3 +201,74 @@ def test_programs_compiled_ahead_of_time(tmp_path):
         program = torch.export.export(model, (torch.rand(20, 4, 6, 5),), dynamic_shapes=({0: BATCH},))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         check(torch._inductor.aoti_load_package(path), plain, (4, 6, 5), 3, 40)
+
+
+def squares(model, x):
+    """A function of the model's parameters, by name."""
+    return lambda parameters: func.functional_call(model, parameters, (x,)).square().sum()
+
+
+def per_sample_gradients(model, x):
+    def gradients(parameters, image):
+        return func.grad(lambda given: squares(model, image[None])(given))(parameters)
+
+    return func.vmap(gradients, (None, 0))(dict(model.named_parameters()), x)
+
+
+def ensemble(model, x):
+    others = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
+    for parameter in others[1].parameters():
+        parameter.mul_(0.5)
+    parameters, buffers = func.stack_module_state(others)
+    return func.vmap(lambda *state: func.functional_call(model, state, (x,)))(parameters, buffers)
+
+
+def forward_mode(model, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x.cos())))
+
+
+def gradient_penalty(model, x):
+    x = x.requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), list(model.parameters()), materialize_grads=True)
+
+
+def batched_gradients(model, x):
+    y = model(x)
+    grads = torch.eye(3, y.numel()).view(3, *y.shape)
+    return torch.autograd.grad(y, list(model.parameters()), grads, is_grads_batched=True)
+
+
+def compiled(function):
+    return lambda *inputs: torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs)
+
+
+# name: called with a model and maps
+WAYS = {
+    "gradients of parameters": lambda model, x: func.grad(squares(model, x))(dict(model.named_parameters())),
+    "tangents of parameters": lambda model, x: func.jvp(
+        squares(model, x), (dict(model.named_parameters()),), (dict(model.named_parameters()),)
+    ),
+    "per-sample gradients": per_sample_gradients,
+    "ensemble": ensemble,
+    "vmap over images": lambda model, x: func.vmap(lambda image: model(image[None]))(x),
+    "forward mode": forward_mode,
+    "gradient penalty": gradient_penalty,
+    "batched gradients": batched_gradients,
+    "jacobian": lambda model, x: jacobian(lambda x: model(x).flatten()[:3], x, vectorize=True),
+    "jacfwd of jacrev": lambda model, x: func.jacfwd(func.jacrev(lambda x: model(x).flatten()[0]))(x[:1]),
+    "compiled gradients": lambda model, x: compiled(func.grad(lambda x: model(x).square().sum()))(x),
+    "compiled vmap": lambda model, x: compiled(func.vmap(lambda image: model(image[None])))(x),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("way", WAYS)
+def test_transforms(model, plain, shape, way, backend):
+    x = torch.rand(5, *shape)[:, :, :16, :16]
+    expected = torch.utils._pytree.tree_leaves(WAYS[way](plain, x.clone()))
+    with fastconv.backend(backend):
+        found = torch.utils._pytree.tree_leaves(WAYS[way](model, x.clone()))
+    for ours, own in zip(found, expected, strict=True):
+        assert (ours - own).norm() <= 1e-3 * own.norm() + 1e-5
