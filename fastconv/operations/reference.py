@@ -27,7 +27,9 @@ def layer_norm(
             if parameter is not None and parameter.dtype != x.dtype:
                 return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias)
     if norm == "channel":
-        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
+        # Tracers take the shape of a parameter for a constant.
+        channels = x.shape[1:2] if norm_weight is None else norm_weight.shape
+        y = F.layer_norm(x.permute(0, 2, 3, 1), channels, norm_weight, norm_bias, eps)
         return y.permute(0, 3, 1, 2)
     if norm == "tensor":
         x = F.layer_norm(x, x.shape, eps=eps)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastconv.kernels.common.rules import is_transformed
 from fastconv.kernels.common.values import Value, tensors_in
 from fastconv.operations import backends
 
 _PLAIN = {Tensor, nn.Parameter}
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether x stands for maps of any size, in a graph that torch.fx or torch.jit.trace records."""
+    return isinstance(x, Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_composed(x: Tensor, *values: Value) -> bool:
@@ -26,11 +34,10 @@ def is_composed(x: Tensor, *values: Value) -> bool:
 
 
 def is_watched(x: Tensor, *values: Value) -> bool:
-    """Whether a tracer, a mode or a tensor of another class is to see what is computed from maps and values.
+    """Whether a mode or a tensor of another class is to see what is computed from maps and values.
 
-    Tracers are torch.jit.trace and the older torch.onnx.export; modes are those of torch.utils._python_dispatch,
-    such as make_fx's, fake tensors' and FLOP counters'.
+    Modes are those of torch.utils._python_dispatch, such as make_fx's, fake tensors' and FLOP counters'.
     """
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0:
         return True
     return type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors_in(*values)))

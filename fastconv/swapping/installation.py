@@ -10,11 +10,10 @@ import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
 from fastconv.operations import backends
-from fastconv.operations.watchers import is_composed
+from fastconv.operations.watchers import is_composed, is_symbolic
 from fastconv.swapping.fusion import Fusion
 
 
@@ -65,7 +64,7 @@ def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _can_fuse(module: Swapped, x: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or is_composed(x):
+    if not isinstance(x, Tensor) or is_symbolic(x) or x.dim() != 4 or x.numel() == 0 or is_composed(x):
         return False
     if backends.leaves_to_pytorch(x):
         # Only CPUs were measured, of the devices without kernels.

@@ -24,12 +24,8 @@ def gelu_backward(grad: Tensor, z: Tensor, approximate: str) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or a transform of torch.func sees what is called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
+    """Whether a compiler or a transform of torch.func sees what is called."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_transformed() -> bool:
@@ -44,7 +40,4 @@ def is_batched(grad: Tensor) -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward may come, for which an operation has to keep something."""
-    # A tracer that has recorded a graph with gradients runs it again without, and refuses other constants.
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

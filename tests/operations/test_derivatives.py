@@ -1,11 +1,9 @@
 """Every way of differentiating beyond the first derivative gives what the definition's operations give."""
 
-import functools
-
 import pytest
 import torch
 from cases import NORMED, draw_leaves
-from torch import func
+from torch import autograd, func
 from torch.autograd import forward_ad
 
 import fastconv
@@ -57,7 +55,7 @@ def grad_penalty(f, tensors, order=2):
     value = f(*leaves)
     for left in reversed(range(order)):
         loss = value.square().sum() if isinstance(value, torch.Tensor) else sum(x.square().sum() for x in value)
-        value = torch.autograd.grad(loss, leaves, create_graph=left > 0, materialize_grads=True)
+        value = autograd.grad(loss, leaves, create_graph=left > 0, materialize_grads=True)
     return value
 
 
@@ -65,15 +63,15 @@ def batched_gradients(f, tensors):
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = f(*leaves)
     grads = torch.linspace(-1, 1, 2 * y.numel(), dtype=y.dtype).view(2, *y.shape)
-    return torch.autograd.grad(y, leaves, grads, is_grads_batched=True)
+    return autograd.grad(y, leaves, grads, is_grads_batched=True)
 
 
 def batched_and_recorded(f, tensors):
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = f(*leaves)
     grads = torch.linspace(-1, 1, 2 * y.numel(), dtype=y.dtype).view(2, *y.shape)
-    found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, create_graph=True)
-    return torch.autograd.grad(sum(x.square().sum() for x in found), leaves, materialize_grads=True)
+    found = autograd.grad(y, leaves, grads, is_grads_batched=True, create_graph=True)
+    return autograd.grad(sum(x.square().sum() for x in found), leaves, materialize_grads=True)
 
 
 def forward_mode(f, tensors):
@@ -103,8 +101,8 @@ WAYS = {
     "penalty": grad_penalty,
     "is_grads_batched": batched_gradients,
     "is_grads_batched, recorded": batched_and_recorded,
-    "autograd.functional.jacobian": lambda f, t: torch.autograd.functional.jacobian(a_few(f), tuple(t), vectorize=True),
-    "autograd.functional.hessian": lambda f, t: torch.autograd.functional.hessian(
+    "vectorized jacobian": lambda f, t: autograd.functional.jacobian(a_few(f), tuple(t), vectorize=True),
+    "vectorized hessian": lambda f, t: autograd.functional.hessian(
         lambda x: scalar(f)(x, *t[1:]), t[0], vectorize=True
     ),
     "forward mode": forward_mode,
@@ -160,4 +158,4 @@ def test_gradients_of_gradients(operation, sizes, nothing_small):
     leaves = {key: x.requires_grad_() for key, x in draw_some(operation, SIZES[sizes]).items()}
     function = of_tensors(operation, leaves, functional)
     with fastconv.backend("portable"):
-        assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
+        assert autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
