@@ -189,7 +189,8 @@ class DifferentiableOperator(Operator[Inputs]):
             if asks_for_more(grad):
                 return composed_gradients(composed, arguments, ctx.needs_input_grad, grad)
             # As `dispatch` does with maps.
-            grad = grad.resolve_neg()
+            if grad.is_neg():
+                grad = grad.resolve_neg()
             key = getattr(ctx, "key", None)
             before = Forward(self._inputs(*arguments), tuple(kept), ctx.needs_input_grad, key)
             return tuple(map(gradients(before, grad).get, names))

@@ -243,3 +243,13 @@ def backward_pre_hook(model, x):
 def block_hook(model, x):
     block_of(model).register_forward_hook(lambda part, args, y: y.view(len(y), -1).mul(2).view(y.shape))
     return trained(model, x)
+
+
+@feature("a forward that is patched for all convolutions")
+def patched(model, x):
+    forward = nn.Conv2d.forward
+    nn.Conv2d.forward = lambda conv, maps: 2 * forward(conv, maps)
+    try:
+        return trained(model, x)
+    finally:
+        nn.Conv2d.forward = forward
