@@ -1,7 +1,8 @@
 """The fused operations as nn.Modules, with the lecture's arguments, defaults and state_dict keys.
 
 They compute from the parameters of their parts only while these are plain convolutions of the kind that is fused;
-a part that was replaced, wrapped, hooked or set otherwise is called, as in the lecture's modules.
+a part that was replaced, wrapped, hooked or set otherwise is called, as in the lecture's modules. So is each part
+where torch.fx or torch.jit.trace records a graph, which is then that of the lecture's modules.
 """
 
 from __future__ import annotations
@@ -10,14 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn import functional as F
 
 from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
+from fastconv.operations.watchers import is_symbolic
 from fastconv.plain import is_plain
 
 
-class DepthwiseConvLayerNorm(nn.Conv2d):
+class Scriptable(nn.Module):
+    """Mixed into a module before its base: TorchScript, which cannot read our forward, compiles its graph."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        program = symbolic_trace(self)
+        for node in program.graph.nodes:
+            # Annotations are strings, which are no types of TorchScript's.
+            node.type = None
+        program.recompile()
+        return program
+
+
+class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
     """`nn.Conv2d(C, C * M, kernel_size, padding="same", groups=C)`, then layer norm, as one operation.
 
     Its parameters are those of `nn.Conv2d`, with the same initial values, and `norm_weight` and `norm_bias`,
@@ -67,7 +82,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if _is_set_depthwise(self, weight, x):
+        if not is_symbolic(x) and _is_set_depthwise(self, weight, x):
             return functional.depthwise_conv_layer_norm(x, weight, bias, **_norm_of(self))
         return functional.layer_norm(self._conv_forward(x, weight, bias), **_norm_of(self))
 
@@ -75,7 +90,7 @@ class DepthwiseConvLayerNorm(nn.Conv2d):
         return f"{super().extra_repr()}, norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
-class PointwiseConvGELU(nn.Conv2d):
+class PointwiseConvGELU(Scriptable, nn.Conv2d):
     """`nn.Conv2d(I, O, 1)`, then GELU, as one operation, with the parameters of `nn.Conv2d`.
 
     Args:
@@ -114,7 +129,7 @@ class PointwiseConvGELU(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if _is_set_pointwise(self, weight):
+        if not is_symbolic(x) and _is_set_pointwise(self, weight):
             return functional.pointwise_conv_gelu(x, weight, bias, approximate=self.approximate)
         return F.gelu(self._conv_forward(x, weight, bias), approximate=self.approximate)
 
@@ -122,7 +137,7 @@ class PointwiseConvGELU(nn.Conv2d):
         return f"{super().extra_repr()}, approximate={self.approximate}"
 
 
-class ConvNextBlock(nn.Module):
+class ConvNextBlock(Scriptable):
     """The lecture's block as one operation: depthwise, layer norm, pointwise, GELU, pointwise, residual.
 
     With the defaults it computes what `fastconv.reference.ConvNextBlock` does, with the same parts and state_dict.
@@ -163,7 +178,7 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
-        if all(map(_is_convolution, (conv1, conv2, conv3))):
+        if not is_symbolic(inputs) and all(map(_is_convolution, (conv1, conv2, conv3))):
             parameters = *_parameters(conv1), *_parameters(conv2), *_parameters(conv3)
             depthwise, _, pointwise, _, projection, _ = parameters
             if (
@@ -187,7 +202,7 @@ class ConvNextBlock(nn.Module):
         return f"norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
-class Classifier(nn.Module):
+class Classifier(Scriptable):
     """The lecture's classifier of fused blocks; the defaults give its 235,434 parameters.
 
     It computes what `fastconv.reference.Classifier` does, with the same state_dict.
@@ -245,7 +260,7 @@ def classify(model: Any, x: Tensor, norm: str) -> Tensor:
 
 
 def _patch_conv(conv: Any, x: Tensor) -> Tensor:
-    if _is_convolution(conv):
+    if not is_symbolic(x) and _is_convolution(conv):
         weight, bias = _parameters(conv)
         if _settings(conv) == (weight.shape[2:], (0, 0), 1, *_DEFAULTS):
             return functional.patch_conv(x, weight, bias)

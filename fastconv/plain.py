@@ -8,16 +8,21 @@ from torch import Tensor, nn
 # Quantized and distributed weights have types of their own, and few operations.
 _PARAMETERS = frozenset((nn.Parameter, Tensor, type(None)))
 
+# As they were when fastconv was imported: a library may replace that of a whole class.
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU)}
+
 
 def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a submodule would run the forward of `kind` on plain parameters, and nothing else.
 
     It does not for another class (a subclass, an adapter, a parametrized or sharded module), a forward that was
-    replaced on the instance (as for offloaded weights), and hooks (pruning, weight_norm), those of all modules
-    included. Called for each part at each forward, it takes about a microsecond.
+    replaced on the instance (as for offloaded weights) or in the class, and hooks (pruning, weight_norm), those of
+    all modules included. Called for each part at each forward, it takes about a microsecond.
     """
     # Attributes, and not the instance's dict, of which Dynamo would not notice a change.
     if type(part) is not kind or getattr(part.forward, "__func__", None) is not kind.forward:
+        return False
+    if kind.forward is not _FORWARDS.get(kind, kind.forward):
         return False
     if "_conv_forward" in part.__dict__:
         return False

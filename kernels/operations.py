@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconv.operations import reference
+
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
 from .common.rules import gelu, needs_grad
-from .common.values import Convolution, Norm
+from .common.values import Convolution, Norm, tensors_in
 from .layer_norm import operator as layer_norm_operator
 from .pointwise import operator as pointwise_operator
 from .stencil import operators as stencil_operators
@@ -62,10 +64,11 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
         norm = norm.contiguous()
         return channel_norm_operators.channel_layer_norm(x, norm.weight, norm.bias, norm.eps)
     if form == "pytorch":
-        y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)
-        y = y.permute(0, 3, 1, 2)
+        y = reference.layer_norm(x, norm=norm.over, eps=norm.eps, norm_weight=norm.weight, norm_bias=norm.bias)
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-    return norm.affine(layer_norm_operator.layer_norm(x, norm.over, norm.eps))
+    # Where the parameters are wider, what they scale and shift is not rounded before.
+    wide = x.to(next(iter(tensors_in(norm)), x).dtype)
+    return norm.affine(layer_norm_operator.layer_norm(wide, norm.over, norm.eps)).to(x.dtype)
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:

@@ -1,13 +1,15 @@
-"""The README's tables and pictures of speed, from committed results.
+"""The README's tables and pictures of speed, from committed results, and the table of features, from tests.
 
     python -m bench.tools.readme
 
-rewrites what stands between pairs of marks: headline and picture at the top, the tables and pictures of a CPU and
-of a GPU, and the tables of whole trainings.
+rewrites what stands between pairs of marks: headline and picture at the top, the features that work, the tables and
+pictures of a CPU and of a GPU, and the tables of whole trainings.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from ..workloads import TrainingStep
 README = Path(__file__).resolve().parents[2] / "README.md"
 MACHINES = ("CPU", "GPU")
 BEGINS = {
-    name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n" for name in ("top", *MACHINES, "training")
+    name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n"
+    for name in ("top", "features", *MACHINES, "training")
 }
 END = "<!-- end -->\n"
 # The picture at the top: whose, and which.
@@ -63,6 +66,8 @@ def section(name: str) -> str:
     if name == "top":
         headlines = [trainings.headline(about, rows) for about, rows in committed_trainings()]
         return "\n\n".join([*headlines, picture(*TOP)]) + "\n"
+    if name == "features":
+        return features() + "\n"
     if name == "training":
         found = [(tables.machine(about), trainings.table(rows)) for about, rows in committed_trainings()]
         return "\n\n".join(f"{machine}:\n\n{table}" for machine, table in found) + "\n"
@@ -72,6 +77,15 @@ def section(name: str) -> str:
     chosen = [row for row in shown(rows) if row["dtype"] == rows[0]["dtype"]]
     pictures = [picture(name, suffix) for suffix in plots.PICTURES if (name, suffix) != TOP]
     return "\n\n".join([f"{tables.machine(about)}:", tables.speedups(chosen), *pictures]) + "\n"
+
+
+def features() -> str:
+    """The table of the features that tests/drop_in/ tries, which are no part of any package."""
+    tests = str(README.parent / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    table: str = importlib.import_module("drop_in.features").table()
+    return table
 
 
 def rewritten(text: str) -> str:

@@ -8,13 +8,21 @@ contiguous ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import check_differentiated_once, gelu, gelu_backward
+from fastconv.kernels.common.composition import (
+    asks_for_more,
+    composed_gradients,
+    save,
+    saved,
+    without_autocast,
+)
+from fastconv.kernels.common.rules import gelu, gelu_backward, is_batched, is_transformed
+from fastconv.operations import reference
 from fastconv.operations.columns import (
     convolve,
     convolve_backward,
@@ -36,17 +44,26 @@ from fastconv.operations.normalisation import (
 )
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward of columns, without a derivative of its own, as one of memory order."""
+def with_definition(definition: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes of a backward of columns, inputs and kept tensors one of memory order.
 
-    def call(ctx: Any, grad: Tensor) -> Any:
-        check_differentiated_once()
-        # A backward may run where autocast is on, which would round what it multiplies.
-        kind = grad.device.type
-        with torch.no_grad(), nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-            return backward(ctx, from_memory_order(grad, ctx.geometry))
+    It computes first derivatives; where more is asked, the operations of the definition do.
 
-    return call
+    Args:
+        definition: takes and returns what the function does.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(ctx: Any, grad: Tensor) -> Any:
+            inputs, kept = saved(ctx)
+            if asks_for_more(grad):
+                return composed_gradients(definition, inputs, ctx.needs_input_grad, grad)
+            with torch.no_grad(), without_autocast(grad):
+                return backward(ctx, from_memory_order(grad, ctx.geometry), inputs, *kept)
+
+        return call
+
+    return decorate
 
 
 class OwnStrides(torch.autograd.Function):
@@ -62,7 +79,18 @@ class OwnStrides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if is_transformed() or is_batched(grad):
+            return grad
         return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _composed_layer_norm(x: Tensor, norm: str, eps: float, batch_last: bool) -> Tensor:
+    return _memory_order_of(reference.layer_norm(x, norm=norm, eps=eps), batch_last)
+
+
+def _memory_order_of(maps: Tensor, batch_last: bool) -> Tensor:
+    geometry = geometry_of(maps, batch_last)
+    return in_memory_order(to_columns(maps, geometry), geometry)
 
 
 class LayerNorm(torch.autograd.Function):
@@ -79,15 +107,18 @@ class LayerNorm(torch.autograd.Function):
         h = less_median(to_columns(x, geometry), dims)
         scale = centre(h, None, dims, eps, geometry)
         ctx.geometry, ctx.dims = geometry, dims
-        ctx.save_for_backward(h, scale)
+        save(ctx, (x, norm, eps, batch_last), (h, scale))
         return normalised(h, scale, geometry)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, scale = ctx.saved_tensors
+    @with_definition(_composed_layer_norm)
+    def backward(ctx: Any, grad: Tensor, inputs: Any, h: Tensor, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = normalise_backward(grad, h, scale, ctx.dims)
         return from_columns(grad_x, ctx.geometry), None, None, None
+
+
+def _composed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -107,21 +138,27 @@ class DepthwiseConv(torch.autograd.Function):
             h.add_(bias[:, None, None])
         ctx.geometry = geometry
         # Not the matrix, which may be larger than the maps.
-        ctx.save_for_backward(columns, weight)
+        save(ctx, (x, weight, bias), (columns,))
         # [K, P, N] -> [P, N, K], which PyTorch copies by tiles, -> [N, P, K], which it copies by rows.
         by_pixel = h.flatten(1).t().contiguous().unflatten(0, h.shape[1:])
         return by_pixel.transpose(0, 1).contiguous().unflatten(1, x.shape[2:])
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        columns, weight = ctx.saved_tensors
+    @with_definition(_composed_convolution)
+    def backward(ctx: Any, grad: Tensor, inputs: Any, columns: Tensor) -> tuple[Tensor | None, ...]:
+        _, weight, _ = inputs
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         matrix = toeplitz_matrix(weight, columns.shape[0], ctx.geometry)
         grad = to_columns(grad.permute(0, 3, 1, 2), ctx.geometry)
         grad_bias = grad.sum((1, 2)) if needs_bias else None
         grad_x, grad_weight = convolve_backward(grad, columns, weight, matrix, ctx.geometry, needs_x, needs_weight)
         return None if grad_x is None else from_columns(grad_x, ctx.geometry), grad_weight, grad_bias
+
+
+def _composed_convolution_and_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float, batch_last: bool
+) -> Tensor:
+    return _memory_order_of(reference.depthwise_conv_layer_norm(x, weight, bias, norm=norm, eps=eps), batch_last)
 
 
 class DepthwiseConvLayerNorm(torch.autograd.Function):
@@ -141,13 +178,15 @@ class DepthwiseConvLayerNorm(torch.autograd.Function):
         h, matrix = convolve(columns, weight, geometry)
         scale = centre(h, bias, dims, eps, geometry)
         ctx.geometry, ctx.dims = geometry, dims
-        ctx.save_for_backward(columns, weight, matrix, h, scale)
+        save(ctx, (x, weight, bias, norm, eps, batch_last), (columns, matrix, h, scale))
         return normalised(h, scale, geometry)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        columns, weight, matrix, h, scale = ctx.saved_tensors
+    @with_definition(_composed_convolution_and_norm)
+    def backward(
+        ctx: Any, grad: Tensor, inputs: Any, columns: Tensor, matrix: Tensor | None, h: Tensor, scale: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight = inputs[1]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         geometry = ctx.geometry
         grad_h = normalise_backward(grad, h, scale, ctx.dims)
@@ -155,6 +194,25 @@ class DepthwiseConvLayerNorm(torch.autograd.Function):
         grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
         grad_x = None if grad_x is None else from_columns(grad_x, geometry)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _composed_block(
+    x: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise: Tensor,
+    pointwise_bias: Tensor | None,
+    projection: Tensor,
+    projection_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    approximate: str,
+    batch_last: bool,
+) -> Tensor:
+    parameters = depthwise, depthwise_bias, pointwise[..., None, None], pointwise_bias
+    parameters = *parameters, projection[..., None, None], projection_bias
+    y = reference.convnext_block(x, *parameters, norm=norm, eps=eps, approximate=approximate)
+    return _memory_order_of(y, batch_last)
 
 
 class ConvNextBlock(torch.autograd.Function):
@@ -185,17 +243,25 @@ class ConvNextBlock(torch.autograd.Function):
         activation = gelu(scale_and_shift(product, scale, pointwise_bias), approximate)
         branch = mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
-        ctx.save_for_backward(
-            columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection
-        )
+        parameters = depthwise, depthwise_bias, pointwise, pointwise_bias, projection, projection_bias
+        inputs = x, *parameters, norm, eps, approximate, batch_last
+        save(ctx, inputs, (columns, matrix, h, scale, product, activation))
         return in_memory_order(residual, geometry) + in_memory_order(branch, geometry)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        columns, depthwise, matrix, h, scale, pointwise, pointwise_bias, product, activation, projection = (
-            ctx.saved_tensors
-        )
+    @with_definition(_composed_block)
+    def backward(
+        ctx: Any,
+        grad: Tensor,
+        inputs: Any,
+        columns: Tensor,
+        matrix: Tensor | None,
+        h: Tensor,
+        scale: Tensor,
+        product: Tensor,
+        activation: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        _, depthwise, _, pointwise, pointwise_bias, projection, *_ = inputs
         needs_x, needs_depthwise, needs_depthwise_bias = ctx.needs_input_grad[:3]
         needs_pointwise, needs_pointwise_bias, needs_projection, needs_projection_bias = ctx.needs_input_grad[3:7]
         geometry, dims = ctx.geometry, ctx.dims

@@ -60,9 +60,6 @@ def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         BackendUnavailable: FASTCONV_NATIVE is neither 0 nor 1.
     """
     if backend == "native":
-        # The program may be for any batch, and run on a machine without a compiler.
-        if torch.compiler.is_exporting() and current() == "auto":
-            return "its kernels are exported only if it is forced"
         return _native_refuses(device.type, dtype)
     if backend != "triton":
         return None

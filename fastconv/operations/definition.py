@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastconv.kernels.common.values import Convolution, Value
+from fastconv.kernels.common.values import Value
 from fastconv.operations import reference
 
 # The names of each operation's arguments.
@@ -32,13 +32,6 @@ def arguments(operation: str, x: Tensor, *values: Value) -> dict[str, Any]:
 
 
 def call(operation: str, x: Tensor, *values: Value) -> Tensor:
-    """The result of an operation as `reference` defines it, computed in the dtype of its weights."""
-    first = values[0]
-    dtype = first.weight.dtype if isinstance(first, Convolution) else x.dtype
-    given = arguments(operation, x, *values)
-    for name in ("norm_weight", "norm_bias"):
-        # Under autocast they are wider, which PyTorch takes on a CPU only.
-        if given.get(name) is not None:
-            given[name] = given[name].to(dtype)
-    result: Tensor = getattr(reference, operation)(**given)
+    """The result of an operation as `reference` defines it."""
+    result: Tensor = getattr(reference, operation)(**arguments(operation, x, *values))
     return result

@@ -12,6 +12,7 @@ from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, Value
 from fastconv.operations import backends, definition, fallback, selftest, setting
 from fastconv.operations.selftest import Subject
+from fastconv.operations.watchers import is_composed
 
 _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
 
@@ -34,9 +35,14 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     dtype = first.weight.dtype if isinstance(first, Convolution) else maps
     large = operation in _CONVOLVING and decisions.is_large(x)
     subject = operation, norm, large, maps, dtype, approximate
+    if is_composed(x, *values):
+        return definition.call(operation, x, *values)
     if torch.compiler.is_compiling():
         return _call(_backend_for_graph(subject, x.device), operation, x, values)
     forced = setting.current()
+    # Kernels read memory as it is; in that of the imaginary part of a conjugate the sign is the other.
+    if x.is_neg():
+        x = x.resolve_neg()
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     try:
@@ -74,11 +80,9 @@ def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, 
 
 def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
+    from fastconv.operations import tracing
+
     operation, _, _, maps, dtype, _ = subject
     name = backends.select(operation, device, maps, dtype)
-    if name in backends.TESTED and backends.current() == "auto":
-        from fastconv.operations import tracing
-
-        if not tracing.trusts(name, device, *subject):
-            return "portable"
-    return name
+    tested = name in backends.TESTED and backends.current() == "auto"
+    return "portable" if tested and not tracing.trusts(name, device, *subject) else name

@@ -1,20 +1,43 @@
 """The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
-Each is defined by the function of the same name in `fastconv.reference`. They can be differentiated once, in
-reverse; for second derivatives, forward mode, `torch.func` and `vmap` use `fastconv.backend("reference")`.
+Each is defined by the function of the same name in `fastconv.reference`. Fused kernels compute with plain
+tensors, eagerly and under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own
+operations, as the definition says: in the backward second derivatives and batches of gradients; and from the start
+forward mode, `torch.func`, tracers and, unless a backend is forced, exporters, modes and subclasses of tensors.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
+from fastconv.kernels.common.rules import accumulator
 from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
 from fastconv.kernels.common.values import NORMS as NORMS
 from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
-from fastconv.operations import backends, dispatch
+from fastconv.operations import backends, dispatch, reference
+from fastconv.operations.watchers import is_symbolic
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
+def _recorded_by_definition(operation: _Function) -> _Function:
+    """An operation that leaves maps that are symbols to its definition: nothing can be checked of them."""
+
+    @functools.wraps(operation)
+    def call(x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if is_symbolic(x):
+            return getattr(reference, operation.__name__)(x, *args, **kwargs)
+        return operation(x, *args, **kwargs)
+
+    return cast(_Function, call)
+
+
+@_recorded_by_definition
 def depthwise_conv_layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -39,25 +62,27 @@ def depthwise_conv_layer_norm(
         norm: what each mean and variance is computed over: "tensor", everything, batch included; "sample", the
             channels and pixels of one image; "channel", the channels of one pixel.
         eps: added to the variance.
-        norm_weight: (C * M,), multiplies the normalised tensor; None is 1.
-        norm_bias: (C * M,), is added to the product; None is 0.
+        norm_weight: (C * M,), of any floating dtype, multiplies the normalised tensor; None is 1.
+        norm_bias: (C * M,), of any floating dtype, is added to the product; None is 0.
 
     Returns:
         (N, C * M, H, W)
 
     Raises:
-        TypeError: an argument is not a floating point tensor, or dtypes differ outside autocast.
+        TypeError: an argument is not a floating point tensor, or `weight` or `bias` has not the dtype of `x`, and
+            autocast is off.
         ValueError: a shape, a device, `norm` or `eps` is wrong.
         BackendUnavailable: the forced backend cannot run it.
     """
     _, channels, _, _ = _check_maps(x)
-    _check_tensors(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check_tensors(x, weight=weight, bias=bias)
     outputs = _check_depthwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, outputs)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, outputs)
     return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
+@_recorded_by_definition
 def pointwise_conv_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
 ) -> Tensor:
@@ -85,6 +110,7 @@ def pointwise_conv_gelu(
     return _run("pointwise_conv_gelu", x, Convolution(weight, bias), approximate)
 
 
+@_recorded_by_definition
 def convnext_block(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -127,12 +153,10 @@ def convnext_block(
         pointwise_bias=pointwise_bias,
         projection_weight=projection_weight,
         projection_bias=projection_bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
     )
     wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
     _check_vector("depthwise_bias", depthwise_bias, wide)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, wide)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, wide)
     hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
     _check_vector("pointwise_bias", pointwise_bias, hidden)
     outputs = _check_pointwise("projection_weight", projection_weight, hidden)
@@ -156,6 +180,7 @@ def convnext_block(
     )
 
 
+@_recorded_by_definition
 def layer_norm(
     x: Tensor,
     *,
@@ -170,11 +195,11 @@ def layer_norm(
     autocast does so on GPUs, and it keeps the residual stream of the lecture's classifier in float32.
     """
     _, channels, _, _ = _check_maps(x)
-    _check_tensors(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    normed = _checked_norm(norm, eps, norm_weight, norm_bias, channels)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, channels)
     return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
 
 
+@_recorded_by_definition
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution of patches that do not overlap: its stride is the size of its kernel.
 
@@ -255,16 +280,20 @@ def _check_maps(x: Tensor) -> torch.Size:
 
 def _check_tensors(x: Tensor, **tensors: Tensor | None) -> None:
     """Check that all are tensors on the device of `x`, and, except under autocast, have its dtype."""
-    device, dtype = x.device, x.dtype
+    dtype = x.dtype
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {device}; move them to one device")
+        _check_tensor(name, tensor, x)
         if tensor.dtype != dtype and backends.autocast_dtype(x) is None:
             raise TypeError(f"{name} has dtype {tensor.dtype}, x {dtype}; convert one, or use torch.autocast")
+
+
+def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move them to one device")
 
 
 def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
@@ -296,11 +325,22 @@ def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
     return shape[0]
 
 
-def _checked_norm(over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int) -> Norm:
+def _checked_norm(
+    x: Tensor, over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int
+) -> Norm:
+    """The norm, with parameters in the dtype of `x`; or, if one has another, in that in which `x` is summed."""
     check_norm(over, eps)
-    _check_vector("norm_weight", weight, channels)
-    _check_vector("norm_bias", bias, channels)
-    return Norm(over, eps, weight, bias)
+    dtypes = {x.dtype}
+    for name, vector in (("norm_weight", weight), ("norm_bias", bias)):
+        if vector is None:
+            continue
+        _check_tensor(name, vector, x)
+        if not vector.is_floating_point():
+            raise TypeError(f"{name} has dtype {vector.dtype}; expected floating point: convert it with .float()")
+        _check_vector(name, vector, channels)
+        dtypes.add(vector.dtype)
+    norm = Norm(over, eps, weight, bias)
+    return norm if len(dtypes) == 1 else map_tensors(lambda vector: vector.to(accumulator(x)), norm)[0]
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -84,8 +84,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
     if form == "pytorch channels last":
         # Half precision too: where means are large PyTorch's own gradients of it are better than those in float32.
-        y = _norm_pixels(x.permute(0, 2, 3, 1), norm)
-        return restore_format(y.permute(0, 3, 1, 2), x)
+        return restore_format(definition.call("layer_norm", x, norm), x)
     return _layer_norm_of_columns(x, norm, form)
 
 

@@ -6,6 +6,9 @@ public operations, composed of PyTorch's own; `fastconv.functional` documents th
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +21,15 @@ def layer_norm(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
 ) -> Tensor:
+    # A symbolic trace knows no dtypes.
+    if isinstance(x, Tensor):
+        for parameter in (norm_weight, norm_bias):
+            if parameter is not None and parameter.dtype != x.dtype:
+                return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias)
     if norm == "channel":
-        y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
+        # Tracers take the shape of a parameter for a constant.
+        channels = x.shape[1:2] if norm_weight is None else norm_weight.shape
+        y = F.layer_norm(x.permute(0, 2, 3, 1), channels, norm_weight, norm_bias, eps)
         return y.permute(0, 3, 1, 2)
     if norm == "tensor":
         x = F.layer_norm(x, x.shape, eps=eps)
@@ -32,6 +42,16 @@ def layer_norm(
     if norm_bias is not None:
         x = x + norm_bias[:, None, None]
     return x
+
+
+def _mixed_layer_norm(
+    x: Tensor, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> Tensor:
+    """The norm in the widest dtype of maps and parameters, rounded once."""
+    dtypes = [each.dtype for each in (x, norm_weight, norm_bias) if each is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    weight, bias = (None if each is None else each.to(dtype) for each in (norm_weight, norm_bias))
+    return layer_norm(x.to(dtype), norm=norm, eps=eps, norm_weight=weight, norm_bias=bias).to(x.dtype)
 
 
 def depthwise_conv_layer_norm(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastconv.kernels.common import rules
 from fastconv.kernels.common.errors import KernelError
 from fastconv.operations import backends, fallback, selftest
 
@@ -33,3 +34,9 @@ def trusts(backend: str, device: torch.device, *fields: Any) -> bool:
         # Once the graph runs, it cannot fall back.
         fallback.warn_refused(subject.operation, error, device)
         return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """As `rules.is_transformed`: a graph is used only under the transforms under which it was traced."""
+    return rules.is_transformed()

@@ -10,10 +10,10 @@ import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
 from fastconv.operations import backends
+from fastconv.operations.watchers import is_composed, is_symbolic
 from fastconv.swapping.fusion import Fusion
 
 
@@ -64,14 +64,11 @@ def _forward(module: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _can_fuse(module: Swapped, x: Any) -> bool:
-    if torch.jit._trace.is_tracing() or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
-        return False
-    # Our operations do not know vmap and the other transforms of torch.func.
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not isinstance(x, Tensor) or is_symbolic(x) or x.dim() != 4 or x.numel() == 0 or is_composed(x):
         return False
     if backends.leaves_to_pytorch(x):
-        # Only CPUs were measured, of the devices without kernels; and an exported program takes any batch.
-        if x.device.type != "cpu" or torch.compiler.is_exporting():
+        # Only CPUs were measured, of the devices without kernels.
+        if x.device.type != "cpu":
             return False
         if not module.fastconv_fusion.pays(module, x):
             return False

@@ -5,13 +5,14 @@ The backward is `BackwardPlan`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import block_gradient_sizes, flat_pixels, gradient_like, in_dtype, new_like
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
 from ..toeplitz.tiling import ToeplitzTiling
 from .tiling import MlpTiling
@@ -128,26 +129,21 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return new_like(flat_pixels(inputs.x)), parameters
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, h, moments, z = output
-    ctx.save_for_backward(inputs.x, inputs.depthwise_weight, inputs.weight, inputs.projection, h, moments, z)
-    ctx.options = inputs.norm, inputs.eps, inputs.approximate
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
-    grad_x, parameters = convnext_block_backward(inputs, forward=ctx)
-    weight, projection, bias, projection_bias, depthwise_weight, depthwise_bias = torch.split_with_sizes(
-        in_dtype(parameters, inputs.weight.dtype), block_gradient_sizes(inputs)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    x, depthwise_weight, _, weight, _, projection, _, *options = forward.inputs
+    inputs = BackwardInputs(grad, x, depthwise_weight, weight, projection, *forward.kept, *options)
+    grad_x, parameters = convnext_block_backward(inputs, forward)
+    grad_weight, grad_projection, bias, projection_bias, taps, depthwise_bias = torch.split_with_sizes(
+        in_dtype(parameters, weight.dtype), block_gradient_sizes(inputs)
     )
-    _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = ctx.needs_input_grad
+    _, _, needs_depthwise_bias, _, needs_bias, _, needs_projection_bias, *_ = forward.needs
     return {
         "x": grad_x,
-        "depthwise_weight": gradient_like(inputs.depthwise_weight, depthwise_weight),
+        "depthwise_weight": gradient_like(depthwise_weight, taps),
         "depthwise_bias": depthwise_bias if needs_depthwise_bias else None,
-        "weight": gradient_like(inputs.weight, weight),
+        "weight": gradient_like(weight, grad_weight),
         "bias": bias if needs_bias else None,
-        "projection": gradient_like(inputs.projection, projection),
+        "projection": gradient_like(projection, grad_projection),
         "projection_bias": projection_bias if needs_projection_bias else None,
     }
 
@@ -155,4 +151,6 @@ def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
 convnext_block_backward = Operator(
     "fastconv::convnext_block_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
-convnext_block = DifferentiableOperator("fastconv::convnext_block", Inputs, ForwardPlan, _fake, _save, _gradients)
+convnext_block = DifferentiableOperator(
+    "fastconv::convnext_block", Inputs, ForwardPlan, _fake, definitions.convnext_block, _gradients
+)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common.layout import flat_pixels, new_like, parameter_dtypes
-from ..common.registration import DifferentiableOperator, Operator
+from ..common import definitions
+from ..common.layout import flat_pixels, new_like
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
 from .tiling import ChannelNormTiling
 
@@ -77,20 +78,15 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return new_like(x), _parameters_like(x, inputs.needs_parameters)
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs.x, output[1], inputs.weight)
-    ctx.dtypes = parameter_dtypes(inputs.weight, inputs.bias)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    x, statistics, weight = ctx.saved_tensors
-    inputs = BackwardInputs(grad, x, statistics, weight, needs_weight or needs_bias)
-    grad_x, parameters = channel_layer_norm_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    _, needs_weight, needs_bias, _ = forward.needs
+    x, weight, bias, _ = forward.inputs
+    inputs = BackwardInputs(grad, x, *forward.kept, weight, needs_weight or needs_bias)
+    grad_x, parameters = channel_layer_norm_backward(inputs, forward)
     return {
         "x": grad_x,
-        "weight": parameters[0].to(ctx.dtypes[0]) if needs_weight else None,
-        "bias": parameters[1].to(ctx.dtypes[1]) if needs_bias else None,
+        "weight": parameters[0].to(weight.dtype) if needs_weight else None,
+        "bias": parameters[1].to(bias.dtype) if needs_bias else None,
     }
 
 
@@ -98,5 +94,5 @@ channel_layer_norm_backward = Operator(
     "fastconv::channel_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 channel_layer_norm = DifferentiableOperator(
-    "fastconv::channel_norm", Inputs, ForwardPlan, _fake, _save, _gradients
+    "fastconv::channel_norm", Inputs, ForwardPlan, _fake, definitions.channel_norm, _gradients
 )

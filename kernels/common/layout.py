@@ -45,11 +45,6 @@ def block_gradient_sizes(inputs: Any) -> list[int]:
     return [weight.numel(), projection.numel(), *outputs, depthwise_weight.numel(), depthwise_weight.shape[0]]
 
 
-def parameter_dtypes(*parameters: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """Those of the gradients of a norm's parameters, which under autocast are wider than the maps."""
-    return tuple(None if parameter is None else parameter.dtype for parameter in parameters)
-
-
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, which takes microseconds even where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -14,14 +14,15 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from .composition import asks_for_more, composed_gradients, save, saved
 from .errors import KernelError
 from .placement import on_device_of
-from .rules import check_differentiated_once, is_traced
+from .rules import is_traced
 
 # How many plans an operator keeps: one for each batch size, say.
 MOST_PLANS = 512
@@ -66,20 +67,20 @@ class Operator(Generic[Inputs]):
         self._registered.register_fake(flat_fake)
         _OPERATORS.append(self)
 
-    def __call__(self, inputs: Inputs, forward: Any = None) -> Results:
+    def __call__(self, inputs: Inputs, forward: Forward | None = None) -> Results:
         """The results.
 
         Args:
             inputs: the arguments.
-            forward: in a backward, the context of the forward. Its key stands for the layouts of all inputs but
-                the first, the gradient.
+            forward: in a backward, the forward. Its key stands for the layouts of all inputs but the first, the
+                gradient.
 
         Raises:
             KernelError: a kernel cannot run on the GPU.
         """
         if _is_traced(inputs):
             return self._registered(*inputs)
-        key = getattr(forward, "key", None)
+        key = None if forward is None else forward.key
         return self._run_plan((_layout(inputs[0]), key) if key is not None else _key(inputs), inputs)
 
     def _run(self, *arguments: Any) -> Results:
@@ -118,21 +119,39 @@ class Operator(Generic[Inputs]):
         plan(inputs)
 
 
-class DifferentiableOperator(Operator[Inputs]):
-    """A registered operator whose first result can be differentiated, once.
+class Forward(NamedTuple):
+    """What a backward gets of its forward.
 
-    A call takes the arguments one by one, and returns only that result.
+    Args:
+        inputs: the arguments.
+        kept: intermediate results.
+        needs: which of the inputs need a gradient.
+        key: the plan's, if one ran.
+    """
+
+    inputs: Any
+    kept: tuple[Tensor, ...]
+    needs: tuple[bool, ...]
+    key: Key | None
+
+
+class DifferentiableOperator(Operator[Inputs]):
+    """A registered operator whose first result can be differentiated.
+
+    A call takes the arguments one by one, and returns only that result. The kernels compute first derivatives;
+    where more is asked of a backward, the operations of the definition do.
 
     Where a gradient is needed a call compiles the kernels of the backward too, before it launches any: a forward
     whose backward cannot run is of no use.
 
     Args:
         name, inputs, plan, fake: as `Operator`'s.
-        save: keeps what the backward needs; called with the context of torch.autograd.Function, the inputs and the
-            results.
-        gradients: called with that context and the gradient of the first result; returns the gradients of the
+        definition: takes the inputs, and returns the first result as PyTorch's own operations compute it.
+        gradients: called with the forward and the gradient of the first result; returns the gradients of the
             inputs by name. It may leave out inputs without one, and include some that nobody needs, but none of an
             input that is None, which autograd refuses.
+        keep: the intermediate results for the backward, of the inputs and all results; the default is all results
+            but the first.
     """
 
     def __init__(
@@ -141,35 +160,42 @@ class DifferentiableOperator(Operator[Inputs]):
         inputs: Callable[..., Inputs],
         plan: Callable[[Inputs], Plan[Inputs]],
         fake: Callable[[Inputs], Results],
-        save: Callable[[Any, Inputs, Results], None],
-        gradients: Callable[[Any, Tensor], Mapping[str, Tensor | None]],
+        definition: Callable[[Inputs], Tensor],
+        gradients: Callable[[Forward, Tensor], Mapping[str, Tensor | None]],
+        keep: Callable[[Inputs, Results], tuple[Tensor, ...]] = lambda _, results: _others(results),
     ) -> None:
         super().__init__(name, inputs, plan, fake)
         names = tuple(get_type_hints(inputs))
         run_plan = self._run_plan
 
-        def keep(ctx: Any, inputs: Inputs, results: Results) -> None:
-            ctx.set_materialize_grads(False)
-            save(ctx, inputs, results)
-
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Results) -> None:
-            keep(ctx, self._inputs(*inputs), output)
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, keep(self._inputs(*inputs), output))
+
+        def composed(*arguments: Any) -> Tensor:
+            return definition(self._inputs(*arguments))
 
         def forward(ctx: Any, *arguments: Any) -> Tensor:
             needs_grad = ctx.needs_input_grad
             ctx.key = needs_grad, *_key(arguments)
-            inputs = self._inputs(*arguments)
-            results = run_plan(ctx.key, inputs, needs_grad)
-            keep(ctx, inputs, results)
+            results = run_plan(ctx.key, self._inputs(*arguments), needs_grad)
+            setup_context(ctx, arguments, results)
             return _first(results)
 
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             if grad is None:
                 return (None,) * len(names)
-            check_differentiated_once()
-            return tuple(map(gradients(ctx, grad).get, names))
+            arguments, kept = saved(ctx)
+            if asks_for_more(grad):
+                return composed_gradients(composed, arguments, ctx.needs_input_grad, grad)
+            # As `dispatch` does with maps.
+            if grad.is_neg():
+                grad = grad.resolve_neg()
+            key = getattr(ctx, "key", None)
+            before = Forward(self._inputs(*arguments), tuple(kept), ctx.needs_input_grad, key)
+            return tuple(map(gradients(before, grad).get, names))
 
-        self._keep, self._backward = keep, backward
+        self._keep, self._gradients = keep, gradients
         self._registered.register_autograd(backward, setup_context=setup_context)
         # Its name is that of the node in autograd's graph, and in profiles.
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -185,23 +211,8 @@ class DifferentiableOperator(Operator[Inputs]):
     def _rehearse(self, key: Key, plan: Plan[Inputs], inputs: Inputs, needs_grad: tuple[bool, ...]) -> None:
         results = plan(inputs)
         if needs_grad:
-            context = _Context(key, needs_grad)
-            self._keep(context, inputs, results)
-            self._backward(context, torch.empty_like(_first(results)))
-
-
-class _Context:
-    """As much of torch.autograd.Function's context as a forward and a backward use, and the forward's key."""
-
-    def __init__(self, key: Key, needs_input_grad: tuple[bool, ...]) -> None:
-        self.key, self.needs_input_grad = key, needs_input_grad
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
+            before = Forward(inputs, self._keep(inputs, results), needs_grad, key)
+            self._gradients(before, torch.empty_like(_first(results)))
 
 
 def forget_plans() -> None:
@@ -227,6 +238,10 @@ def _flat(fake: Callable[[Inputs], Results], inputs: Callable[..., Inputs]) -> C
 
 def _first(results: Results) -> Tensor:
     return results[0] if isinstance(results, tuple) else results
+
+
+def _others(results: Results) -> tuple[Tensor, ...]:
+    return results[1:] if isinstance(results, tuple) else ()
 
 
 def _without_memory(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -23,33 +24,20 @@ def gelu_backward(grad: Tensor, z: Tensor, approximate: str) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or a transform of torch.func sees what is called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
+    """Whether a compiler or a transform of torch.func sees what is called."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) or forward mode computes more than what is called."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for several, as with `torch.autograd.grad(is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward may come, for which an operation has to keep something."""
-    # A tracer that has recorded a graph with gradients runs it again without, and refuses other constants.
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def check_differentiated_once() -> None:
-    """In a backward: refuse `create_graph=True`, which asks for second derivatives that there are not.
-
-    PyTorch's `once_differentiable` refuses only if the incoming gradient requires grad. That of `y.sum()` does
-    not, and a gradient penalty would silently be constant.
-
-    Raises:
-        RuntimeError: gradients are recorded while the backward runs.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fastconv's operations can be differentiated once, but create_graph=True asks for more; "
-            'use fastconv.backend("reference")'
-        )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import block_gradient_sizes, gradient_like
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.values import APPROXIMATIONS
 from .chunks import (
     Chunks,
@@ -150,27 +151,32 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return gx, x.new_empty(sum(block_gradient_sizes(inputs)))
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, h, product, scale = output
-    x, depthwise_weight, _, weight, bias, projection, *_ = inputs
-    ctx.save_for_backward(x, depthwise_weight, weight, bias, projection, h, product, scale)
-    ctx.options = inputs.norm, inputs.eps, inputs.approximate
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = ctx.needs_input_grad
-    inputs = BackwardInputs(grad, *[*ctx.saved_tensors, *ctx.options, needs_x, needs_weight or needs_shift])
-    gx, parameters = convnext_block_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = forward.needs
+    x, depthwise_weight, _, weight, bias, projection, _, *options, _ = forward.inputs
+    inputs = BackwardInputs(
+        grad,
+        x,
+        depthwise_weight,
+        weight,
+        bias,
+        projection,
+        *forward.kept,
+        *options,
+        needs_x,
+        needs_weight or needs_shift,
+    )
+    gx, parameters = convnext_block_backward(inputs, forward)
     parts = torch.split_with_sizes(parameters, block_gradient_sizes(inputs))
-    weight, projection, bias, offset, taps, shift = parts
+    gw, gprojection, gbias, goffset, taps, shift = parts
     return {
         "x": gx if needs_x else None,
-        "depthwise_weight": gradient_like(inputs.depthwise_weight, taps),
+        "depthwise_weight": gradient_like(depthwise_weight, taps),
         "depthwise_bias": shift if needs_shift else None,
-        "weight": gradient_like(inputs.weight, weight),
-        "bias": bias if needs_bias else None,
-        "projection": gradient_like(inputs.projection, projection),
-        "projection_bias": offset if needs_offset else None,
+        "weight": gradient_like(weight, gw),
+        "bias": gbias if needs_bias else None,
+        "projection": gradient_like(projection, gprojection),
+        "projection_bias": goffset if needs_offset else None,
     }
 
 
@@ -178,5 +184,5 @@ convnext_block_backward = Operator(
     "fastconv::native_convnext_block_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 convnext_block = DifferentiableOperator(
-    "fastconv::native_convnext_block", Inputs, ForwardPlan, _fake, _save, _gradients
+    "fastconv::native_convnext_block", Inputs, ForwardPlan, _fake, definitions.convnext_block, _gradients
 )

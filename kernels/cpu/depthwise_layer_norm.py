@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import gradient_like
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from .chunks import (
     Chunks,
     address,
@@ -116,18 +117,14 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     return gx, x.new_empty(weight.numel() if inputs.needs_weight else 0), x.new_empty(weight.shape[0])
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs.x, inputs.weight, *output[1:])
-    ctx.norm = inputs.norm
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    inputs = BackwardInputs(grad, *[*ctx.saved_tensors, ctx.norm, needs_x, needs_weight])
-    gx, weight, bias = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias, *_ = forward.needs
+    x, weight, _, norm, _ = forward.inputs
+    inputs = BackwardInputs(grad, x, weight, *forward.kept, norm, needs_x, needs_weight)
+    gx, taps, bias = depthwise_conv_layer_norm_backward(inputs, forward)
     return {
         "x": gx if needs_x else None,
-        "weight": gradient_like(inputs.weight, weight) if needs_weight else None,
+        "weight": gradient_like(weight, taps) if needs_weight else None,
         "bias": bias if needs_bias else None,
     }
 
@@ -136,5 +133,10 @@ depthwise_conv_layer_norm_backward = Operator(
     "fastconv::native_depthwise_conv_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 depthwise_conv_layer_norm = DifferentiableOperator(
-    "fastconv::native_depthwise_conv_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients
+    "fastconv::native_depthwise_conv_layer_norm",
+    Inputs,
+    ForwardPlan,
+    _fake,
+    definitions.depthwise_conv_layer_norm,
+    _gradients,
 )

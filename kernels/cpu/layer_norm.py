@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.registration import DifferentiableOperator, Operator
+from ..common import definitions
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from .chunks import SLOT_ELEMENTS, address, call, structure
 
 _Arguments = structure(
@@ -112,15 +113,13 @@ def _fake_backward(inputs: BackwardInputs) -> Tensor:
     return _new_maps(inputs.x, _order(inputs.x))
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs.x, output[1])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    return {"x": layer_norm_backward(BackwardInputs(grad, *ctx.saved_tensors), forward=ctx)}
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    return {"x": layer_norm_backward(BackwardInputs(grad, forward.inputs.x, *forward.kept), forward)}
 
 
 layer_norm_backward = Operator(
     "fastconv::native_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
-layer_norm = DifferentiableOperator("fastconv::native_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients)
+layer_norm = DifferentiableOperator(
+    "fastconv::native_layer_norm", Inputs, ForwardPlan, _fake, definitions.layer_norm, _gradients
+)

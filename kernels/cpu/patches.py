@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import gradient_like
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from .chunks import address, batch_last, call, new_batch_last, structure
 
 _Arguments = structure(
@@ -141,22 +142,23 @@ def _new_gradients(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return gx, x.new_empty(sum(_sizes(inputs.weight)) if inputs.needs_parameters else 0)
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, z, copy = output
-    ctx.save_for_backward(copy if copy.numel() > 0 else inputs.x, inputs.weight, z)
-    ctx.options = inputs.activation, inputs.batch_last
+def _keep(inputs: Inputs, results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    _, z, copy = results
+    return copy if copy.numel() > 0 else inputs.x, z
 
 
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    needs = needs_x, needs_weight or needs_bias
-    inputs = BackwardInputs(grad, *needs, *ctx.saved_tensors, *ctx.options)
-    gx, parameters = patch_conv_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias, *_ = forward.needs
+    _, weight, _, activation, batch_last, _ = forward.inputs
+    x, z = forward.kept
+    needs_parameters = needs_weight or needs_bias
+    inputs = BackwardInputs(grad, needs_x, needs_parameters, x, weight, z, activation, batch_last)
+    gx, parameters = patch_conv_backward(inputs, forward)
     gradients: dict[str, Tensor | None] = {"x": gx if needs_x else None}
-    if inputs.needs_parameters:
-        weight, bias = torch.split_with_sizes(parameters, _sizes(inputs.weight))
-        gradients["weight"] = gradient_like(inputs.weight, weight)
-        gradients["bias"] = bias if needs_bias else None
+    if needs_parameters:
+        gw, gbias = torch.split_with_sizes(parameters, _sizes(weight))
+        gradients["weight"] = gradient_like(weight, gw)
+        gradients["bias"] = gbias if needs_bias else None
     return gradients
 
 
@@ -164,5 +166,11 @@ patch_conv_backward = Operator(
     "fastconv::native_patch_conv_backward", BackwardInputs, lambda _: _backward, _new_gradients
 )
 patch_conv = DifferentiableOperator(
-    "fastconv::native_patch_conv", Inputs, lambda _: _forward, _new_results, _save, _gradients
+    "fastconv::native_patch_conv",
+    Inputs,
+    lambda _: _forward,
+    _new_results,
+    definitions.patch_conv,
+    _gradients,
+    _keep,
 )

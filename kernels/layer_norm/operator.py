@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import flat_pixels, new_like, strides
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from .tiling import LayerNormTiling
 
 
@@ -75,15 +76,12 @@ def _fake_backward(inputs: BackwardInputs) -> Tensor:
     return new_like(flat_pixels(inputs.x))
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs.x, output[1])
-    ctx.options = inputs.norm, inputs.eps
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
-    return {"x": layer_norm_backward(inputs, forward=ctx)}
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor]:
+    x, *options = forward.inputs
+    return {"x": layer_norm_backward(BackwardInputs(grad, x, *forward.kept, *options), forward)}
 
 
 layer_norm_backward = Operator("fastconv::layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward)
-layer_norm = DifferentiableOperator("fastconv::layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients)
+layer_norm = DifferentiableOperator(
+    "fastconv::layer_norm", Inputs, ForwardPlan, _fake, definitions.layer_norm, _gradients
+)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like, new_maps
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
 from .tiling import PointwiseTiling
 
@@ -91,15 +92,11 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return _gradients_like(x, inputs.weight, inputs.needs_x, inputs.needs_parameters)
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], inputs.x, inputs.weight)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    slope, x, weight = ctx.saved_tensors
-    inputs = BackwardInputs(grad, slope, x, weight, needs_x, needs_weight or needs_bias)
-    grad_x, parameters = pointwise_conv_gelu_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias, *_ = forward.needs
+    x, weight, *_ = forward.inputs
+    inputs = BackwardInputs(grad, *forward.kept, x, weight, needs_x, needs_weight or needs_bias)
+    grad_x, parameters = pointwise_conv_gelu_backward(inputs, forward)
     matrix, bias = in_dtype(parameters, weight.dtype).tensor_split([weight.numel()])
     return {
         "x": grad_x,
@@ -112,5 +109,5 @@ pointwise_conv_gelu_backward = Operator(
     "fastconv::pointwise_conv_gelu_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 pointwise_conv_gelu = DifferentiableOperator(
-    "fastconv::pointwise_conv_gelu", Inputs, ForwardPlan, _fake, _save, _gradients
+    "fastconv::pointwise_conv_gelu", Inputs, ForwardPlan, _fake, definitions.pointwise_conv_gelu, _gradients
 )

@@ -5,14 +5,15 @@ The backward of the convolution is `BackwardPlan`, that of both `NormBackwardPla
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..channel_norm.tiling import ChannelNormTiling
-from ..common.layout import flat_pixels, gradient_like, new_maps, parameter_dtypes
-from ..common.registration import DifferentiableOperator, Operator
+from ..common import definitions
+from ..common.layout import flat_pixels, gradient_like, new_maps
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
 from .layout import channels_side_by_side, in_format_of, new_channels_last, taps_first
 from .tiling import StencilTiling
@@ -92,15 +93,11 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return _gradients_like(inputs.x, inputs.weight, inputs.needs_x, inputs.needs_parameters)
 
 
-def _save(ctx: Any, inputs: Inputs, output: Tensor) -> None:
-    ctx.save_for_backward(inputs.x, inputs.weight)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    x, weight = ctx.saved_tensors
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias = forward.needs
+    x, weight, _ = forward.inputs
     inputs = BackwardInputs(grad, x, weight, needs_x, needs_weight or needs_bias)
-    grad_x, parameters = depthwise_conv_backward(inputs, forward=ctx)
+    grad_x, parameters = depthwise_conv_backward(inputs, forward)
     return {"x": grad_x, **_taps_and_bias(parameters, weight, needs_weight, needs_bias)}
 
 
@@ -119,7 +116,9 @@ def _taps_and_bias(
 depthwise_conv_backward = Operator(
     "fastconv::depthwise_conv_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
-depthwise_conv = DifferentiableOperator("fastconv::depthwise_conv", Inputs, ForwardPlan, _fake, _save, _gradients)
+depthwise_conv = DifferentiableOperator(
+    "fastconv::depthwise_conv", Inputs, ForwardPlan, _fake, definitions.depthwise_conv, _gradients
+)
 
 
 class NormInputs(NamedTuple):
@@ -238,33 +237,30 @@ def _fake_norm_backward(inputs: NormBackwardInputs) -> tuple[Tensor, Tensor, Ten
     return *gradients, _norm_gradients_like(inputs.x, inputs.weight, inputs.needs_norm)
 
 
-def _save_norm(ctx: Any, inputs: NormInputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    y, normalised, scale = output
-    kept = normalised if inputs.affine else y
-    ctx.save_for_backward(inputs.x, inputs.weight, inputs.norm_weight, kept, scale)
-    ctx.norm_dtypes = parameter_dtypes(inputs.norm_weight, inputs.norm_bias)
+def _keep(inputs: NormInputs, results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    y, normalised, scale = results
+    return normalised if inputs.affine else y, scale
 
 
-def _norm_gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, *_ = ctx.needs_input_grad
-    x, weight, norm_weight, normalised, scale = ctx.saved_tensors
+def _norm_gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, *_ = forward.needs
+    x, weight, _, norm_weight, norm_bias, *_ = forward.inputs
     inputs = NormBackwardInputs(
         grad,
         x,
         weight,
         norm_weight,
-        normalised,
-        scale,
+        *forward.kept,
         needs_x,
         needs_weight or needs_bias,
         needs_norm_weight or needs_norm_bias,
     )
-    grad_x, parameters, norm = depthwise_conv_channel_norm_backward(inputs, forward=ctx)
+    grad_x, parameters, norm = depthwise_conv_channel_norm_backward(inputs, forward)
     return {
         "x": grad_x,
         **_taps_and_bias(parameters, weight, needs_weight, needs_bias),
-        "norm_weight": norm[0].to(ctx.norm_dtypes[0]) if needs_norm_weight else None,
-        "norm_bias": norm[1].to(ctx.norm_dtypes[1]) if needs_norm_bias else None,
+        "norm_weight": norm[0].to(norm_weight.dtype) if needs_norm_weight else None,
+        "norm_bias": norm[1].to(norm_bias.dtype) if needs_norm_bias else None,
     }
 
 
@@ -272,5 +268,11 @@ depthwise_conv_channel_norm_backward = Operator(
     "fastconv::depthwise_conv_channel_norm_backward", NormBackwardInputs, NormBackwardPlan, _fake_norm_backward
 )
 depthwise_conv_channel_norm = DifferentiableOperator(
-    "fastconv::depthwise_conv_channel_norm", NormInputs, NormForwardPlan, _fake_norm, _save_norm, _norm_gradients
+    "fastconv::depthwise_conv_channel_norm",
+    NormInputs,
+    NormForwardPlan,
+    _fake_norm,
+    definitions.depthwise_conv_channel_norm,
+    _norm_gradients,
+    _keep,
 )

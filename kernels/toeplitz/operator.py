@@ -5,13 +5,14 @@ The backward is `BackwardPlan`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common import definitions
 from ..common.layout import flat_pixels, gradient_like, in_dtype, new_like, new_maps, strides
-from ..common.registration import DifferentiableOperator, Operator
+from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..layer_norm.tiling import LayerNormTiling
 from .tiling import ToeplitzTiling
 
@@ -108,18 +109,12 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
     return new_like(flat_pixels(inputs.x)), parameters
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, h, moments = output
-    ctx.save_for_backward(inputs.x, inputs.weight, h, moments)
-    ctx.options = inputs.norm, inputs.eps
-
-
-def _gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    inputs = BackwardInputs(grad, *ctx.saved_tensors, *ctx.options)
-    weight = inputs.weight
-    grad_x, parameters = depthwise_conv_layer_norm_backward(inputs, forward=ctx)
+def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
+    x, weight, _, *options = forward.inputs
+    inputs = BackwardInputs(grad, x, weight, *forward.kept, *options)
+    grad_x, parameters = depthwise_conv_layer_norm_backward(inputs, forward)
     taps, bias = torch.split_with_sizes(in_dtype(parameters, weight.dtype), _gradient_sizes(weight))
-    needs_bias = ctx.needs_input_grad[2]
+    _, _, needs_bias, *_ = forward.needs
     return {"x": grad_x, "weight": gradient_like(weight, taps), "bias": bias if needs_bias else None}
 
 
@@ -127,5 +122,10 @@ depthwise_conv_layer_norm_backward = Operator(
     "fastconv::depthwise_conv_layer_norm_backward", BackwardInputs, BackwardPlan, _fake_backward
 )
 depthwise_conv_layer_norm = DifferentiableOperator(
-    "fastconv::depthwise_conv_layer_norm", Inputs, ForwardPlan, _fake, _save, _gradients
+    "fastconv::depthwise_conv_layer_norm",
+    Inputs,
+    ForwardPlan,
+    _fake,
+    definitions.depthwise_conv_layer_norm,
+    _gradients,
 )

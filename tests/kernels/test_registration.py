@@ -42,16 +42,17 @@ def fake(inputs: Inputs) -> torch.Tensor:
     return torch.empty_like(inputs.x)
 
 
-def save(ctx, inputs, output):
-    ctx.factor = inputs.factor
+def definition(inputs):
+    return inputs.x * inputs.factor
 
 
-def gradients(ctx, grad):
-    return {"x": scaled_backward(Inputs(grad, 13.0 if ctx.factor == 7 else ctx.factor), forward=ctx)}
+def gradients(forward, grad):
+    factor = forward.inputs.factor
+    return {"x": scaled_backward(Inputs(grad, 13.0 if factor == 7 else factor), forward)}
 
 
 scaled_backward = Operator("fastconv_test::scaled_backward", Inputs, Scaled, fake)
-scaled = DifferentiableOperator("fastconv_test::scaled", Inputs, Scaled, fake, save, gradients)
+scaled = DifferentiableOperator("fastconv_test::scaled", Inputs, Scaled, fake, definition, gradients)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,16 @@ def test_gradients_and_gradients_of_other_strides():
     for grad in (torch.randn(3, 5), torch.randn(5, 3).t(), torch.ones(1).expand(3, 5)):
         (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
         assert torch.equal(found, 3 * grad)
+
+
+def test_gradients_that_are_recorded_or_batched_are_the_definitions():
+    x = torch.randn(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(scaled(x, 3.0), x, x.square(), create_graph=True)
+    assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], 6 * x)
+    (grads,) = torch.autograd.grad(scaled(x, 3.0), x, torch.eye(3), is_grads_batched=True)
+    assert torch.equal(grads, 3 * torch.eye(3))
+    # None of them by the kernels of the backward.
+    assert set(Scaled.made) == {((3,), (1,), torch.float32, 3.0)}
 
 
 def test_a_forward_does_not_run_without_a_backward_that_can():

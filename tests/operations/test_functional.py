@@ -218,6 +218,11 @@ BAD_INPUTS = {
         ValueError,
         r"eps is -1.0; expected at least 0",
     ),
+    "norm_weight of integers": (
+        lambda: functional.layer_norm(X, norm_weight=zeros(3, dtype=torch.int64)),
+        TypeError,
+        r"norm_weight has dtype torch.int64; expected floating point: convert it with \.float\(\)",
+    ),
     "norm_weight of the wrong length": (
         lambda: functional.layer_norm(X, norm_weight=zeros(4)),
         ValueError,

@@ -7,10 +7,12 @@ import pytest
 import torch
 from cases import NORMED, SHAPES, draw_leaves
 from fuzzing.arguments import LAYOUTS
+from oracle import assert_accurate
 
 import fastconv
-from fastconv.accuracy import FORMATS, in_format
-from fastconv.checking.inputs import Sizes
+from fastconv.accuracy import FORMATS, compare, in_format
+from fastconv.checking.inputs import Input, Sizes
+from fastconv.checking.problems import operation_problem
 from fastconv.operations import backends, functional
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -109,6 +111,43 @@ def test_gradients_of_norms_are_not_rounded_by_autocast(operation, call, leaves,
     assert not torch.equal(found, found.bfloat16().float())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "norm_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("operation", [f"{name}, {norm}" for name in NORMED for norm in functional.NORMS])
+def test_norm_parameters_of_another_dtype(operation, backend, device, sizes, dtype, norm_dtype):
+    if backend == "native" and dtype != torch.float32:
+        pytest.skip("its kernels take float32 only")
+    name, norm = operation.split(", ")
+    gradients = {}
+
+    def mixed(function):
+        def call(*values):
+            tensors = dict(zip(names, values, strict=True))
+            for each in ("norm_weight", "norm_bias"):
+                # What is exact stays float64.
+                if tensors["x"].dtype == dtype:
+                    tensors[each] = tensors[each].to(norm_dtype)
+                    tensors[each].register_hook(lambda grad: gradients.setdefault(grad.dtype))
+            y = function(*tensors.values())
+            assert y.dtype == tensors["x"].dtype
+            return y
+
+        return call
+
+    names = []
+
+    def sample():
+        ours, definition, tensors = operation_problem(name, Input(sizes, affine=True), {"norm": norm})
+        names[:] = tensors
+        return compare(mixed(ours), mixed(definition), tensors.values(), names, dtype=dtype, device=device)
+
+    assert_accurate(sample, dtype, samples=4)
+    assert gradients.keys() == {norm_dtype}
+
+
 @each_operation
 def test_expanded_gradient(call, leaves, device):
     y = call(**leaves)
@@ -117,6 +156,22 @@ def test_expanded_gradient(call, leaves, device):
         expanded = weights.expand(y.shape)
         dense = gradients(y, leaves, expanded.clone(), retain_graph=True)
         torch.testing.assert_close(gradients(y, leaves, expanded, retain_graph=True), dense)
+
+
+@each_operation
+def test_imaginary_parts_of_conjugates(call, leaves, device):
+    """PyTorch negates them only when it reads them."""
+
+    def imaginary(x):
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    x = leaves.pop("x").detach()
+    assert imaginary(x).is_neg()
+    y = call(x, **leaves)
+    grad = torch.randn(y.shape, device=device)
+    torch.testing.assert_close(call(imaginary(x), **leaves), y)
+    expected = gradients(y, leaves, grad, retain_graph=True)
+    torch.testing.assert_close(gradients(y, leaves, imaginary(grad)), expected)
 
 
 # That of the norm of each pixel is in tests/kernels/test_stencil.py.
@@ -161,13 +216,6 @@ def test_empty_batch(call, leaves):
     assert y.shape == (0, channels, *leaves["x"].shape[2:])
     for x, grad in zip(leaves.values(), gradients(y.sum(), leaves, None), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
-
-
-@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
-@pytest.mark.parametrize("operation", [f"{name}, tensor" for name in NORMED])
-def test_double_backward_raises(call, leaves, loss):
-    with pytest.raises(RuntimeError, match=r"differentiated once.*create_graph=True"):
-        torch.autograd.grad(loss(call(**leaves)), leaves["x"], create_graph=True)
 
 
 @pytest.mark.parametrize(

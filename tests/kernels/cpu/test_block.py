@@ -4,7 +4,6 @@ import pytest
 import torch
 from cases import assert_operation_accurate, draw_leaves, results
 
-import fastconv
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels.cpu import block
 from fastconv.operations import functional
@@ -120,9 +119,3 @@ def test_operators_keep_the_rules_of_pytorch():
         ).values()
     arguments = x, taps, shift, weight, bias, projection, offset, "tensor", 1e-5, "none", True
     torch.library.opcheck(block.convnext_block._registered, arguments)
-
-
-def test_traced_with_gradients():
-    model, x = fastconv.Classifier(8, 1), torch.rand(8, 3, 32, 32)
-    traced = torch.jit.trace(model, x)
-    torch.testing.assert_close(traced(x), model(x))

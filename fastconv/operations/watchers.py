@@ -1,0 +1,43 @@
+"""Whether others than autograd are to see each operation: they know what PyTorch's own operations mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from fastconv.kernels.common.rules import is_transformed
+from fastconv.kernels.common.values import Value, tensors_in
+from fastconv.operations import backends
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether x stands for maps of any size, in a graph that torch.fx or torch.jit.trace records."""
+    return isinstance(x, Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_composed(x: Tensor, *values: Value) -> bool:
+    """Whether what is computed from maps and values is to be composed of PyTorch's own operations.
+
+    It is for transforms and, unless a backend is forced, for exported programs, which may run for any batch and
+    where there is no fastconv, and for those who watch.
+    """
+    if torch.compiler.is_compiling():
+        from fastconv.operations import tracing
+
+        return tracing.is_transformed() or (torch.compiler.is_exporting() and backends.current() == "auto")
+    return is_transformed() or (is_watched(x, *values) and backends.current() == "auto")
+
+
+def is_watched(x: Tensor, *values: Value) -> bool:
+    """Whether a mode or a tensor of another class is to see what is computed from maps and values.
+
+    Modes are those of torch.utils._python_dispatch, such as make_fx's, fake tensors' and FLOP counters'.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors_in(*values)))

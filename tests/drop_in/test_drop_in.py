@@ -1,0 +1,59 @@
+"""Each feature on each model of ours, beside the plain one."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from oracle import assert_accurate
+
+from fastconv.operations import backends, dispatch
+
+from .features import FEATURES
+from .models import IMAGES, PAIRS, pair
+
+# In float32, relative to the norm of the plain model's.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True, params=["native", "portable"])
+def _backend(request, monkeypatch, nothing_small):
+    """What `auto` takes: kernels in C++, or, as without a compiler, the portable path."""
+    if request.param == "native":
+        if reason := backends.can_run("native", torch.device("cpu"), torch.float32):
+            pytest.skip(reason)
+    else:
+        monkeypatch.setattr(backends, "_native_refuses", lambda kind, dtype: "for this test")
+    monkeypatch.setattr(dispatch, "_CHOSEN", {})
+
+
+def computed(feature, model, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    x = torch.rand(IMAGES).to(dtype)
+    return feature.run(model.to(dtype), x)
+
+
+@pytest.mark.parametrize("models", PAIRS)
+@pytest.mark.parametrize("name", [name for name, feature in FEATURES.items() if not feature.half])
+def test_it_computes_what_the_plain_model_does(name, models):
+    plain, ours = (computed(FEATURES[name], model) for model in pair(models))
+    assert ours.keys() == plain.keys()
+    for key, value in plain.items():
+        assert (ours[key].shape, ours[key].dtype) == (value.shape, value.dtype), key
+        if not value.is_meta:
+            difference = (ours[key].double() - value.double()).norm()
+            assert difference <= TOLERANCE * value.double().norm() + 1e-9, key
+
+
+@pytest.mark.parametrize("models", PAIRS)
+@pytest.mark.parametrize("name", [name for name, feature in FEATURES.items() if feature.half])
+def test_it_is_as_precise_as_the_plain_model(name, models):
+    seeds = itertools.count()
+
+    def sample():
+        seed, (plain, ours) = next(seeds), pair(models)
+        exact = computed(FEATURES[name], copy.deepcopy(plain), seed, torch.float64)
+        mine, other = (computed(FEATURES[name], model, seed) for model in (ours, plain))
+        return {key: (mine[key], other[key], exact[key]) for key in exact}
+
+    assert_accurate(sample, torch.bfloat16, samples=4)
