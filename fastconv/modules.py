@@ -174,7 +174,7 @@ class ConvNextBlock(nn.Module):
             ):
                 return functional.convnext_block(inputs, *parameters, **_norm_of(self))
         x = functional.layer_norm(conv1(inputs), **_norm_of(self))
-        return inputs + conv3(F.gelu(conv2(x)))
+        return conv3(F.gelu(conv2(x))) + inputs
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Where the norm's parameters were, when conv1 was a module of convolution and norm.

@@ -63,8 +63,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
         return channel_norm_operators.channel_layer_norm(x, norm.weight, norm.bias, norm.eps)
     if form == "pytorch":
         y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)
-        y = y.permute(0, 3, 1, 2)
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        return y.permute(0, 3, 1, 2)
     return norm.affine(layer_norm_operator.layer_norm(x, norm.over, norm.eps))
 
 
