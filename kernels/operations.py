@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
+from .common.layout import with_own_strides
 from .common.rules import gelu, needs_grad
 from .common.values import Convolution, Norm
 from .layer_norm import operator as layer_norm_operator
@@ -28,7 +29,6 @@ def convnext_block(
     if decisions.convnext_block(x, pointwise, norm) == "parts":
         y = depthwise_conv_layer_norm(x.to(pointwise.weight.dtype), depthwise, norm)
         y = pointwise_conv_gelu(y, pointwise, approximate)
-        # In the memory format of the branch: that of x may be the strides of a view.
         return _pointwise_conv(y, projection) + x
     # Contiguous first: a matrix product may round otherwise for other strides.
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
@@ -75,5 +75,6 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
 def _pointwise_conv(x: Tensor, conv: Convolution) -> Tensor:
     """PyTorch's, in the memory format of x: on channels_last maps it is one matrix product."""
     if x.is_contiguous(memory_format=torch.channels_last):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+        weight = with_own_strides(conv.weight).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), weight, conv.bias).permute(0, 3, 1, 2)
     return F.conv2d(x, conv.weight, conv.bias)

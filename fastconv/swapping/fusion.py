@@ -6,6 +6,7 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -90,14 +91,16 @@ class Fusion:
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, module: nn.Module, x: Tensor, **options: bool) -> Tensor:
+        """What `compute` does, with its options."""
+        compute = functools.partial(self.compute, **options) if options else self.compute
         if not self.recompute or not torch.is_grad_enabled():
-            return self.compute(module, x)
+            return compute(module, x)
         if torch.compiler.is_compiling():
-            return checkpoint(self.compute, module, x, use_reentrant=False)
+            return checkpoint(compute, module, x, use_reentrant=False)
         # A GPU's backward runs in a thread of its own, where another backend may be forced.
         contexts = nullcontext(), setting.forced(backends.current())
-        return checkpoint(self.compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
+        return checkpoint(compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,10 @@ class LectureBlock(Block):
     kind: ClassVar[str] = "lecture's block"
     norm: str
 
-    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+    def compute(self, module: nn.Module, x: Tensor, unseen: bool = False) -> Tensor:
         convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
         parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
-        return functional.convnext_block(x, *parameters, norm=self.norm)
+        return functional.convnext_block(x, *parameters, norm=self.norm, _unseen=unseen)
 
 
 @dataclass(frozen=True)
