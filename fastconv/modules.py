@@ -288,10 +288,10 @@ def _classify_unseen(model: Any, images: Tensor, norm: str) -> Tensor | None:
 
 
 def _is_unseen(images: Tensor) -> bool:
-    """Whether neither a tracer sees what is computed from images, nor a caller an odd layout of their gradient."""
-    if not isinstance(images, Tensor) or is_watched(images) or torch.compiler.is_exporting():
+    """Whether no tracer sees what is computed from images, and no caller how their gradient lies."""
+    if not isinstance(images, Tensor) or images.requires_grad:
         return False
-    return images.is_contiguous() or not images.requires_grad
+    return not (is_watched(images) or torch.compiler.is_exporting())
 
 
 def _unseen_blocks(part: Any, images: Tensor, channels: int) -> list[Callable[[Tensor], Tensor]] | None:

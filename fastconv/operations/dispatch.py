@@ -62,14 +62,8 @@ def _call(backend: str, operation: str, x: Tensor, values: tuple[Value, ...], un
     implementation = getattr(backends.implementation(backend), operation)
     if unseen:
         return implementation(x, *values)
-    layout = layouts.of(operation, x, values)
-    if (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and not (x.is_contiguous() and layout.gradient == layouts.CONTIGUOUS)
-    ):
-        x = layouts.WithLayout.apply(x, layout.gradient)
-    return layouts.as_pytorch(implementation(x, *values), layout.result)
+    result, gradient = layouts.of(operation, x, values)
+    return layouts.as_pytorch(implementation(layouts.with_gradient(x, gradient), *values), result)
 
 
 def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, ...]) -> str:

@@ -29,8 +29,8 @@ def depthwise_conv_layer_norm(
     """Depthwise convolution with "same" zero padding, then layer norm.
 
     Output channel c * M + m of the convolution reads input channel c, as with `groups=C` in PyTorch. The norm
-    is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the dtype of
-    `x`, or under autocast the autocast dtype; it is channels_last with norm "channel" and otherwise contiguous.
+    is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the dtype
+    of `x`, or under autocast the autocast dtype; it is channels_last with norm "channel" and otherwise contiguous.
     Statistics are float32 or better. A NaN or an infinity in `x` may spread over its map, not only as far as the
     kernel.
 

@@ -38,34 +38,35 @@ def of(operation: str, x: Tensor, values: tuple[Any, ...]) -> Layouts:
             return Layouts(normed, normed)
         case "convnext_block":
             _, pointwise, projection, norm, _ = values
-            hidden = of_convolution(_of_norm(norm) == CHANNELS_LAST, pointwise.weight)
-            summed = of_convolution(hidden == CHANNELS_LAST, projection.weight)
+            summed = _of_norm(norm)
+            for conv in (pointwise, projection):
+                summed = _convolved(summed, conv.weight)
             return Layouts(summed, summed)
         case "depthwise_conv_layer_norm":
-            convolution, norm = values
-            return Layouts(_of_norm(norm), of_convolution(is_channels_last(x), convolution.weight))
+            conv, norm = values
+            return Layouts(_of_norm(norm), of_convolution(x, conv.weight))
         case _:
-            convolved = of_convolution(is_channels_last(x), values[0].weight)
+            convolved = of_convolution(x, values[0].weight)
             return Layouts(convolved, convolved)
+
+
+def of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of a convolution's result, and of the gradient of its maps `x`."""
+    return _convolved(format_of(x), weight)
+
+
+def _convolved(format: torch.memory_format, weight: Tensor) -> torch.memory_format:
+    if weight.dtype == torch.float64:
+        return CONTIGUOUS
+    return CHANNELS_LAST if CHANNELS_LAST in (format, format_of(weight)) else CONTIGUOUS
 
 
 def _of_norm(norm: Norm) -> torch.memory_format:
     return CHANNELS_LAST if norm.over == "channel" else CONTIGUOUS
 
 
-def of_convolution(channels_last: bool, weight: Tensor) -> torch.memory_format:
-    """The memory format of a convolution's result and of the gradient of its maps.
-
-    Args:
-        channels_last: whether the maps are.
-    """
-    if weight.dtype != torch.float64 and (channels_last or is_channels_last(weight)):
-        return CHANNELS_LAST
-    return CONTIGUOUS
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolutions take maps or a weight for channels_last: by strides, also those of a view.
+def format_of(x: Tensor) -> torch.memory_format:
+    """What PyTorch's convolutions take maps or a weight for: by strides, also those of a view.
 
     Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
     strides, too.
@@ -73,12 +74,12 @@ def is_channels_last(x: Tensor) -> bool:
     sizes, strides = x.shape, x.stride()
     least = 0
     if strides[1] == 0:
-        return False
+        return CONTIGUOUS
     for dim in (1, 3, 2, 0):
         if strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False
+            return CONTIGUOUS
         least = strides[dim] * max(1, sizes[dim])
-    return True
+    return CHANNELS_LAST
 
 
 def as_pytorch(y: Tensor, format: torch.memory_format) -> Tensor:
@@ -100,3 +101,11 @@ class WithLayout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad if is_transformed() else as_pytorch(grad, ctx.format), None
+
+
+def with_gradient(x: Tensor, format: torch.memory_format) -> Tensor:
+    """Maps `x`, whose gradient comes in a memory format. Implementations give contiguous maps a contiguous one."""
+    if not torch.is_grad_enabled() or not x.requires_grad or (format == CONTIGUOUS and x.is_contiguous()):
+        return x
+    y: Tensor = WithLayout.apply(x, format)
+    return y

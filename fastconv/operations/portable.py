@@ -61,17 +61,7 @@ def of_maps(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_own_strides(conv: Convolution, by_pytorch: bool = False) -> Convolution:
-    """A convolution whose weight's gradient has the weight's strides, also those of dimensions of one element.
-
-    Ours are contiguous, which weights that were converted to channels_last are not. That of a depthwise
-    convolution `by_pytorch` has other strides even where the weight is contiguous.
-    """
-    weight = conv.weight
-    _, _, height, width = weight.shape
-    _, *strides = weight.stride()
-    if strides == [height * width, width, 1] and not by_pytorch:
-        return conv
-    return Convolution(with_own_strides(weight), conv.bias)
+    return Convolution(with_own_strides(conv.weight, by_pytorch), conv.bias)
 
 
 def _widened(x: Tensor) -> Tensor:

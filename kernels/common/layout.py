@@ -62,10 +62,17 @@ class OwnStrides(torch.autograd.Function):
         return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def with_own_strides(weight: Tensor) -> Tensor:
-    """A weight whose gradient has its strides, whatever lies between the two."""
+def with_own_strides(weight: Tensor, by_pytorch: bool = False) -> Tensor:
+    """A convolution's weight whose gradient gets its strides, whatever lies between the two.
+
+    Gradients are contiguous, as most weights are; that of a depthwise convolution `by_pytorch` is not even then.
+    """
+    if not torch.is_grad_enabled() or not weight.requires_grad:
+        return weight
+    _, _, height, width = weight.shape
+    _, *strides = weight.stride()
     # Some of those who see each operation do not know a function of ours.
-    if not (torch.is_grad_enabled() and weight.requires_grad) or rules.is_traced():
+    if (strides == [height * width, width, 1] and not by_pytorch) or rules.is_traced():
         return weight
     return OwnStrides.apply(weight)
 
