@@ -7,6 +7,7 @@ where torch.fx or torch.jit.trace records a graph, which is then that of the lec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
-from fastconv.operations.watchers import is_symbolic
+from fastconv.operations.watchers import is_symbolic, is_watched
 from fastconv.plain import is_plain
 
 
@@ -82,7 +83,8 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if not is_symbolic(x) and _is_set_depthwise(self, weight, x):
+        channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else None
+        if not is_symbolic(x) and _is_set_depthwise(self, weight, channels):
             return functional.depthwise_conv_layer_norm(x, weight, bias, **_norm_of(self))
         return functional.layer_norm(self._conv_forward(x, weight, bias), **_norm_of(self))
 
@@ -177,19 +179,35 @@ class ConvNextBlock(Scriptable):
         _register_affine(self, wide if affine else None, device, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        channels = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None
+        parameters = None if is_symbolic(inputs) else self._parameters_of_parts(channels)
+        if parameters is not None:
+            return functional.convnext_block(inputs, *parameters, **_norm_of(self))
+        x = functional.layer_norm(self.conv1(inputs), **_norm_of(self))
+        return self.conv3(F.gelu(self.conv2(x))) + inputs
+
+    def _parameters_of_parts(self, channels: int | None) -> tuple[Tensor | None, ...] | None:
+        """Weight and bias of each part, if all are plain convolutions, as they should be for so many channels."""
         conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
-        if not is_symbolic(inputs) and all(map(_is_convolution, (conv1, conv2, conv3))):
-            parameters = *_parameters(conv1), *_parameters(conv2), *_parameters(conv3)
-            depthwise, _, pointwise, _, projection, _ = parameters
-            if (
-                _is_set_depthwise(conv1, depthwise, inputs)
-                and _is_set_pointwise(conv2, pointwise)
-                and _is_set_pointwise(conv3, projection)
-                and projection.shape[0] == conv1.groups
-            ):
-                return functional.convnext_block(inputs, *parameters, **_norm_of(self))
-        x = functional.layer_norm(conv1(inputs), **_norm_of(self))
-        return inputs + conv3(F.gelu(conv2(x)))
+        if not all(map(_is_convolution, (conv1, conv2, conv3))):
+            return None
+        parameters = *_parameters(conv1), *_parameters(conv2), *_parameters(conv3)
+        depthwise, _, pointwise, _, projection, _ = parameters
+        is_set = (
+            _is_set_depthwise(conv1, depthwise, channels)
+            and _is_set_pointwise(conv2, pointwise)
+            and _is_set_pointwise(conv3, projection)
+            and projection.shape[0] == conv1.groups
+        )
+        return parameters if is_set else None
+
+    def fastconv_unseen(self, images: Tensor, channels: int) -> Callable[[Tensor], Tensor] | None:
+        """The block for `classify`, on maps of so many channels; None if it or a part has to be called."""
+        parameters = self._parameters_of_parts(channels) if is_plain(self, ConvNextBlock) else None
+        if parameters is None:
+            return None
+        options = _norm_of(self)
+        return lambda x: functional.convnext_block(x, *parameters, **options, _unseen=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Where the norm's parameters were, when conv1 was a module of convolution and norm.
@@ -249,6 +267,9 @@ class Classifier(Scriptable):
 
 def classify(model: Any, x: Tensor, norm: str) -> Tensor:
     """The forward of `Classifier`, with the parts of `model`."""
+    logits = _classify_unseen(model, x, norm)
+    if logits is not None:
+        return logits
     x = _patch_conv(model.stem, x)
     x = functional.layer_norm(x, norm=norm)
     x = model.conv_block_1(x)
@@ -259,12 +280,59 @@ def classify(model: Any, x: Tensor, norm: str) -> Tensor:
     return x.mean((2, 3))
 
 
+def _classify_unseen(model: Any, images: Tensor, norm: str) -> Tensor | None:
+    """The same, with maps that lie as suits the next part; None if any but our operations would see them."""
+    stem, downsample, bottleneck = model.stem, model.downsample, model.bottleneck
+    if not all(map(_is_set_patches, (stem, downsample, bottleneck))) or not _is_unseen(images):
+        return None
+    first = _unseen_blocks(model.conv_block_1, images, stem.weight.shape[0])
+    second = _unseen_blocks(model.conv_block_2, images, downsample.weight.shape[0])
+    if first is None or second is None:
+        return None
+    x = functional.patch_conv(images, *_parameters(stem), _unseen=True)
+    x = functional.layer_norm(x, norm=norm, _unseen=True)
+    for block in first:
+        x = block(x)
+    x = functional.layer_norm(x, norm=norm, _unseen=True)
+    x = functional.patch_conv(x, *_parameters(downsample), _unseen=True)
+    for block in second:
+        x = block(x)
+    x = functional.patch_conv(x, *_parameters(bottleneck), _unseen=True)
+    return x.mean((2, 3)).contiguous()
+
+
+def _is_unseen(images: Tensor) -> bool:
+    """Whether no tracer sees what is computed from images, and no caller how their gradient lies."""
+    if not isinstance(images, Tensor) or images.requires_grad:
+        return False
+    return not (is_symbolic(images) or is_watched(images) or torch.compiler.is_exporting())
+
+
+def _unseen_blocks(part: Any, images: Tensor, channels: int) -> list[Callable[[Tensor], Tensor]] | None:
+    """The blocks of an nn.Sequential as functions of maps that nobody else sees; None if somebody does."""
+    if not is_plain(part, nn.Sequential):
+        return None
+    blocks = []
+    for block in part._modules.values():
+        unseen = block.fastconv_unseen(images, channels) if hasattr(block, "fastconv_unseen") else None
+        if unseen is None:
+            return None
+        blocks.append(unseen)
+    return blocks
+
+
 def _patch_conv(conv: Any, x: Tensor) -> Tensor:
-    if not is_symbolic(x) and _is_convolution(conv):
-        weight, bias = _parameters(conv)
-        if _settings(conv) == (weight.shape[2:], (0, 0), 1, *_DEFAULTS):
-            return functional.patch_conv(x, weight, bias)
-    return conv(x)
+    if is_symbolic(x) or not _is_set_patches(conv):
+        return conv(x)
+    return functional.patch_conv(x, *_parameters(conv))
+
+
+def _is_set_patches(conv: Any) -> bool:
+    """Whether it is a plain convolution of patches that do not overlap."""
+    if not _is_convolution(conv):
+        return False
+    weight, _ = _parameters(conv)
+    return _settings(conv) == (weight.shape[2:], (0, 0), 1, *_DEFAULTS)
 
 
 def _is_convolution(part: Any) -> bool:
@@ -275,12 +343,11 @@ def _is_convolution(part: Any) -> bool:
 # As PyTorch does, these read the size of a kernel from the weight, which may have been replaced.
 
 
-def _is_set_depthwise(conv: Any, weight: Tensor, x: Tensor) -> bool:
-    """Whether it is the depthwise convolution of maps x; of what are no maps, `functional` says what is wrong."""
-    channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else conv.groups
+def _is_set_depthwise(conv: Any, weight: Tensor, channels: int | None) -> bool:
+    """Whether it is a depthwise convolution of so many channels; None are those of what is not even a map."""
     _, inputs, height, width = weight.shape
     odd = height % 2 == width % 2 == 1
-    return inputs == 1 and odd and _settings(conv) == ((1, 1), "same", channels, *_DEFAULTS)
+    return inputs == 1 and odd and _settings(conv) == ((1, 1), "same", channels or conv.groups, *_DEFAULTS)
 
 
 def _is_set_pointwise(conv: Any, weight: Tensor) -> bool:

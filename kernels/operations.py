@@ -11,6 +11,7 @@ from fastconv.operations import reference
 from . import decisions
 from .block import operator as block_operator
 from .channel_norm import operators as channel_norm_operators
+from .common.layout import with_own_strides
 from .common.rules import gelu, needs_grad
 from .common.values import Convolution, Norm, tensors_in
 from .layer_norm import operator as layer_norm_operator
@@ -30,7 +31,6 @@ def convnext_block(
     if decisions.convnext_block(x, pointwise, norm) == "parts":
         y = depthwise_conv_layer_norm(x.to(pointwise.weight.dtype), depthwise, norm)
         y = pointwise_conv_gelu(y, pointwise, approximate)
-        # In the memory format of the branch: that of x may be the strides of a view.
         return _pointwise_conv(y, projection) + x
     # Contiguous first: a matrix product may round otherwise for other strides.
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
@@ -64,8 +64,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
         norm = norm.contiguous()
         return channel_norm_operators.channel_layer_norm(x, norm.weight, norm.bias, norm.eps)
     if form == "pytorch":
-        y = reference.layer_norm(x, norm=norm.over, eps=norm.eps, norm_weight=norm.weight, norm_bias=norm.bias)
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        return reference.layer_norm(x, norm=norm.over, eps=norm.eps, norm_weight=norm.weight, norm_bias=norm.bias)
     # Where the parameters are wider, what they scale and shift is not rounded before.
     wide = x.to(next(iter(tensors_in(norm)), x).dtype)
     return norm.affine(layer_norm_operator.layer_norm(wide, norm.over, norm.eps)).to(x.dtype)
@@ -84,5 +83,6 @@ def _pointwise_conv(x: Tensor, conv: Convolution) -> Tensor:
     There cuDNN's gradient of the weight was 9 % off in bfloat16, measured on an H200.
     """
     if x.is_contiguous(memory_format=torch.channels_last):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+        weight = with_own_strides(conv.weight).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), weight, conv.bias).permute(0, 3, 1, 2)
     return F.conv2d(x, conv.weight, conv.bias)

@@ -24,6 +24,8 @@ CLASSIFIERS = {
 
 @pytest.fixture(autouse=True, params=["portable", "reference"])
 def backend(request):
+    if request.param == "native" and (reason := backends.can_run("native", torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
     with fastconv.backend(request.param):
         yield request.param
 
@@ -392,3 +394,75 @@ def test_maps_of_other_channels_are_refused():
     for multiplier, channels in ((4, 16), (1, 4)):
         with pytest.raises(RuntimeError, match=f"to have 8 channels, but got {channels}"):
             fastconv.DepthwiseConvLayerNorm(8, multiplier)(torch.rand(2, channels, 5, 5))
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+PARTS = ("stem", "conv_block_1", "conv_block_1.0", "downsample", "conv_block_2.0", "bottleneck")
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_who_sees_the_maps_of_a_classifier_sees_the_lectures_strides(format, weights):
+    lecture = reference.Classifier(width=8, depth=1).to(memory_format=weights)
+    ours = fastconv.Classifier(width=8, depth=1).to(memory_format=weights)
+    x = torch.rand(16, 3, 32, 32).contiguous(memory_format=format).requires_grad_()
+    seen = {lecture: [], ours: []}
+    for model, strides in seen.items():
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, strides=strides: strides.append((inputs[0].stride(), output.stride()))
+            )
+            for name in PARTS
+        ]
+        logits = model(x)
+        strides += [logits.stride(), torch.autograd.grad(logits.square().sum(), x)[0].stride()]
+        for hook in hooks:
+            hook.remove()
+        # Without hooks as well.
+        logits = model(x)
+        strides += [logits.stride(), torch.autograd.grad(logits.square().sum(), x)[0].stride()]
+        strides += [model(x.detach()).stride()]
+    assert seen[lecture] == seen[ours]
+
+
+@pytest.mark.parametrize("backend", ["portable", "native"], indirect=True)
+def test_hooks_may_view_the_maps_between_the_parts_of_a_classifier(backend):
+    model = fastconv.Classifier(width=8, depth=1)
+    x = torch.rand(16, 3, 32, 32)
+    expected = model(x)
+
+    def view(_, inputs, output):
+        inputs[0].view(16, -1), output.view(16, -1)
+
+    for name in PARTS:
+        model.get_submodule(name).register_forward_hook(view)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["portable", "native"], indirect=True)
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+def test_distributed_data_parallel_takes_gradients_without_a_warning(weights, backend, tmp_path, recwarn):
+    if not torch.distributed.is_available():
+        pytest.skip("torch.distributed is not available")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    always = torch.is_warn_always_enabled()
+    # PyTorch warns of strides once in a process.
+    torch.set_warn_always(True)
+    try:
+        for model in (fastconv.Classifier(8, 1), fastconv.Classifier(8, 1, norm="channel")):
+            parallel = nn.parallel.DistributedDataParallel(model.to(memory_format=weights))
+            for images in (64, 2):
+                parallel(torch.rand(images, 3, 32, 32)).square().sum().backward()
+    finally:
+        torch.set_warn_always(always)
+        torch.distributed.destroy_process_group()
+    assert [str(warning.message) for warning in recwarn if "stride" in str(warning.message)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_compiled_results_have_the_lectures_strides(format):
+    x = torch.rand(16, 8, 8, 8).contiguous(memory_format=format)
+    lecture, ours = reference.ConvNextBlock(8), fastconv.ConvNextBlock(8)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert compiled(x).stride() == lecture(x).stride()

@@ -21,7 +21,7 @@ from fastconv.kernels.common.composition import (
     saved,
     without_autocast,
 )
-from fastconv.kernels.common.rules import gelu, gelu_backward, is_batched, is_transformed
+from fastconv.kernels.common.rules import gelu, gelu_backward
 from fastconv.operations import reference
 from fastconv.operations.columns import (
     convolve,
@@ -34,6 +34,7 @@ from fastconv.operations.columns import (
     to_columns,
     toeplitz_matrix,
 )
+from fastconv.operations.layouts import as_pytorch
 from fastconv.operations.normalisation import (
     centre,
     less_median,
@@ -47,7 +48,8 @@ from fastconv.operations.normalisation import (
 def with_definition(definition: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes of a backward of columns, inputs and kept tensors one of memory order.
 
-    It computes first derivatives; where more is asked, the operations of the definition do.
+    The gradient of maps, the first input, is contiguous if they are. The backward computes first derivatives;
+    where more is asked, the operations of the definition do.
 
     Args:
         definition: takes and returns what the function does.
@@ -59,29 +61,14 @@ def with_definition(definition: Callable[..., Tensor]) -> Callable[[Callable[...
             if asks_for_more(grad):
                 return composed_gradients(definition, inputs, ctx.needs_input_grad, grad)
             with torch.no_grad(), without_autocast(grad):
-                return backward(ctx, from_memory_order(grad, ctx.geometry), inputs, *kept)
+                grad_x, *others = backward(ctx, from_memory_order(grad, ctx.geometry), inputs, *kept)
+                if grad_x is not None and inputs[0].is_contiguous():
+                    grad_x = as_pytorch(grad_x, torch.contiguous_format)
+                return grad_x, *others
 
         return call
 
     return decorate
-
-
-class OwnStrides(torch.autograd.Function):
-    """A weight as it is, whose gradient gets its strides: DistributedDataParallel copies, with a warning, others.
-
-    Those of a dimension of one element count, too, which differ from what PyTorch's own gradients have.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.strides = weight.stride()
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if is_transformed() or is_batched(grad):
-            return grad
-        return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _composed_layer_norm(x: Tensor, norm: str, eps: float, batch_last: bool) -> Tensor:

@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements from which a copy by tiles is faster: see bench/NOTES.md.
-LEAST_TILED = 2**19
-
 
 class Geometry(NamedTuple):
     """What turns columns back into maps: the map's sides, and which layout the columns are in.
@@ -63,22 +60,6 @@ def in_memory_order(columns: Tensor, geometry: Geometry) -> Tensor:
 def from_memory_order(x: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of `in_memory_order`; `x` may have any strides."""
     return x.contiguous() if geometry.batch_last else x.contiguous().permute(2, 0, 1)
-
-
-def restore_format(y: Tensor, x: Tensor) -> Tensor:
-    """Give `y` the memory format of `x`: contiguous, so that a caller may `view` the result, or channels_last.
-
-    Maps in batch-last come from another operation, and what follows takes the result as it is.
-    """
-    if not x.is_contiguous():
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return y.contiguous(memory_format=torch.channels_last)
-        if x.permute(1, 2, 3, 0).is_contiguous():
-            return y
-    # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
-    if y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
-        return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
-    return y.contiguous()
 
 
 def tap_index(height: int, width: int, kernel: torch.Size, device: torch.device) -> Tensor:

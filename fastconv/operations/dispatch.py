@@ -10,7 +10,7 @@ from torch import Tensor
 from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
 from fastconv.kernels.common.values import Convolution, Norm, Value
-from fastconv.operations import backends, definition, fallback, selftest, setting
+from fastconv.operations import backends, definition, fallback, layouts, selftest, setting
 from fastconv.operations.selftest import Subject
 from fastconv.operations.watchers import is_composed
 
@@ -20,8 +20,12 @@ _CONVOLVING = ("convnext_block", "depthwise_conv_layer_norm")
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 
-def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
+def run(operation: str, x: Tensor, values: tuple[Value, ...], unseen: bool = False) -> Tensor:
     """Call an operation on maps `x`, with its values in the order of the public signature.
+
+    Args:
+        unseen: the result, and the gradient of `x`, go from one operation of ours to another: they may lie as
+            suits these, instead of as PyTorch's own would.
 
     Raises:
         BackendUnavailable: a forced backend cannot run it.
@@ -38,7 +42,7 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     if is_composed(x, *values):
         return definition.call(operation, x, *values)
     if torch.compiler.is_compiling():
-        return _call(_backend_for_graph(subject, x.device), operation, x, values)
+        return _call(_backend_for_graph(subject, x.device), operation, x, values, unseen)
     forced = setting.current()
     # Kernels read memory as it is; in that of the imaginary part of a conjugate the sign is the other.
     if x.is_neg():
@@ -46,18 +50,22 @@ def run(operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
     key = forced, x.device, subject
     name = _CHOSEN.get(key) or _backend_at_first_use(key, x, values)
     try:
-        return _call(name, operation, x, values)
+        return _call(name, operation, x, values, unseen)
     except KernelError as error:
         if forced == "triton":
             raise backends.unavailable(operation, f"kernel {error.kernel}: {error.reason}") from error
         fallback.warn_refused(operation, error, x.device)
-    return _call("portable", operation, x, values)
+    return _call("portable", operation, x, values, unseen)
 
 
-def _call(backend: str, operation: str, x: Tensor, values: tuple[Value, ...]) -> Tensor:
+def _call(backend: str, operation: str, x: Tensor, values: tuple[Value, ...], unseen: bool) -> Tensor:
     if backend == "reference":
         return definition.call(operation, x, *values)
-    return getattr(backends.implementation(backend), operation)(x, *values)
+    implementation = getattr(backends.implementation(backend), operation)
+    if unseen:
+        return implementation(x, *values)
+    result, gradient = layouts.of(operation, x, values)
+    return layouts.as_pytorch(implementation(layouts.with_gradient(x, gradient), *values), result)
 
 
 def _backend_at_first_use(key: tuple[Any, ...], x: Tensor, values: tuple[Value, ...]) -> str:

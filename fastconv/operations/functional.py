@@ -1,9 +1,12 @@
 """The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
-Each is defined by the function of the same name in `fastconv.reference`. Fused kernels compute with plain
-tensors, eagerly and under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own
-operations, as the definition says: in the backward second derivatives and batches of gradients; and from the start
-forward mode, `torch.func`, tracers and, unless a backend is forced, exporters, modes and subclasses of tensors.
+Each is defined by the function of the same name in `fastconv.reference`: results and gradients also have the
+strides that PyTorch's own operations give for the same arguments. Fused kernels compute with plain tensors, eagerly
+or under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own operations: in the
+backward second derivatives and batches of gradients; and from the start forward mode, `torch.func`, tracers and,
+unless a backend is forced, exporters, modes and subclasses of tensors.
+
+With `_unseen` results and gradients lie as suits our operations, of which one hands them to another.
 """
 
 from __future__ import annotations
@@ -51,9 +54,10 @@ def depthwise_conv_layer_norm(
     """Depthwise convolution with "same" zero padding, then layer norm.
 
     Output channel c * M + m of the convolution reads input channel c, as with `groups=C` in PyTorch. The norm
-    is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the
-    dtype and the memory format of `x`; under autocast it has the autocast dtype. Statistics are float32 or
-    better. A NaN or an infinity in `x` may spread over its map, not only as far as the kernel.
+    is that of Ba et al., "Layer Normalization", arXiv:1607.06450, with biased variance. The result has the dtype
+    of `x`, or under autocast the autocast dtype; it is channels_last with norm "channel" and otherwise contiguous.
+    Statistics are float32 or better. A NaN or an infinity in `x` may spread over its map, not only as far as the
+    kernel.
 
     Args:
         x: floating point (N, C, H, W), of any strides.
@@ -88,7 +92,8 @@ def pointwise_conv_gelu(
 ) -> Tensor:
     """1x1 convolution, then GELU (Hendrycks and Gimpel, arXiv:1606.08415).
 
-    The result has the dtype and the memory format of `x`; under autocast it has the autocast dtype.
+    The result has the dtype of `x`, or under autocast the autocast dtype. As with PyTorch's convolution it is
+    channels_last if `x` or `weight` is, and else contiguous.
 
     Args:
         x: floating point (N, I, H, W), of any strides.
@@ -125,11 +130,13 @@ def convnext_block(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     approximate: str = "none",
+    _unseen: bool = False,
 ) -> Tensor:
-    """The lecture's block: x + projection(gelu(pointwise(layer_norm(depthwise(x))))).
+    """The lecture's block: projection(gelu(pointwise(layer_norm(depthwise(x))))) + x.
 
     As one operation it need not write the normalised tensor, the widest of the block, at all. The result has
-    the memory format of `x`, and its dtype; under autocast, the wider of its dtype and the autocast dtype.
+    the dtype of `x`; under autocast, the wider of its dtype and the autocast dtype. It is channels_last with norm
+    "channel" or weights that are, and else contiguous, as the first operand of the sum.
 
     Args:
         x: floating point (N, C, H, W), of any strides.
@@ -177,6 +184,7 @@ def convnext_block(
         approximate,
         # The block works in the dtype of its weights, but adds the result to x as it is.
         autocast_x=False,
+        unseen=_unseen,
     )
 
 
@@ -188,22 +196,23 @@ def layer_norm(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    _unseen: bool = False,
 ) -> Tensor:
-    """Layer norm of maps (N, C, H, W), with the arguments and errors of `depthwise_conv_layer_norm`.
+    """Layer norm of maps (N, C, H, W), with the arguments, errors and format of `depthwise_conv_layer_norm`.
 
-    The result has the shape, dtype and memory format of `x`, but under autocast it is float32: PyTorch's
-    autocast does so on GPUs, and it keeps the residual stream of the lecture's classifier in float32.
+    The result has the shape and dtype of `x`, but under autocast it is float32: PyTorch's autocast does so on
+    GPUs, and it keeps the residual stream of the lecture's classifier in float32.
     """
     _, channels, _, _ = _check_maps(x)
     normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, channels)
-    return _run("layer_norm", x, normed, autocast_dtype=torch.float32)
+    return _run("layer_norm", x, normed, autocast_dtype=torch.float32, unseen=_unseen)
 
 
 @_recorded_by_definition
-def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, _unseen: bool = False) -> Tensor:
     """Convolution of patches that do not overlap: its stride is the size of its kernel.
 
-    The result is in the memory format that suits the next operation best, whatever that of `x`.
+    The result has the dtype and the format of `pointwise_conv_gelu`'s.
 
     Args:
         x: floating point (N, I, H, W), of any strides, at least one patch high and wide. What is left over at
@@ -230,7 +239,7 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"x is {height} x {width} pixels; expected at least one patch of "
             f"{weight.shape[2]} x {weight.shape[3]}: give larger images or a smaller patch"
         )
-    return _run("patch_conv", x, Convolution(weight, bias))
+    return _run("patch_conv", x, Convolution(weight, bias), unseen=_unseen)
 
 
 def _run(
@@ -239,11 +248,12 @@ def _run(
     *values: Value,
     autocast_dtype: torch.dtype | None = None,
     autocast_x: bool = True,
+    unseen: bool = False,
 ) -> Tensor:
     """Run an operation; under autocast, as PyTorch's convolutions, in its dtype; norms keep theirs, if wider."""
     dtype = backends.autocast_dtype(x)
     if dtype is None:
-        return dispatch.run(operation, x, values)
+        return dispatch.run(operation, x, values, unseen)
     dtype = autocast_dtype or dtype
 
     def cast(tensor: Tensor) -> Tensor:
@@ -255,7 +265,7 @@ def _run(
 
     cast_values = [map_tensors(widened if isinstance(value, Norm) else cast, value)[0] for value in values]
     with torch.autocast(x.device.type, enabled=False):
-        return dispatch.run(operation, cast(x) if autocast_x else x, tuple(cast_values))
+        return dispatch.run(operation, cast(x) if autocast_x else x, tuple(cast_values), unseen)
 
 
 # An eager step on a GPU is bound by the host: attributes that cost a call into PyTorch are read once.

@@ -1,4 +1,7 @@
-"""The operations on C++ kernels for CPUs, each where it takes that form; else on the portable path."""
+"""The operations on C++ kernels for CPUs, each where it takes that form; else on the portable path.
+
+Results are contiguous if the maps are, or else lie as suits the kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from fastconv.kernels.common.values import Convolution, Norm
 from fastconv.kernels.cpu import block, depthwise_layer_norm, patches
 from fastconv.kernels.cpu import layer_norm as norms
 from fastconv.operations import backends, decisions, portable
-from fastconv.operations.columns import restore_format
 
 # That the kernels compute.
 NORMS = ("tensor", "sample")
@@ -29,15 +31,14 @@ def convnext_block(
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
-    y = block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, needs_grad(x, *parameters))
-    return restore_format(y, x)
+    return block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, needs_grad(x, *parameters))
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     if not (_convolves(x, depthwise, norm) and _counts(x, depthwise)):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
     y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
-    return norm.affine(restore_format(y, x))
+    return norm.affine(y)
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -51,8 +52,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
         return portable.pointwise_conv_gelu(x, conv, approximate)
     weight, bias = conv.contiguous()
     batch_last = decisions.has_images_side_by_side(x)
-    y = patches.patch_conv(x, weight, bias, approximate, batch_last, needs_grad(x, weight, bias))
-    return restore_format(y, x)
+    return patches.patch_conv(x, weight, bias, approximate, batch_last, needs_grad(x, weight, bias))
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconv.kernels.common.rules import accumulator, gelu, is_traced
+from fastconv.kernels.common.layout import with_own_strides
+from fastconv.kernels.common.rules import accumulator, gelu
 from fastconv.kernels.common.values import Convolution, Norm, map_tensors
 from fastconv.operations import autograd, decisions, definition, reference
 from fastconv.operations.columns import (
@@ -33,10 +34,10 @@ from fastconv.operations.columns import (
     from_memory_order,
     geometry_of,
     mix_channels,
-    restore_format,
     to_columns,
 )
 from fastconv.operations.decisions import Form
+from fastconv.operations.layouts import WithLayout
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -60,20 +61,7 @@ def of_maps(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_own_strides(conv: Convolution, by_pytorch: bool = False) -> Convolution:
-    """A convolution whose weight's gradient has the weight's strides, also those of dimensions of one element.
-
-    Ours are contiguous, which weights that were converted to channels_last are not. That of a depthwise
-    convolution `by_pytorch` has other strides even where the weight is contiguous.
-    """
-    weight = conv.weight
-    if not weight.requires_grad or not torch.is_grad_enabled():
-        return conv
-    _, _, height, width = weight.shape
-    _, *strides = weight.stride()
-    if (strides == [height * width, width, 1] and not by_pytorch) or is_traced():
-        # Some of those who see each operation do not know a function of ours.
-        return conv
-    return Convolution(autograd.OwnStrides.apply(weight), conv.bias)
+    return Convolution(with_own_strides(conv.weight, by_pytorch), conv.bias)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -84,7 +72,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     form = decisions.layer_norm(x, norm)
     if form == "pytorch channels last":
         # Half precision too: where means are large PyTorch's own gradients of it are better than those in float32.
-        return restore_format(definition.call("layer_norm", x, norm), x)
+        return definition.call("layer_norm", x, norm)
     return _layer_norm_of_columns(x, norm, form)
 
 
@@ -92,7 +80,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 def _layer_norm_of_columns(x: Tensor, norm: Norm, form: Form) -> Tensor:
     batch_last = form == "batch last"
     y = autograd.LayerNorm.apply(x, norm.over, norm.eps, batch_last)
-    return norm.affine(_maps_like(x, y, batch_last))
+    return norm.affine(_maps(x, y, batch_last))
 
 
 @of_maps
@@ -101,14 +89,13 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
     match form:
         case "pytorch":
             depthwise = _with_own_strides(depthwise, by_pytorch=True)
-            return restore_format(definition.call("depthwise_conv_layer_norm", x, depthwise, norm), x)
+            return definition.call("depthwise_conv_layer_norm", x, depthwise, norm)
         case "pytorch channels last" | "toeplitz channels last":
-            y = _convolve_and_norm_pixels(x, depthwise, norm, form)
-            return restore_format(y.permute(0, 3, 1, 2), x)
+            return _convolve_and_norm_pixels(x, depthwise, norm, form).permute(0, 3, 1, 2)
         case "batch last" | "channels last":
             batch_last = form == "batch last"
             y = autograd.DepthwiseConvLayerNorm.apply(x, *depthwise, norm.over, norm.eps, batch_last)
-            return norm.affine(_maps_like(x, y, batch_last))
+            return norm.affine(_maps(x, y, batch_last))
 
 
 @of_maps
@@ -125,16 +112,16 @@ def convnext_block(
         case "pytorch":
             depthwise = _with_own_strides(depthwise, by_pytorch=True)
             values = depthwise, pointwise, projection, norm, approximate
-            return restore_format(definition.call("convnext_block", x, *values), x)
+            return definition.call("convnext_block", x, *values)
         case "pytorch channels last" | "toeplitz channels last":
             y = _convolve_and_norm_pixels(x.to(depthwise.weight.dtype), depthwise, norm, form)
             y = F.linear(gelu(F.linear(y, *_matrix(pointwise)), approximate), *_matrix(projection))
-            return restore_format(y.permute(0, 3, 1, 2) + x, x)
+            return y.permute(0, 3, 1, 2) + x
         case "batch last" | "channels last":
             batch_last = form == "batch last"
             parameters = *depthwise, *_matrix(norm.fold_into(pointwise)), *_matrix(projection)
             y = autograd.ConvNextBlock.apply(x, *parameters, norm.over, norm.eps, approximate, batch_last)
-            return _maps_like(x, y, batch_last)
+            return _maps(x, y, batch_last)
 
 
 @of_maps
@@ -144,7 +131,7 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
         return reference.pointwise_conv_gelu(x, *conv, approximate=approximate)
     geometry = geometry_of(x, form == "batch last")
     columns = mix_channels(conv.weight.flatten(1), to_columns(x, geometry), geometry, conv.bias)
-    return restore_format(from_columns(gelu(columns, approximate), geometry), x)
+    return from_columns(gelu(columns, approximate), geometry)
 
 
 @of_maps
@@ -154,7 +141,7 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
     batch_last = decisions.patch_conv(x, conv) == "batch last"
     geometry = Geometry(outputs, height // patch_height, width // patch_width, batch_last)
     # What is left over beyond whole patches is ignored, as by a strided convolution.
-    x = x[:, :, : geometry.height * patch_height, : geometry.width * patch_width]
+    x = _with_contiguous_gradient(x)[:, :, : geometry.height * patch_height, : geometry.width * patch_width]
     rows, columns = (geometry.height, patch_height), (geometry.width, patch_width)
     patch_size, pixels = channels * patch_height * patch_width, geometry.height * geometry.width
     if batch_last:
@@ -171,10 +158,17 @@ def _convolve_and_norm_pixels(x: Tensor, depthwise: Convolution, norm: Norm, for
     if form == "toeplitz channels last":
         y = autograd.DepthwiseConv.apply(x, *depthwise)
     else:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _with_contiguous_gradient(x).contiguous(memory_format=torch.channels_last)
         weight, bias = _with_own_strides(depthwise, by_pytorch=True)
         y = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]).permute(0, 2, 3, 1)
     return _norm_pixels(y, norm)
+
+
+def _with_contiguous_gradient(x: Tensor) -> Tensor:
+    """Maps `x`, whose gradient is contiguous if they are."""
+    if torch.is_grad_enabled() and x.requires_grad and x.is_contiguous():
+        return WithLayout.apply(x, torch.contiguous_format)
+    return x
 
 
 def _matrix(pointwise: Convolution) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +181,7 @@ def _norm_pixels(x: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def _maps_like(x: Tensor, y: Tensor, batch_last: bool) -> Tensor:
-    """Maps (N, K, H, W) in the memory format of `x`, from columns y that an autograd function returned."""
+def _maps(x: Tensor, y: Tensor, batch_last: bool) -> Tensor:
+    """Maps (N, K, H, W) from columns y of maps `x` that an autograd function returned, as they lie."""
     geometry = geometry_of(x, batch_last)
-    return restore_format(from_columns(from_memory_order(y, geometry), geometry), x)
+    return from_columns(from_memory_order(y, geometry), geometry)

@@ -99,7 +99,7 @@ def convnext_block(
         norm_bias=norm_bias,
     )
     y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
-    return x + F.conv2d(y, projection_weight, projection_bias)
+    return F.conv2d(y, projection_weight, projection_bias) + x
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -140,10 +140,11 @@ def _verified(module: nn.Module, verifier: Verifier) -> Fusion | Refusal | None:
         return verdict
     # Its pairs are verified one by one; one that is refused leaves the others.
     verdicts = [(names, verifier.verify(pair, found)) for names, pair, found in pairs(module)]
-    taken = [(*names, found.pairs[0][2]) for names, found in verdicts if isinstance(found, Chain)]
+    chains = [(names, found) for names, found in verdicts if isinstance(found, Chain)]
     refused = [found for _, found in verdicts if isinstance(found, Refusal)]
-    if taken:
-        return Chain(tuple(taken))
+    if chains:
+        pairs_of_names = tuple((*names, found.pairs[0][2]) for names, found in chains)
+        return Chain(pairs_of_names, tuple(first for (first, _), found in chains if found.follows_input))
     return refused[0] if refused else None
 
 

@@ -6,6 +6,7 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastconv import modules
+from fastconv.kernels.common.layout import with_own_strides
 from fastconv.kernels.common.rules import gelu
-from fastconv.operations import backends, decisions, functional, setting
+from fastconv.operations import backends, decisions, functional, layouts, setting
 from fastconv.swapping.configuration import Snapshot, is_within
 
 
@@ -37,6 +39,8 @@ class Fusion:
         recompute: keep only the input for the backward and compute the rest again there (Chen et al.,
             arXiv:1604.06174).
         seen: the submodules that are not called any more, as they were at the swap.
+        follows_input: whether the result is channels_last where the maps are, and else contiguous, as of
+            x + branch; if not, it lies as the branch does.
     """
 
     kind: ClassVar[str]
@@ -44,6 +48,7 @@ class Fusion:
     by_size: ClassVar[bool] = False
     recompute: bool = field(default=False, kw_only=True)
     seen: tuple[Snapshot, ...] = field(default=(), kw_only=True)
+    follows_input: bool = field(default=False, kw_only=True)
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -90,14 +95,16 @@ class Fusion:
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, module: nn.Module, x: Tensor, **options: bool) -> Tensor:
+        """What `compute` does, with its options."""
+        compute = functools.partial(self.compute, **options) if options else self.compute
         if not self.recompute or not torch.is_grad_enabled():
-            return self.compute(module, x)
+            return compute(module, x)
         if torch.compiler.is_compiling():
-            return checkpoint(self.compute, module, x, use_reentrant=False)
+            return checkpoint(compute, module, x, use_reentrant=False)
         # A GPU's backward runs in a thread of its own, where another backend may be forced.
         contexts = nullcontext(), setting.forced(backends.current())
-        return checkpoint(self.compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
+        return checkpoint(compute, module, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,14 @@ class LectureBlock(Block):
     kind: ClassVar[str] = "lecture's block"
     norm: str
 
-    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+    def compute(self, module: nn.Module, x: Tensor, unseen: bool = False) -> Tensor:
         convolutions = [find(module, path) for path in (self.depthwise, self.pointwise, self.projection)]
         parameters = [parameter for conv in convolutions for parameter in (conv.weight, conv.bias)]
-        return functional.convnext_block(x, *parameters, norm=self.norm)
+        if not self.follows_input or unseen:
+            return functional.convnext_block(x, *parameters, norm=self.norm, _unseen=unseen)
+        format = layouts.format_of(x)
+        y = functional.convnext_block(layouts.with_gradient(x, format), *parameters, norm=self.norm)
+        return layouts.as_pytorch(y, format)
 
 
 @dataclass(frozen=True)
@@ -190,17 +201,17 @@ class ConvNeXtBlock(Block):
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         # All that follows is fastest where channels lie side by side, and the next block finds them so.
-        x = x.contiguous(memory_format=torch.channels_last)
+        inputs, x = x, x.contiguous(memory_format=torch.channels_last)
         y = depthwise_norm(find(module, self.depthwise), find(module, self.norm), x)
         pointwise, projection = find(module, self.pointwise), find(module, self.projection)
-        weight, bias = projection.weight.flatten(1), projection.bias
+        weight, bias = _matrix(projection), projection.bias
         dtype = x.dtype
         scale = None if self.scale is None else find(module, self.scale).flatten()
         if scale is not None:
             dtype = torch.promote_types(dtype, scale.dtype)
             if self._scales_weights(y, weight, scale):
                 weight, bias, scale = weight * scale[:, None], None if bias is None else bias * scale, None
-        y = self._widened(y, pointwise.weight.flatten(1), pointwise.bias)
+        y = self._widened(y, _matrix(pointwise), pointwise.bias)
         if self.response is not None:
             response = find(module, self.response)
             y = response(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.response_of_maps else response(y)
@@ -210,8 +221,7 @@ class ConvNeXtBlock(Block):
             branch = branch * scale[:, None, None]
         if self.drop_path is not None:
             branch = find(module, self.drop_path)(branch)
-        # In the memory format of the branch, channels_last; x + branch of strides that tie is not.
-        return branch + x
+        return inputs + branch if self.follows_input else branch + x
 
     def applies(self, module: nn.Module, x: Tensor) -> bool:
         return super().applies(module, x) and (self.scale is None or find(module, self.scale) is not None)
@@ -245,6 +255,8 @@ class Chain(Fusion):
     by_size: ClassVar[bool] = True
     # Names of the first and the second, and GELU's `approximate`; None if the second is a norm.
     pairs: tuple[tuple[str, str, str | None], ...]
+    # The names of the first of those pairs that follow their inputs.
+    following: tuple[str, ...] = ()
 
     def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
         return {name: find(module, name) for first, second, _ in self.pairs for name in (first, second)}
@@ -260,17 +272,24 @@ class Chain(Fusion):
         for name, child in children.items():
             if name in pairs:
                 second, approximate = pairs[name]
-                x = self._pair(child, children[second], approximate, x)
+                x = self._pair(child, children[second], approximate, name in self.following, x)
             elif name not in seconds:
                 x = child(x)
         return x
 
-    def _pair(self, first: Any, second: Any, approximate: str | None, x: Tensor) -> Tensor:
+    def _pair(self, first: Any, second: Any, approximate: str | None, follows: bool, x: Tensor) -> Tensor:
         if approximate is not None:
             return functional.pointwise_conv_gelu(x, first.weight, first.bias, approximate=approximate)
         if backends.leaves_to_pytorch(x) and not decisions.swapping_pays(x):
             return second(first(x))
-        return depthwise_norm(first, second, x)
+        y = depthwise_norm(first, second, x)
+        return layouts.as_pytorch(y, layouts.of_convolution(x, first.weight)) if follows else y
+
+
+def _matrix(product: Any) -> Tensor:
+    """The weight (outputs, inputs) of an nn.Linear or a pointwise nn.Conv2d."""
+    weight: Tensor = product.weight
+    return weight if weight.dim() == 2 else with_own_strides(weight).flatten(1)
 
 
 def depthwise_norm(depthwise: Any, norm: Any, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from fastconv.operations import backends
 from fastconv.operations.watchers import is_composed, is_symbolic
-from fastconv.swapping.fusion import Fusion
+from fastconv.plain import is_plain
+from fastconv.swapping.fusion import Fusion, LectureBlock
 
 
 class Swapped(nn.Module):
@@ -32,6 +34,13 @@ class Swapped(nn.Module):
         twin = self.fastconv_original.__new__(self.fastconv_original)
         twin.__dict__ = dict(vars(self))
         return twin
+
+    def fastconv_unseen(self, images: Tensor, channels: int) -> Callable[[Tensor], Tensor] | None:
+        """A lecture's block for `modules.classify`, as `ConvNextBlock.fastconv_unseen`."""
+        fusion = vars(type(self)).get("fastconv_fusion")
+        if not isinstance(fusion, LectureBlock) or not is_plain(self, type(self)) or not _can_fuse(self, images):
+            return None
+        return functools.partial(fusion.forward, self, unseen=True)
 
     def _get_name(self) -> str:
         return f"{self.fastconv_original.__name__}[fastconv]"

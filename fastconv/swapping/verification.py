@@ -14,6 +14,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Verifier:
     """Tries hypotheses, once for all modules that are alike."""
 
     def __init__(self) -> None:
-        self._verified: set[tuple[Any, Fusion]] = set()
+        self._verified: dict[tuple[Any, Fusion], Fusion] = {}
 
     def verify(self, module: nn.Module, found: Hypotheses | Refusal | None) -> Fusion | Refusal | None:
         """The fusion that computes what `module` does, or why none does. A refusal, or None, passes through."""
@@ -51,7 +52,7 @@ class Verifier:
             for fusion in found.fusions:
                 keys.append((signature(module, fusion.called), fusion))
                 if keys[-1] in self._verified:
-                    return fusion
+                    return self._verified[keys[-1]]
             twin = _twin(module)
         except Exception as error:
             # For example, it holds a lock, a tensor that is no leaf, or a parameter of integers.
@@ -59,8 +60,10 @@ class Verifier:
         verdict = _probe(twin, found.fusions)
         if isinstance(verdict, Refusal):
             return found.otherwise or verdict
-        self._verified.add(keys[found.fusions.index(verdict)])
-        return verdict
+        follows_input = _follows_input(twin, verdict.images(twin))
+        fusion = replace(verdict, follows_input=follows_input)
+        self._verified[keys[found.fusions.index(verdict)]] = fusion
+        return fusion
 
 
 class Probe(NamedTuple):
@@ -101,7 +104,7 @@ def _probes(shape: tuple[int, int, int, int]) -> Iterator[Probe]:
 
 def _twin(module: nn.Module) -> nn.Module:
     """A copy in float64 with random parameters; its parts run without hooks, which swapped modules respect."""
-    twin = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+    twin = copy.deepcopy(module).to("cpu", torch.float64, memory_format=torch.contiguous_format).requires_grad_()
     generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -120,6 +123,17 @@ def _probe(twin: nn.Module, fusions: list[Fusion]) -> Fusion | Refusal:
             return found
         fusions = [found]
     return fusions[0]
+
+
+def _follows_input(twin: nn.Module, shape: tuple[int, int, int, int]) -> bool:
+    """Whether the result is channels_last where the maps are, and contiguous where they are."""
+    twin = twin.eval().float()
+    maps = torch.ones(shape, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        return all(
+            twin.forward(maps.contiguous(memory_format=format)).is_contiguous(memory_format=format)
+            for format in (torch.contiguous_format, torch.channels_last)
+        )
 
 
 def _first_that_agrees(twin: nn.Module, fusions: list[Fusion], probe: Probe) -> Fusion | Refusal:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common import definitions
-from ..common.layout import flat_pixels, new_like
+from ..common.layout import flat_pixels, new_channels_last, new_like
 from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
 from .tiling import ChannelNormTiling
@@ -21,17 +21,19 @@ class Inputs(NamedTuple):
 
 
 class ForwardPlan:
-    """y like x, and for the backward of each pixel the mean and 1 / sqrt(variance + eps), [2, N * P]."""
+    """y, channels_last, and for the backward of each pixel the mean and 1 / sqrt(variance + eps), [2, N * P]."""
 
     def __init__(self, inputs: Inputs) -> None:
         x, weight, bias, eps = inputs
         x = flat_pixels(x)
         self.tiling = ChannelNormTiling(x)
-        self.launch = self.tiling.forward(x, new_like(x), weight is not None, bias is not None, eps)
+        self.launch = self.tiling.forward(
+            x, new_channels_last(x, x.shape[1]), weight is not None, bias is not None, eps
+        )
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         x = flat_pixels(inputs.x)
-        y, statistics = new_like(x), self.tiling.new_statistics(x)
+        y, statistics = new_channels_last(x, x.shape[1]), self.tiling.new_statistics(x)
         if x.numel() > 0:
             self.launch(x, inputs.weight, inputs.bias, y, statistics[0], statistics[1])
         return y, statistics
@@ -39,7 +41,7 @@ class ForwardPlan:
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return new_like(x), ChannelNormTiling(x).new_statistics(x)
+    return new_channels_last(x, x.shape[1]), ChannelNormTiling(x).new_statistics(x)
 
 
 class BackwardInputs(NamedTuple):

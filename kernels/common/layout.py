@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rules
+
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last if the channels of `x` lie side by side, though perhaps not its pixels: else contiguous."""
@@ -19,6 +21,13 @@ def new_maps(x: Tensor, channels: int) -> Tensor:
     """Uninitialised maps like `x` but for their channels, in its memory format."""
     size = x.shape[0], channels, *x.shape[2:]
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def new_channels_last(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like `x` but for their channels, which lie side by side."""
+    size = x.shape[0], channels, *x.shape[2:]
+    # Not a view of NHWC memory: autograd forbids to change a view in place that a custom function returned.
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def new_like(x: Tensor) -> Tensor:
@@ -33,6 +42,39 @@ def gradient_like(weight: Tensor, gradient: Tensor) -> Tensor:
     DistributedDataParallel copies, with a warning, what has others than the parameter.
     """
     return gradient.as_strided(weight.shape, weight.stride())
+
+
+class OwnStrides(torch.autograd.Function):
+    """A weight as it is, whose gradient gets its strides: DistributedDataParallel copies, with a warning, others.
+
+    Those of a dimension of one element count, too, which differ from what PyTorch's own gradients have.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.strides = weight.stride()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if rules.is_transformed() or rules.is_batched(grad):
+            return grad
+        return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def with_own_strides(weight: Tensor, by_pytorch: bool = False) -> Tensor:
+    """A convolution's weight whose gradient gets its strides, whatever lies between the two.
+
+    Gradients are contiguous, as most weights are; that of a depthwise convolution `by_pytorch` is not even then.
+    """
+    if not torch.is_grad_enabled() or not weight.requires_grad:
+        return weight
+    _, _, height, width = weight.shape
+    _, *strides = weight.stride()
+    # Some of those who see each operation do not know a function of ours.
+    if (strides == [height * width, width, 1] and not by_pytorch) or rules.is_traced():
+        return weight
+    return OwnStrides.apply(weight)
 
 
 def block_gradient_sizes(inputs: Any) -> list[int]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .layout import with_own_strides
+
 # The norms, and the dimensions of maps (N, C, H, W) over which each takes its mean and variance.
 SPANS = {"tensor": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (1,)}
 NORMS = tuple(SPANS)
@@ -27,7 +29,7 @@ class Convolution(NamedTuple):
         # Eager calls are bound by the host, for which another value takes longer than these questions.
         if weight.is_contiguous() and (bias is None or bias.is_contiguous()):
             return self
-        return Convolution(weight.contiguous(), None if bias is None else bias.contiguous())
+        return Convolution(with_own_strides(weight).contiguous(), None if bias is None else bias.contiguous())
 
 
 class Norm(NamedTuple):

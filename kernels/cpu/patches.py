@@ -149,11 +149,13 @@ def _keep(inputs: Inputs, results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tenso
 
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = forward.needs
-    _, weight, _, activation, batch_last, _ = forward.inputs
+    maps, weight, _, activation, batch_last, _ = forward.inputs
     x, z = forward.kept
     needs_parameters = needs_weight or needs_bias
     inputs = BackwardInputs(grad, needs_x, needs_parameters, x, weight, z, activation, batch_last)
     gx, parameters = patch_conv_backward(inputs, forward)
+    # That of contiguous maps is contiguous.
+    gx = gx.contiguous() if maps.is_contiguous() else gx
     gradients: dict[str, Tensor | None] = {"x": gx if needs_x else None}
     if needs_parameters:
         gw, gbias = torch.split_with_sizes(parameters, _sizes(weight))

@@ -23,13 +23,6 @@ def taps_first(weight: Tensor) -> Tensor:
     return torch.empty_like(taps, dtype=accumulator(weight), memory_format=torch.contiguous_format).copy_(taps)
 
 
-def new_channels_last(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised maps like `x` but for their channels, which lie side by side."""
-    size = x.shape[0], channels, *x.shape[2:]
-    # Not a view of NHWC memory: autograd forbids to change a view in place that a custom function returned.
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """`y`, whose channels lie side by side, or a copy of it, in the memory format of `x`."""
     return y if memory_format(x) == torch.channels_last else new_maps(x, y.shape[1]).copy_(y)

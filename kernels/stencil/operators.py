@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..channel_norm.tiling import ChannelNormTiling
 from ..common import definitions
-from ..common.layout import flat_pixels, gradient_like, new_maps
+from ..common.layout import flat_pixels, gradient_like, new_channels_last, new_maps
 from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.rules import accumulator
-from .layout import channels_side_by_side, in_format_of, new_channels_last, taps_first
+from .layout import channels_side_by_side, in_format_of, taps_first
 from .tiling import StencilTiling
 
 # For the norm's backward on plain (NCHW) maps: if a program takes fewer pixels than these of each channel it loads
@@ -136,7 +136,7 @@ class NormInputs(NamedTuple):
 
 
 class NormForwardPlan:
-    """y (N, K, H, W) in the memory format of x and, to `keep` for the backward, or else empty:
+    """y (N, K, H, W), channels_last, and, to `keep` for the backward, or else empty:
 
     the normalised tensor, channels_last, empty too if y is that; and 1 / sqrt(variance + eps), [N * H * W].
     """
@@ -168,7 +168,7 @@ class NormForwardPlan:
                 normalised if keep and inputs.affine else None,
                 scale if keep else None,
             )
-        return in_format_of(x, y), normalised, scale
+        return y, normalised, scale
 
 
 def _new_kept(inputs: NormInputs) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def _new_kept(inputs: NormInputs) -> tuple[Tensor, Tensor]:
 
 
 def _fake_norm(inputs: NormInputs) -> tuple[Tensor, Tensor, Tensor]:
-    return new_maps(inputs.x, inputs.weight.shape[0]), *_new_kept(inputs)
+    return new_channels_last(inputs.x, inputs.weight.shape[0]), *_new_kept(inputs)
 
 
 class NormBackwardInputs(NamedTuple):

@@ -127,18 +127,6 @@ def test_wide_pointwise_convolutions_are_products_of_the_vendor(device, monkeypa
         )
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last, sliced"])
-def test_results_have_the_memory_format_of_the_input(layout, device):
-    x, *parameters = draw(DEPTHWISE, SHAPES["multiplier"], device).values()
-    layout, *sliced = layout.split(", ")
-    x = in_format(x, layout)
-    x = (x[:, :, 1:, 1:] if sliced else x).requires_grad_()
-    for y in (depthwise(x, *parameters), functional.layer_norm(x, norm="channel")):
-        for result in (y, *torch.autograd.grad(y.square().sum(), x)):
-            assert result.is_contiguous() == (layout == "contiguous")
-            assert result.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
-
-
 def test_gradients_of_any_layout_alone_and_together(device):
     leaves = list(draw_leaves(DEPTHWISE, SHAPES["multiplier"], device).values())
     y = depthwise(*leaves)

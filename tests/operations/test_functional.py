@@ -13,7 +13,7 @@ from fastconv.accuracy import FORMATS, compare
 from fastconv.checking.inputs import Sizes
 from fastconv.kernels import decisions as kernel_decisions
 from fastconv.kernels.common.values import Convolution, Norm
-from fastconv.operations import columns, decisions, functional, portable, reference
+from fastconv.operations import decisions, functional, layouts, portable, reference
 
 TOEPLITZ = {
     "lecture 8x8",
@@ -355,7 +355,7 @@ def test_a_copy_by_tiles_copies_the_same(name, monkeypatch):
     leaves = draw_leaves("depthwise_conv_layer_norm", SHAPES[name])
     grad = torch.randn_like(operation(**leaves))
     expected = results(operation, leaves, grad)
-    monkeypatch.setattr(columns, "LEAST_TILED", 1)
+    monkeypatch.setattr(layouts, "LEAST_TILED", 1)
     found = results(operation, leaves, grad)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert found[0].is_contiguous()

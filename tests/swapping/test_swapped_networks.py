@@ -73,6 +73,31 @@ def test_fused_numbers_are_the_originals_in_channels_last(network, fused):
     assert_same_numbers(network, layout=torch.channels_last)
 
 
+def strides_seen(model, names, images):
+    """The strides of what each of the modules returns, and of the gradients of the images and the parameters."""
+    outputs = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    loss = model(images).square().sum()
+    gradients = torch.autograd.grad(loss, images, retain_graph=True)
+    loss.backward()
+    # Those of dimensions of one element are arbitrary.
+    return [
+        [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+        for x in [*outputs, *gradients, *(p.grad for p in model.parameters() if p.grad is not None)]
+    ]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@networks()
+def test_swapped_blocks_return_the_strides_of_the_originals(network, layout, fused):
+    model = network.create().to(memory_format=layout)
+    swapped = copy.deepcopy(model)
+    names = [candidate.name for candidate in fastconv.swap(swapped).candidates if candidate.swapped]
+    images = torch.rand(network.size).contiguous(memory_format=layout).requires_grad_()
+    assert strides_seen(swapped, names, images) == strides_seen(model, names, images)
+
+
 @networks("lecture/classifier", "lecture/pairs", "torchvision/ConvNeXt", "timm/convnext_atto")
 def test_recomputed_numbers_are_the_originals(network, fused):
     assert_same_numbers(network, recompute=True)

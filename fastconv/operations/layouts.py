@@ -1,0 +1,111 @@
+"""How results and gradients lie in memory for a caller: as those of PyTorch's own operations.
+
+Implementations promise no more than that for contiguous maps the gradient is contiguous; else results and
+gradients may lie as suits them, as in batch-last, images side by side. `dispatch` gives callers what `of` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastconv.kernels.common.rules import is_batched, is_transformed
+from fastconv.kernels.common.values import Norm
+
+# Elements from which a copy by tiles is faster: see bench/NOTES.md.
+LEAST_TILED = 2**19
+
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+class Layouts(NamedTuple):
+    """The memory formats of an operation's result, and of the gradient of its maps."""
+
+    result: torch.memory_format
+    gradient: torch.memory_format
+
+
+def of(operation: str, x: Tensor, values: tuple[Any, ...]) -> Layouts:
+    """The layouts that PyTorch's own operations give, composed as in `reference`, for maps `x` and values.
+
+    A norm of whole images is contiguous, that of each pixel channels_last, and a sum follows its first operand.
+    """
+    match operation:
+        case "layer_norm":
+            normed = _of_norm(values[0])
+            return Layouts(normed, normed)
+        case "convnext_block":
+            _, pointwise, projection, norm, _ = values
+            summed = _of_norm(norm)
+            for conv in (pointwise, projection):
+                summed = _convolved(summed, conv.weight)
+            return Layouts(summed, summed)
+        case "depthwise_conv_layer_norm":
+            conv, norm = values
+            return Layouts(_of_norm(norm), of_convolution(x, conv.weight))
+        case _:
+            convolved = of_convolution(x, values[0].weight)
+            return Layouts(convolved, convolved)
+
+
+def of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of a convolution's result, and of the gradient of its maps `x`."""
+    return _convolved(format_of(x), weight)
+
+
+def _convolved(format: torch.memory_format, weight: Tensor) -> torch.memory_format:
+    if weight.dtype == torch.float64:
+        return CONTIGUOUS
+    return CHANNELS_LAST if CHANNELS_LAST in (format, format_of(weight)) else CONTIGUOUS
+
+
+def _of_norm(norm: Norm) -> torch.memory_format:
+    return CHANNELS_LAST if norm.over == "channel" else CONTIGUOUS
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """What PyTorch's convolutions take maps or a weight for: by strides, also those of a view.
+
+    Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
+    strides, too.
+    """
+    sizes, strides = x.shape, x.stride()
+    least = 0
+    if strides[1] == 0:
+        return CONTIGUOUS
+    for dim in (1, 3, 2, 0):
+        if strides[dim] < least or (dim == 0 and least == strides[1]):
+            return CONTIGUOUS
+        least = strides[dim] * max(1, sizes[dim])
+    return CHANNELS_LAST
+
+
+def as_pytorch(y: Tensor, format: torch.memory_format) -> Tensor:
+    """`y` in a memory format, or a copy of it."""
+    # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
+    if format == CONTIGUOUS and y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
+        return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
+    return y.contiguous(memory_format=format)
+
+
+class WithLayout(torch.autograd.Function):
+    """Maps as they are, whose gradient comes in a memory format."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: torch.memory_format) -> Tensor:
+        ctx.format = format
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad if is_transformed() or is_batched(grad) else as_pytorch(grad, ctx.format), None
+
+
+def with_gradient(x: Tensor, format: torch.memory_format) -> Tensor:
+    """Maps `x`, whose gradient comes in a memory format. Implementations give contiguous maps a contiguous one."""
+    if not torch.is_grad_enabled() or not x.requires_grad or (format == CONTIGUOUS and x.is_contiguous()):
+        return x
+    y: Tensor = WithLayout.apply(x, format)
+    return y
