@@ -1,10 +1,10 @@
 """The public operations: check arguments, apply autocast, run where `fastconv.operations.dispatch` says.
 
 Each is defined by the function of the same name in `fastconv.reference`: results and gradients also have the
-strides that PyTorch's own operations give for the same arguments. Fused kernels compute with plain tensors, eagerly
-or under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own operations: in the
-backward second derivatives and batches of gradients; and from the start forward mode, `torch.func`, tracers and,
-unless a backend is forced, exporters, modes and subclasses of tensors.
+strides that PyTorch's own operations give for the same arguments. Fused kernels compute with plain tensors,
+eagerly or under `torch.compile`, and their first derivatives. All else is computed by PyTorch's own operations:
+in the backward second derivatives and batches of gradients; and from the start forward mode, `torch.func`, tracers
+and, unless a backend is forced, exporters, modes and subclasses of tensors.
 
 With `_unseen` results and gradients lie as suits our operations, of which one hands them to another.
 """
