@@ -2,8 +2,8 @@
 
     python -m bench.tools.readme
 
-rewrites what stands between pairs of marks: headline and picture at the top, the features that work, the tables and
-pictures of a CPU and of a GPU, and the tables of whole trainings.
+rewrites what stands between pairs of marks: headline and picture at the top, the features that work, the tables
+and pictures of a CPU and of a GPU, and the tables of whole trainings.
 """
 
 from __future__ import annotations
