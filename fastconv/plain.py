@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 _PARAMETERS = frozenset((nn.Parameter, Tensor, type(None)))
 
 # As they were when fastconv was imported: a library may replace that of a whole class.
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU)}
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU)
+}
 
 
 def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:

@@ -1,6 +1,7 @@
 """Triton kernels, and C++ kernels for CPUs, installed as `fastconv.kernels`.
 
-Of the rest of fastconv they import at most `fastconv.files` and `fastconv.machine`.
+From the rest of fastconv they import at most `fastconv.files`, `fastconv.machine` and the definitions of the
+operations, `fastconv.operations.reference`.
 
 | room | what it does |
 |---|---|
@@ -24,7 +25,8 @@ Each room of an operation in Triton has the same three layers; what only `classi
 - `kernels.py`: the kernels, in Triton's language.
 - `tiling.py`: how they divide the work among programs, and their launches.
 - `operator.py` or `operators.py`: the operators that PyTorch sees. `ForwardPlan` and `BackwardPlan` run one layout
-  of inputs, launch by launch; `_save` and `_gradients` are for autograd.
+  of inputs, launch by launch; `_gradients` is for autograd, and for more than first derivatives it has the
+  definition, of `common/definitions.py`.
 
 So the backward of a block is `block/operator.py`: `BackwardPlan.__call__`, whose launches are
 `norm_mlp_residual_backward` of `block/kernels.py`, `depthwise_backward` of `toeplitz/kernels.py`, and

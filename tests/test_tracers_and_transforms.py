@@ -240,10 +240,6 @@ def batched_gradients(model, x):
     return torch.autograd.grad(y, list(model.parameters()), grads, is_grads_batched=True)
 
 
-def compiled(function):
-    return lambda *inputs: torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs)
-
-
 # name: called with a model and maps
 WAYS = {
     "gradients of parameters": lambda model, x: func.grad(squares(model, x))(dict(model.named_parameters())),
@@ -258,8 +254,11 @@ WAYS = {
     "batched gradients": batched_gradients,
     "jacobian": lambda model, x: jacobian(lambda x: model(x).flatten()[:3], x, vectorize=True),
     "jacfwd of jacrev": lambda model, x: func.jacfwd(func.jacrev(lambda x: model(x).flatten()[0]))(x[:1]),
-    "compiled gradients": lambda model, x: compiled(func.grad(lambda x: model(x).square().sum()))(x),
-    "compiled vmap": lambda model, x: compiled(func.vmap(lambda image: model(image[None])))(x),
+}
+# name: of a model, makes the function that is compiled
+COMPILED = {
+    "gradients": lambda model: func.grad(lambda x: model(x).square().sum()),
+    "vmap": lambda model: func.vmap(lambda image: model(image[None])),
 }
 
 
@@ -267,8 +266,20 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_transforms(model, plain, shape, way, backend):
     x = torch.rand(5, *shape)[:, :, :16, :16]
-    expected = torch.utils._pytree.tree_leaves(WAYS[way](plain, x.clone()))
+    expected = WAYS[way](plain, x.clone())
     with fastconv.backend(backend):
-        found = torch.utils._pytree.tree_leaves(WAYS[way](model, x.clone()))
-    for ours, own in zip(found, expected, strict=True):
+        assert_close(WAYS[way](model, x.clone()), expected)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_transforms(model, plain, shape, name):
+    x = torch.rand(5, *shape)[:, :, :16, :16]
+    found = torch.compile(COMPILED[name](model), backend="aot_eager", fullgraph=True, dynamic=False)(x)
+    assert_close(found, COMPILED[name](plain)(x))
+
+
+def assert_close(found, expected):
+    """By the norms of their tensors, which are in the same order."""
+    pairs = zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True)
+    for ours, own in pairs:
         assert (ours - own).norm() <= 1e-3 * own.norm() + 1e-5

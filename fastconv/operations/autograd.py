@@ -196,9 +196,18 @@ def _composed_block(
     approximate: str,
     batch_last: bool,
 ) -> Tensor:
-    parameters = depthwise, depthwise_bias, pointwise[..., None, None], pointwise_bias
-    parameters = *parameters, projection[..., None, None], projection_bias
-    y = reference.convnext_block(x, *parameters, norm=norm, eps=eps, approximate=approximate)
+    y = reference.convnext_block(
+        x,
+        depthwise,
+        depthwise_bias,
+        pointwise[..., None, None],
+        pointwise_bias,
+        projection[..., None, None],
+        projection_bias,
+        norm=norm,
+        eps=eps,
+        approximate=approximate,
+    )
     return _memory_order_of(y, batch_last)
 
 

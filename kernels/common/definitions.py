@@ -25,7 +25,8 @@ def depthwise_conv_layer_norm(inputs: Any) -> Tensor:
 
 
 def depthwise_conv(inputs: Any) -> Tensor:
-    return F.conv2d(*inputs, padding="same", groups=inputs.x.shape[1])
+    x, weight, bias = inputs
+    return F.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
 
 
 def depthwise_conv_channel_norm(inputs: Any) -> Tensor:

@@ -35,24 +35,27 @@ class ConvNeXtBlock(nn.Module):
         return x + self.conv3(self.act(self.conv2(self.norm(self.conv1(x)))))
 
 
-def sequential(**parts):
-    return nn.Sequential(OrderedDict(parts))
+class Recorded(nn.Sequential):
+    """Of definitions, whose source TorchScript cannot compile: it gets a graph, as of our modules."""
+
+    def __prepare_scriptable__(self):
+        return torch.fx.symbolic_trace(self)
 
 
-def of_modules(package):
+def of_modules(package, kind=nn.Sequential):
     """A network of each of our modules, or of their definitions."""
-    return sequential(
-        stem=nn.Conv2d(3, 8, 4, stride=4),
-        block=package.ConvNextBlock(8, 4, 7, norm="sample", affine=True),
-        depthwise=package.DepthwiseConvLayerNorm(8, 2, 5, norm="channel", affine=True),
-        pointwise=package.PointwiseConvGELU(16, 10),
-    )
+    parts = {
+        "stem": nn.Conv2d(3, 8, 4, stride=4),
+        "block": package.ConvNextBlock(8, 4, 7, norm="sample", affine=True),
+        "depthwise": package.DepthwiseConvLayerNorm(8, 2, 5, norm="channel", affine=True),
+        "pointwise": package.PointwiseConvGELU(16, 10),
+    }
+    return kind(OrderedDict(parts))
 
 
 def of_blocks():
-    return sequential(
-        stem=nn.Conv2d(3, 8, 8, stride=8), block=ConvNeXtBlock(8), pointwise=nn.Conv2d(8, 10, 1), act=nn.GELU()
-    )
+    parts = {"stem": nn.Conv2d(3, 8, 8, stride=8), "block": ConvNeXtBlock(8), "pointwise": nn.Conv2d(8, 10, 1)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def fused(plain, ours):
@@ -68,7 +71,7 @@ def swapped(plain):
 
 PAIRS = {
     "the classifier": lambda: fused(reference.Classifier(8, 1), fastconv.Classifier(8, 1)),
-    "each module": lambda: fused(of_modules(definitions), of_modules(fastconv)),
+    "each module": lambda: fused(of_modules(definitions, Recorded), of_modules(fastconv)),
     "the lecture's, swapped": lambda: swapped(reference.Classifier(8, 1)),
     "ConvNeXt, swapped": lambda: swapped(of_blocks()),
 }

@@ -181,10 +181,3 @@ def test_registered_operators(name, layout, device):
     x, *rest = registered(device)[name]
     x = in_format(x.detach(), layout).requires_grad_()
     torch.library.opcheck(getattr(torch.ops.fastconv, name).default, (x, *rest))
-
-
-def test_double_backward_raises(device):
-    leaves = list(draw_leaves(DEPTHWISE, Sizes(1, 2, 1, 2, 1, (3, 3)), device).values())
-    for y in (depthwise(*leaves), functional.layer_norm(leaves[0], norm="channel")):
-        with pytest.raises(RuntimeError, match="create_graph=True"):
-            torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
