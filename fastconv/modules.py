@@ -172,7 +172,7 @@ class ConvNextBlock(nn.Module):
         x = functional.layer_norm(self.conv1(inputs), **_norm_of(self))
         return self.conv3(F.gelu(self.conv2(x))) + inputs
 
-    def _parameters_of_parts(self, channels: int | None) -> tuple[Tensor | None, ...] | None:
+    def _parameters_of_parts(self, channels: int | None) -> tuple[Any, ...] | None:
         """Weight and bias of each part, if all are plain convolutions, as they should be for so many channels."""
         conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
         if not all(map(_is_convolution, (conv1, conv2, conv3))):
