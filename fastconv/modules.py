@@ -300,10 +300,12 @@ def _unseen_blocks(part: Any, images: Tensor, channels: int) -> list[Callable[[T
         return None
     blocks = []
     for block in part._modules.values():
-        unseen = block.fastconv_unseen(images, channels) if hasattr(block, "fastconv_unseen") else None
-        if unseen is None:
+        # Of the class: wrappers, such as torch.compile's, pass on attributes of what they wrap.
+        unseen = getattr(type(block), "fastconv_unseen", None)
+        computes = None if unseen is None or block._compiled_call_impl else unseen(block, images, channels)
+        if computes is None:
             return None
-        blocks.append(unseen)
+        blocks.append(computes)
     return blocks
 
 

@@ -57,7 +57,7 @@ class OwnStrides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if rules.is_transformed():
+        if rules.is_transformed() or rules.is_batched(grad):
             return grad
         return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 

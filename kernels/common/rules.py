@@ -37,6 +37,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for several, as with `torch.autograd.grad(is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward may come, for which an operation has to keep something."""
     # A tracer that has recorded a graph with gradients runs it again without, and refuses other constants.
