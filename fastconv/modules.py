@@ -186,7 +186,7 @@ class ConvNextBlock(Scriptable):
         x = functional.layer_norm(self.conv1(inputs), **_norm_of(self))
         return self.conv3(F.gelu(self.conv2(x))) + inputs
 
-    def _parameters_of_parts(self, channels: int | None) -> tuple[Tensor | None, ...] | None:
+    def _parameters_of_parts(self, channels: int | None) -> tuple[Any, ...] | None:
         """Weight and bias of each part, if all are plain convolutions, as they should be for so many channels."""
         conv1, conv2, conv3 = self.conv1, self.conv2, self.conv3
         if not all(map(_is_convolution, (conv1, conv2, conv3))):
@@ -283,7 +283,7 @@ def classify(model: Any, x: Tensor, norm: str) -> Tensor:
 def _classify_unseen(model: Any, images: Tensor, norm: str) -> Tensor | None:
     """The same, with maps that lie as suits the next part; None if any but our operations would see them."""
     stem, downsample, bottleneck = model.stem, model.downsample, model.bottleneck
-    if not all(map(_is_set_patches, (stem, downsample, bottleneck))) or not _is_unseen(images):
+    if not _is_unseen(images) or not all(map(_is_set_patches, (stem, downsample, bottleneck))):
         return None
     first = _unseen_blocks(model.conv_block_1, images, stem.weight.shape[0])
     second = _unseen_blocks(model.conv_block_2, images, downsample.weight.shape[0])
@@ -314,10 +314,12 @@ def _unseen_blocks(part: Any, images: Tensor, channels: int) -> list[Callable[[T
         return None
     blocks = []
     for block in part._modules.values():
-        unseen = block.fastconv_unseen(images, channels) if hasattr(block, "fastconv_unseen") else None
-        if unseen is None:
+        # Of the class: wrappers, such as torch.compile's, pass on attributes of what they wrap.
+        unseen = getattr(type(block), "fastconv_unseen", None)
+        computes = None if unseen is None or block._compiled_call_impl else unseen(block, images, channels)
+        if computes is None:
             return None
-        blocks.append(unseen)
+        blocks.append(computes)
     return blocks
 
 

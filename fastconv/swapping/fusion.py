@@ -6,7 +6,7 @@ names and not modules, so that a swapped module can be copied, pickled and moved
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -95,9 +95,11 @@ class Fusion:
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, module: nn.Module, x: Tensor, **options: bool) -> Tensor:
-        """What `compute` does, with its options."""
-        compute = functools.partial(self.compute, **options) if options else self.compute
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        return self.run(self.compute, module, x)
+
+    def run(self, compute: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+        """What `compute` returns, which is computed again in the backward if it is to be."""
         if not self.recompute or not torch.is_grad_enabled():
             return compute(module, x)
         if torch.compiler.is_compiling():

@@ -40,7 +40,7 @@ class Swapped(nn.Module):
         fusion = vars(type(self)).get("fastconv_fusion")
         if not isinstance(fusion, LectureBlock) or not is_plain(self, type(self)) or not _can_fuse(self, images):
             return None
-        return functools.partial(fusion.forward, self, unseen=True)
+        return functools.partial(fusion.run, functools.partial(fusion.compute, unseen=True), self)
 
     def _get_name(self) -> str:
         return f"{self.fastconv_original.__name__}[fastconv]"

@@ -104,7 +104,8 @@ def _probes(shape: tuple[int, int, int, int]) -> Iterator[Probe]:
 
 def _twin(module: nn.Module) -> nn.Module:
     """A copy in float64 with random parameters; its parts run without hooks, which swapped modules respect."""
-    twin = copy.deepcopy(module).to("cpu", torch.float64, memory_format=torch.contiguous_format).requires_grad_()
+    twin = copy.deepcopy(module).to("cpu", torch.float64).to(memory_format=torch.contiguous_format)
+    twin.requires_grad_()
     generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():
