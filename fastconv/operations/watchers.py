@@ -36,8 +36,9 @@ def is_composed(x: Tensor, *values: Value) -> bool:
 def is_watched(x: Tensor, *values: Value) -> bool:
     """Whether a mode or a tensor of another class is to see what is computed from maps and values.
 
-    Modes are those of torch.utils._python_dispatch, such as make_fx's, fake tensors' and FLOP counters'.
+    Modes are those of torch.utils._python_dispatch, such as make_fx's, fake tensors' and FLOP counters'. Maps on
+    the meta device are computed for their shape and strides, which are those of PyTorch's operations there.
     """
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 or x.is_meta:
         return True
     return type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors_in(*values)))
