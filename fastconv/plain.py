@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Quantized and distributed weights have types of their own, and few operations.
 _PARAMETERS = frozenset((nn.Parameter, Tensor, type(None)))
 
-# As they were when fastconv was imported: a library may replace that of a whole class.
+# As they were when fastconv was imported: others may replace the forward of a whole class.
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU)
 }
@@ -24,9 +24,8 @@ def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     all modules included. Called for each part at each forward, it takes about a microsecond.
     """
     # Attributes, and not the instance's dict, of which Dynamo would not notice a change.
-    if type(part) is not kind or getattr(part.forward, "__func__", None) is not kind.forward:
-        return False
-    if kind.forward is not _FORWARDS.get(kind, kind.forward):
+    forward = _FORWARDS.get(kind, kind.forward)
+    if type(part) is not kind or getattr(part.forward, "__func__", None) is not forward:
         return False
     if "_conv_forward" in part.__dict__:
         return False

@@ -30,7 +30,7 @@ def is_composed(x: Tensor, *values: Value) -> bool:
         from fastconv.operations import tracing
 
         return tracing.is_transformed() or (torch.compiler.is_exporting() and backends.current() == "auto")
-    return is_transformed() or (is_watched(x, *values) and backends.current() == "auto")
+    return is_transformed() or (backends.current() == "auto" and is_watched(x, *values))
 
 
 def is_watched(x: Tensor, *values: Value) -> bool:

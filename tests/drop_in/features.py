@@ -25,7 +25,9 @@ AREAS = {
         "parts", "fused; a block with a changed part calls its parts", "fused; such a block: own forward"
     ),
     "dtypes": Area("dtypes, devices", "fused", "fused; several dtypes in a block: own forward"),
-    "running": Area("running", "fused", "fused"),
+    "running": Area(
+        "running", "fused; subclasses of tensors composed", "fused; subclasses: own forward or composed"
+    ),
 }
 
 

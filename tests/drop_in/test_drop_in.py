@@ -7,10 +7,10 @@ import pytest
 import torch
 from oracle import assert_accurate
 
-from fastconv.operations import backends, dispatch
+from fastconv.operations import backends, decisions, dispatch
 
 from .features import FEATURES
-from .models import IMAGES, PAIRS, pair
+from .models import IMAGES, PAIRS, pair, trained
 
 # In float32, relative to the norm of the plain model's.
 TOLERANCE = 1e-4
@@ -37,12 +37,26 @@ def _backend(backend, monkeypatch, nothing_small):
     if backend == "portable":
         monkeypatch.setattr(backends, "_native_refuses", lambda kind, dtype: "for this test")
     monkeypatch.setattr(dispatch, "_CHOSEN", {})
+    # Also of maps for which a block's own forward is the faster.
+    monkeypatch.setattr(decisions, "swapping_pays", lambda x: True)
 
 
 def computed(feature, model, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     x = torch.rand(IMAGES).to(dtype)
     return feature.run(model.to(dtype), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("models", PAIRS)
+def test_without_any_of_them_all_is_fused(models, monkeypatch):
+    """Else the others would compare plain models with plain ones."""
+    _, ours = pair(models)
+    called, call = [], dispatch._call
+    monkeypatch.setattr(dispatch, "_call", lambda name, *rest: called.append(name) or call(name, *rest))
+    trained(ours, torch.rand(IMAGES))
+    assert called
+    assert "reference" not in called
 
 
 @each(half=False)
