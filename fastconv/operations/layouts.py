@@ -60,15 +60,12 @@ def format_of(x: Tensor) -> torch.memory_format:
     Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
     strides, too.
     """
-    sizes, strides = x.shape, x.stride()
-    least = 0
-    if strides[1] == 0:
-        return CONTIGUOUS
-    for dim in (1, 3, 2, 0):
-        if strides[dim] < least or (dim == 0 and least == strides[1]):
-            return CONTIGUOUS
-        least = strides[dim] * max(1, sizes[dim])
-    return CHANNELS_LAST
+    by_image, by_channel, by_row, by_pixel = x.stride()
+    _, channels, height, width = x.shape
+    side_by_side = 0 < by_channel * max(1, channels) <= by_pixel
+    if side_by_side and by_pixel * max(1, width) <= by_row and by_channel != by_row * max(1, height) <= by_image:
+        return CHANNELS_LAST
+    return CONTIGUOUS
 
 
 def as_pytorch(y: Tensor, format: torch.memory_format) -> Tensor:
