@@ -6,7 +6,7 @@ gradients may lie as suits them, as in batch-last, images side by side. `dispatc
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,34 +20,23 @@ LEAST_TILED = 2**19
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
-class Layouts(NamedTuple):
-    """The memory formats of an operation's result, and of the gradient of its maps."""
+def of(operation: str, x: Tensor, values: tuple[Any, ...]) -> tuple[torch.memory_format, torch.memory_format]:
+    """The memory formats that PyTorch's own operations give the result, and the gradient of maps `x`.
 
-    result: torch.memory_format
-    gradient: torch.memory_format
-
-
-def of(operation: str, x: Tensor, values: tuple[Any, ...]) -> Layouts:
-    """The layouts that PyTorch's own operations give, composed as in `reference`, for maps `x` and values.
-
-    A norm of whole images is contiguous, that of each pixel channels_last, and a sum follows its first operand.
+    Composed as in `reference`, a norm of whole images is contiguous, that of each pixel channels_last, and a sum
+    follows its first operand.
     """
-    match operation:
-        case "layer_norm":
-            normed = _of_norm(values[0])
-            return Layouts(normed, normed)
-        case "convnext_block":
-            _, pointwise, projection, norm, _ = values
-            summed = _of_norm(norm)
-            for conv in (pointwise, projection):
-                summed = _convolved(summed, conv.weight)
-            return Layouts(summed, summed)
-        case "depthwise_conv_layer_norm":
-            conv, norm = values
-            return Layouts(_of_norm(norm), of_convolution(x, conv.weight))
-        case _:
-            convolved = of_convolution(x, values[0].weight)
-            return Layouts(convolved, convolved)
+    if operation == "layer_norm":
+        normed = _of_norm(values[0])
+        return normed, normed
+    if operation == "convnext_block":
+        _, pointwise, projection, norm, _ = values
+        summed = _convolved(_convolved(_of_norm(norm), pointwise.weight), projection.weight)
+        return summed, summed
+    convolved = of_convolution(x, values[0].weight)
+    if operation == "depthwise_conv_layer_norm":
+        return _of_norm(values[1]), convolved
+    return convolved, convolved
 
 
 def of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -58,7 +47,7 @@ def of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
 def _convolved(format: torch.memory_format, weight: Tensor) -> torch.memory_format:
     if weight.dtype == torch.float64:
         return CONTIGUOUS
-    return CHANNELS_LAST if CHANNELS_LAST in (format, format_of(weight)) else CONTIGUOUS
+    return format if format == CHANNELS_LAST else format_of(weight)
 
 
 def _of_norm(norm: Norm) -> torch.memory_format:
@@ -71,19 +60,18 @@ def format_of(x: Tensor) -> torch.memory_format:
     Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
     strides, too.
     """
-    sizes, strides = x.shape, x.stride()
-    least = 0
-    if strides[1] == 0:
-        return CONTIGUOUS
-    for dim in (1, 3, 2, 0):
-        if strides[dim] < least or (dim == 0 and least == strides[1]):
-            return CONTIGUOUS
-        least = strides[dim] * max(1, sizes[dim])
-    return CHANNELS_LAST
+    by_image, by_channel, by_row, by_pixel = x.stride()
+    _, channels, height, width = x.shape
+    side_by_side = 0 < by_channel * max(1, channels) <= by_pixel
+    if side_by_side and by_pixel * max(1, width) <= by_row and by_channel != by_row * max(1, height) <= by_image:
+        return CHANNELS_LAST
+    return CONTIGUOUS
 
 
 def as_pytorch(y: Tensor, format: torch.memory_format) -> Tensor:
     """`y` in a memory format, or a copy of it."""
+    if y.is_contiguous(memory_format=format):
+        return y
     # PyTorch copies [rows, columns] to [columns, rows] by tiles, and more dimensions element by element.
     if format == CONTIGUOUS and y.numel() >= LEAST_TILED and y.permute(1, 2, 3, 0).is_contiguous():
         return y.permute(1, 2, 3, 0).flatten(0, 2).t().contiguous().view(y.shape)
