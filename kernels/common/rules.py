@@ -35,7 +35,8 @@ def is_transformed() -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether a gradient stands for several, as with `torch.autograd.grad(is_grads_batched=True)`."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    # Under a compiler none is, and it does not know the question.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
