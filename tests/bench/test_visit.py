@@ -123,9 +123,9 @@ LAUNCHES = """
 import torch
 from fastconv import functional
 from fastconv.bench.tools.visit import compilations
-from fastconv.bench.tools.visit.kernels_only import kernels_only
+from fastconv.bench.tools.visit.kernels_only import Uncomputed, kernels_only
 compilations.count()
-with kernels_only():
+with kernels_only(), Uncomputed():
     functional.layer_norm(torch.rand(2, 3, 4, 4, requires_grad=True)).sum().backward()
 """
 

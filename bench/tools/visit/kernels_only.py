@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastconv import accuracy
+from fastconv import accuracy, modules
 from fastconv.checking import runner
-from fastconv.operations import backends
+from fastconv.operations import backends, watchers
 from fastconv.training import stepper
 from fastconv.training.state import State
 
@@ -56,6 +56,9 @@ def kernels_only() -> Iterator[None]:
     with null_gpu(), ExitStack() as stack:
         for owner, name, replacement in (
             (backends, "can_run", _can_run),
+            # For a mode, as `Uncomputed` is, operations would be composed of PyTorch's own.
+            (watchers, "is_watched", lambda *_: False),
+            (modules, "is_watched", lambda *_: False),
             (accuracy, "measure", _once),
             (runner, "choose_backend", lambda case, device: ("triton", "")),
             (runner, "interprets", lambda backend, device: False),
