@@ -83,7 +83,8 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     _, needs_weight, needs_bias, _ = forward.needs
     x, weight, bias, _ = forward.inputs
-    inputs = BackwardInputs(grad, x, *forward.kept, weight, needs_weight or needs_bias)
+    (statistics,) = forward.kept
+    inputs = BackwardInputs(grad, x, statistics, weight, needs_weight or needs_bias)
     grad_x, parameters = channel_layer_norm_backward(inputs, forward)
     return {
         "x": grad_x,

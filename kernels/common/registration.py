@@ -130,7 +130,7 @@ class Forward(NamedTuple):
     """
 
     inputs: Any
-    kept: tuple[Tensor, ...]
+    kept: tuple[Any, ...]
     needs: tuple[bool, ...]
     key: Key | None
 

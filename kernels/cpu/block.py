@@ -154,18 +154,8 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_shift, _, needs_bias, _, needs_offset, *_ = forward.needs
     x, depthwise_weight, _, weight, bias, projection, _, *options, _ = forward.inputs
-    inputs = BackwardInputs(
-        grad,
-        x,
-        depthwise_weight,
-        weight,
-        bias,
-        projection,
-        *forward.kept,
-        *options,
-        needs_x,
-        needs_weight or needs_shift,
-    )
+    saved = x, depthwise_weight, weight, bias, projection, *forward.kept, *options
+    inputs = BackwardInputs(grad, *[*saved, needs_x, needs_weight or needs_shift])
     gx, parameters = convnext_block_backward(inputs, forward)
     parts = torch.split_with_sizes(parameters, block_gradient_sizes(inputs))
     gw, gprojection, gbias, goffset, taps, shift = parts

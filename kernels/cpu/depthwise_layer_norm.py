@@ -120,7 +120,8 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = forward.needs
     x, weight, _, norm, _ = forward.inputs
-    inputs = BackwardInputs(grad, x, weight, *forward.kept, norm, needs_x, needs_weight)
+    h, scale = forward.kept
+    inputs = BackwardInputs(grad, x, weight, h, scale, norm, needs_x, needs_weight)
     gx, taps, bias = depthwise_conv_layer_norm_backward(inputs, forward)
     return {
         "x": gx if needs_x else None,

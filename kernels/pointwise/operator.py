@@ -95,7 +95,8 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = forward.needs
     x, weight, *_ = forward.inputs
-    inputs = BackwardInputs(grad, *forward.kept, x, weight, needs_x, needs_weight or needs_bias)
+    (slope,) = forward.kept
+    inputs = BackwardInputs(grad, slope, x, weight, needs_x, needs_weight or needs_bias)
     grad_x, parameters = pointwise_conv_gelu_backward(inputs, forward)
     matrix, bias = in_dtype(parameters, weight.dtype).tensor_split([weight.numel()])
     return {

@@ -245,12 +245,14 @@ def _keep(inputs: NormInputs, results: tuple[Tensor, Tensor, Tensor]) -> tuple[T
 def _norm_gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, *_ = forward.needs
     x, weight, _, norm_weight, norm_bias, *_ = forward.inputs
+    normalised, scale = forward.kept
     inputs = NormBackwardInputs(
         grad,
         x,
         weight,
         norm_weight,
-        *forward.kept,
+        normalised,
+        scale,
         needs_x,
         needs_weight or needs_bias,
         needs_norm_weight or needs_norm_bias,
