@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
-from fastconv.operations.watchers import is_symbolic, is_watched
+from fastconv.operations.watchers import is_composed, is_symbolic
 from fastconv.plain import is_plain
 
 
@@ -305,7 +305,7 @@ def _is_unseen(images: Tensor) -> bool:
     """Whether no tracer sees what is computed from images, and no caller how their gradient lies."""
     if not isinstance(images, Tensor) or images.requires_grad:
         return False
-    return not (is_symbolic(images) or is_watched(images) or torch.compiler.is_exporting())
+    return not (is_symbolic(images) or is_composed(images))
 
 
 def _unseen_blocks(part: Any, images: Tensor, channels: int) -> list[Callable[[Tensor], Tensor]] | None:

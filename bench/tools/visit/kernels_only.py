@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastconv import accuracy, modules
+from fastconv import accuracy
 from fastconv.checking import runner
 from fastconv.operations import backends, watchers
 from fastconv.training import stepper
@@ -58,7 +58,6 @@ def kernels_only() -> Iterator[None]:
             (backends, "can_run", _can_run),
             # For a mode, as `Uncomputed` is, operations would be composed of PyTorch's own.
             (watchers, "is_watched", lambda *_: False),
-            (modules, "is_watched", lambda *_: False),
             (accuracy, "measure", _once),
             (runner, "choose_backend", lambda case, device: ("triton", "")),
             (runner, "interprets", lambda backend, device: False),
