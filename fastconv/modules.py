@@ -48,7 +48,7 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
         affine: scale and shift each channel after the norm.
         bias: add a bias to the convolution.
 
-    Shape: (N, C, H, W) -> (N, C * M, H, W).
+    Shape: (N, C, H, W) -> (N, C * M, H, W), or without N.
 
     Raises:
         ValueError: an argument is out of range.
@@ -82,6 +82,8 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
         _register_affine(self, self.out_channels if affine else None, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_one_image(x):
+            return self.forward(x[None])[0]
         weight, bias = self.weight, self.bias
         channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else None
         if not is_symbolic(x) and _is_set_depthwise(self, weight, channels):
@@ -101,7 +103,7 @@ class PointwiseConvGELU(Scriptable, nn.Conv2d):
         bias: add a bias to the convolution.
         approximate: "none", GELU by the error function; or "tanh".
 
-    Shape: (N, I, H, W) -> (N, O, H, W).
+    Shape: (N, I, H, W) -> (N, O, H, W), or without N.
 
     Raises:
         ValueError: an argument is out of range.
@@ -130,6 +132,8 @@ class PointwiseConvGELU(Scriptable, nn.Conv2d):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_one_image(x):
+            return self.forward(x[None])[0]
         weight, bias = self.weight, self.bias
         if not is_symbolic(x) and _is_set_pointwise(self, weight):
             return functional.pointwise_conv_gelu(x, weight, bias, approximate=self.approximate)
@@ -149,7 +153,7 @@ class ConvNextBlock(Scriptable):
         in_channels: channels of the input and of the output, C.
         multiplier, kernel_size, norm, eps, affine: as `DepthwiseConvLayerNorm`'s.
 
-    Shape: (N, C, H, W) -> (N, C, H, W).
+    Shape: (N, C, H, W) -> (N, C, H, W), or without N.
 
     Raises:
         ValueError: an argument is out of range.
@@ -179,6 +183,8 @@ class ConvNextBlock(Scriptable):
         _register_affine(self, wide if affine else None, device, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if _is_one_image(inputs):
+            return self.forward(inputs[None])[0]
         channels = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None
         parameters = None if is_symbolic(inputs) else self._parameters_of_parts(channels)
         if parameters is not None:
@@ -259,6 +265,9 @@ class Classifier(Scriptable):
         self.bottleneck = nn.Conv2d(2 * width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_one_image(x):
+            # (num_classes, 1), as from the lecture's.
+            return classify(self, x[None], self.norm).t()
         return classify(self, x, self.norm)
 
     def extra_repr(self) -> str:
@@ -340,6 +349,11 @@ def _is_set_patches(conv: Any) -> bool:
 def _is_convolution(part: Any) -> bool:
     """Whether it may be computed from the parameters and settings of an nn.Conv2d."""
     return is_plain(part, nn.Conv2d) and part._parameters.keys() == {"weight", "bias"}
+
+
+def _is_one_image(x: Any) -> bool:
+    """Whether x is (C, H, W), which PyTorch's convolutions take too."""
+    return isinstance(x, Tensor) and x.dim() == 3
 
 
 # As PyTorch does, these read the size of a kernel from the weight, which may have been replaced.

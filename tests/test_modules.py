@@ -466,3 +466,31 @@ def test_compiled_results_have_the_lectures_strides(format):
     lecture, ours = reference.ConvNextBlock(8), fastconv.ConvNextBlock(8)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert compiled(x).stride() == lecture(x).stride()
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "size"),
+    [
+        (lambda: fastconv.ConvNextBlock(4), lambda: reference.ConvNextBlock(4), (4, 5, 6)),
+        (
+            lambda: fastconv.DepthwiseConvLayerNorm(4),
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 16, 7, padding="same", groups=4),
+                nn.LayerNorm((16, 5, 6), elementwise_affine=False),
+            ),
+            (4, 5, 6),
+        ),
+        (
+            lambda: fastconv.PointwiseConvGELU(4, 3),
+            lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.GELU()),
+            (4, 5, 6),
+        ),
+        (lambda: fastconv.Classifier(4, 1), lambda: reference.Classifier(4, 1), (3, 16, 16)),
+    ],
+    ids=["block", "depthwise", "pointwise", "classifier"],
+)
+def test_an_image_without_a_batch(ours, plain, size):
+    """As PyTorch's convolutions take it."""
+    ours, plain, x = ours(), plain(), torch.rand(size)
+    ours.load_state_dict({name.removeprefix("0."): value for name, value in plain.state_dict().items()})
+    torch.testing.assert_close(ours(x), plain(x))

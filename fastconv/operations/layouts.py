@@ -60,6 +60,8 @@ def format_of(x: Tensor) -> torch.memory_format:
     Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
     strides, too.
     """
+    if x.is_contiguous():
+        return CONTIGUOUS
     by_image, by_channel, by_row, by_pixel = x.stride()
     _, channels, height, width = x.shape
     side_by_side = 0 < by_channel * max(1, channels) <= by_pixel

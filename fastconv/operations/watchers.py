@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,15 +10,16 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fastconv.kernels.common.rules import is_transformed
-from fastconv.kernels.common.values import Value, tensors_in
-from fastconv.operations import backends
+from fastconv.kernels.common.values import Value
+from fastconv.operations import backends, setting
 
-_PLAIN = {Tensor, nn.Parameter}
+# What the fields of values are; the characters of a string are strings.
+_PLAIN = {Tensor, nn.Parameter, type(None), str, float, int}
 
 
 def is_symbolic(x: Any) -> bool:
     """Whether x stands for maps of any size, in a graph that torch.fx or torch.jit.trace records."""
-    return isinstance(x, Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return torch._C._get_tracing_state() is not None or isinstance(x, Proxy)
 
 
 def is_composed(x: Tensor, *values: Value) -> bool:
@@ -30,7 +32,7 @@ def is_composed(x: Tensor, *values: Value) -> bool:
         from fastconv.operations import tracing
 
         return tracing.is_transformed() or (torch.compiler.is_exporting() and backends.current() == "auto")
-    return is_transformed() or (backends.current() == "auto" and is_watched(x, *values))
+    return is_transformed() or (setting.current() == "auto" and is_watched(x, *values))
 
 
 def is_watched(x: Tensor, *values: Value) -> bool:
@@ -39,6 +41,6 @@ def is_watched(x: Tensor, *values: Value) -> bool:
     Modes are those of torch.utils._python_dispatch, such as make_fx's, fake tensors' and FLOP counters'. Maps on
     the meta device are computed for their shape and strides, which are those of PyTorch's operations there.
     """
-    if torch._C._len_torch_dispatch_stack() > 0 or x.is_meta:
+    if torch._C._len_torch_dispatch_stack() > 0 or type(x) not in _PLAIN or x.is_meta:
         return True
-    return type(x) not in _PLAIN or not _PLAIN.issuperset(map(type, tensors_in(*values)))
+    return not _PLAIN.issuperset(map(type, chain.from_iterable(values)))
