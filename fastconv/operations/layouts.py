@@ -60,9 +60,10 @@ def format_of(x: Tensor) -> torch.memory_format:
     Where there is one channel, or one pixel, `x.is_contiguous(memory_format=torch.channels_last)` is true of other
     strides, too.
     """
-    if x.is_contiguous():
-        return CONTIGUOUS
     by_image, by_channel, by_row, by_pixel = x.stride()
+    if by_channel > by_pixel:
+        # As of most; the shape takes the host as long as all that follows.
+        return CONTIGUOUS
     _, channels, height, width = x.shape
     side_by_side = 0 < by_channel * max(1, channels) <= by_pixel
     if side_by_side and by_pixel * max(1, width) <= by_row and by_channel != by_row * max(1, height) <= by_image:
