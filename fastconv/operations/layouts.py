@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastconv.kernels.common.rules import is_batched, is_transformed
+from fastconv.kernels.common.rules import is_of_transform
 from fastconv.kernels.common.values import Norm
 
 # Elements from which a copy by tiles is faster: see bench/NOTES.md.
@@ -91,7 +91,7 @@ class WithLayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad if is_transformed() or is_batched(grad) else as_pytorch(grad, ctx.format), None
+        return grad if is_of_transform(grad) else as_pytorch(grad, ctx.format), None
 
 
 def with_gradient(x: Tensor, format: torch.memory_format) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import is_batched, is_transformed
+from .rules import is_of_transform
 
 
 def save(ctx: Any, inputs: Sequence[Any], kept: Sequence[Tensor | None]) -> None:
@@ -25,10 +25,10 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
 
 
 def asks_for_more(grad: Tensor) -> bool:
-    """In a backward: whether its result is to be differentiated again, or a transform or a batch computes it."""
+    """In a backward: whether its result is to be differentiated again, or a transform computes it."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or is_transformed() or is_batched(grad)
+    return torch.is_grad_enabled() or is_of_transform(grad)
 
 
 def composed_gradients(

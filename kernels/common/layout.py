@@ -57,7 +57,7 @@ class OwnStrides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if rules.is_transformed() or rules.is_batched(grad):
+        if rules.is_of_transform(grad):
             return grad
         return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 

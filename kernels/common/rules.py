@@ -33,9 +33,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for several, as with `torch.autograd.grad(is_grads_batched=True)`."""
-    # Under a compiler none is, and it does not know the question.
+def is_of_transform(grad: Tensor) -> bool:
+    """In a backward: whether a transform computes it, or several gradients at once (`is_grads_batched=True`)."""
+    if is_transformed():
+        return True
+    # Under a compiler none is several, and it does not know the question.
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
