@@ -29,10 +29,11 @@ from fastconv.extras import import_extra
 from fastconv.files import WriteError
 from fastconv.graphs import CaptureError
 from fastconv.training import checkpoint, folder, graphed, loop, memory
-from fastconv.training.display import Display, model_summary
+from fastconv.training.display import Display
 from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.recipe import Recipe, check_images
 from fastconv.training.stepper import NonFinite
+from fastconv.training.summary import model_summary
 
 RESUMED_OPTIONS = [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]
 RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
