@@ -17,6 +17,7 @@ from fastconv.operations import backends
 from fastconv.training import data
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import DataError, Dataset
+from fastconv.training.graphed import Graph
 from fastconv.training.recipe import RECIPES, Recipe
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -47,6 +48,16 @@ DeviceOption = Annotated[
 BackendOption = Annotated[
     Literal["auto", "triton", "native", "portable", "reference"],
     typer.Option(help="Implementation of the fused operations.", rich_help_panel="Machine"),
+]
+GraphOption = Annotated[
+    Graph,
+    typer.Option(
+        help="Replay each step as a CUDA graph, which changes no number: auto, on a GPU where it can be.",
+        rich_help_panel="Machine",
+    ),
+]
+TensorBoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard beside the checkpoint.")
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, and all else on standard error.")
