@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from fastconv.commands.options import (
     load_data,
     nonempty_path,
     recipe_options,
+    resume_command,
     usage_errors,
 )
 from fastconv.console import console
@@ -38,8 +38,15 @@ from fastconv.training.schedule import has_schedule
 from fastconv.training.stepper import NonFinite
 from fastconv.training.summary import model_summary
 
-RESUMED_OPTIONS = [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]
-RESUMED_FLAGS = [("deterministic", "--deterministic"), ("tensorboard", "--tensorboard"), ("json_output", "--json")]
+# What a command that goes on with a run repeats.
+RESUMED = {
+    "data_directory": "--data",
+    "device": "--device",
+    "backend": "--backend",
+    "deterministic": "--deterministic",
+    "tensorboard": "--tensorboard",
+    "json_output": "--json",
+}
 
 
 @recipe_options(*(field.name for field in fields(Recipe)))
@@ -109,7 +116,7 @@ def train(
     out = folder.make(out)
     path = out / folder.CHECKPOINT
     display = Display(shown, chosen, out, json_output)
-    how_to_resume = f"go on with:\n  {resume_command(context, out)}"
+    how_to_resume = f"go on with:\n  {resume_command(context, 'train', out, RESUMED)}"
     try:
         with display.bar:
             runs.go_on(state, out, resumed, display, graph, tensorboard)
@@ -160,12 +167,3 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
             "leave --epochs out, or start a new run"
         )
     return replace(recipe, epochs=epochs)
-
-
-def resume_command(context: typer.Context, out: Path) -> str:
-    words = ["fastconv", "train", "--out", str(out), "--resume"]
-    for name, option in RESUMED_OPTIONS:
-        if is_typed(context, name):
-            words += [option, str(context.params[name])]
-    words += [option for name, option in RESUMED_FLAGS if context.params[name]]
-    return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ def model_summary(recipe: Recipe, image_size: Sequence[int], classes: int, depth
 
 def multiplications(recipe: Recipe, image_size: Sequence[int], classes: int) -> int:
     """Return how many multiplications and additions one image's forward takes, a pair counted as one."""
-    return _statistics(recipe, image_size, classes, 1, 1).total_mult_adds
+    return _multiplications(recipe.width, recipe.depth, recipe.patch, tuple(image_size), classes)
+
+
+# A sweep has many recipes of few shapes.
+@lru_cache
+def _multiplications(width: int, depth: int, patch: int, image_size: tuple[int, ...], classes: int) -> int:
+    recipe = Recipe(width=width, depth=depth, patch=patch)
+    return _statistics(recipe, image_size, classes, images=1, depth=1).total_mult_adds
 
 
 def _statistics(recipe: Recipe, image_size: Sequence[int], classes: int, images: int, depth: int) -> Any:
