@@ -73,7 +73,7 @@ def sweep(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="What the options below are where none are typed: lecture, modern.  \\[default: lecture]",
+            help="What options below are by default: lecture, modern.  \\[default: lecture]",
             rich_help_panel="Recipe",
             metavar="LIST",
             show_default=False,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any, BinaryIO
 
 from fastconv.extras import import_extra
 from fastconv.training.comparison import lecture
-from fastconv.training.comparison.rows import Row
+from fastconv.training.comparison.rows import Mean, Row
 from fastconv.training.comparison.tables import has_lecture
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, which is faint on
@@ -17,8 +17,9 @@ from fastconv.training.comparison.tables import has_lecture
 # share one but not both.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-WIDTH = 9.0
-PANELS = 4.0
+LECTURE_LINE = {"color": "#666666", "linestyle": "--", "linewidth": 1}
+# Inches: of a picture, and the height of what is above its legend.
+WIDTH, HEIGHT = 9.0, 4.0
 # Characters of a legend that fit beside each other.
 LEGEND_WIDTH = 110
 
@@ -35,34 +36,33 @@ def scatter(rows: Sequence[Row], file: BinaryIO) -> None:
     """
     rows = [row for row in rows if row.validation is not None]
     figure = _figure(rows)
-    for axes, label in zip(figure.subplots(1, 2, sharey=True), ("seconds of training", "parameters"), strict=True):
-        for row, style in zip(rows, _styles(), strict=False):
-            accuracy = row.validation
-            assert accuracy is not None
-            by_time = label.startswith("seconds")
-            x = row.seconds if by_time else None
-            axes.errorbar(
-                row.first.parameters if x is None else x.value,
-                100 * accuracy.value,
-                xerr=None if x is None else x.deviation,
-                yerr=None if accuracy.deviation is None else 100 * accuracy.deviation,
-                linestyle="none",
-                capsize=3,
-                markersize=7,
-                label=row.name,
-                **style,
-            )
-        if has_lecture(rows):
-            of_lecture = lecture.SECONDS if label.startswith("seconds") else lecture.PARAMETERS
-            _draw_lecture(axes)
-            axes.plot(of_lecture, 100 * lecture.VALIDATION_ACCURACY, "*", markersize=11, color="#666666")
+    by_time, by_size = figure.subplots(1, 2, sharey=True)
+    for row, style in zip(rows, _styles(), strict=False):
+        assert row.validation is not None
+        _draw_point(by_time, row.seconds, row.validation, row.name, style)
+        _draw_point(by_size, Mean(row.first.parameters, None), row.validation, row.name, style)
+    if has_lecture(rows):
+        for axes, x in ((by_time, lecture.SECONDS), (by_size, lecture.PARAMETERS)):
+            axes.axhline(100 * lecture.VALIDATION_ACCURACY, **LECTURE_LINE)
+            axes.plot(x, 100 * lecture.VALIDATION_ACCURACY, "*", markersize=11, color=LECTURE_LINE["color"])
+        _label_lecture(by_size)
+    for axes, label in ((by_time, "seconds of training"), (by_size, "parameters")):
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.margins(0.1)
-        _readable_ticks(axes)
+        _label_logarithmic(axes)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation accuracy, %")
+    by_time.set_ylabel("validation accuracy, %")
     _finish(figure, file)
+
+
+def _draw_point(axes: Any, x: Mean, accuracy: Mean, name: str, style: Mapping[str, str]) -> None:
+    """Draw a row with a standard deviation to each side, if there is one."""
+    y = 100 * accuracy.value
+    if accuracy.deviation is not None:
+        errors = {"xerr": x.deviation, "yerr": 100 * accuracy.deviation}
+        axes.errorbar(x.value, y, **errors, fmt="none", capsize=3, ecolor=style["color"])
+    axes.plot(x.value, y, linestyle="none", markersize=7, label=name, **style)
 
 
 def curves(rows: Sequence[Row], file: BinaryIO) -> None:
@@ -83,7 +83,8 @@ def curves(rows: Sequence[Row], file: BinaryIO) -> None:
                 accuracies = [100 * metrics["validation_accuracy"] for metrics in run.history]
                 axes.plot(epochs, accuracies, color=style["color"], linewidth=0.6, alpha=0.5)
     if has_lecture(rows):
-        _draw_lecture(axes)
+        axes.axhline(100 * lecture.VALIDATION_ACCURACY, **LECTURE_LINE)
+        _label_lecture(axes)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy, %")
     axes.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
@@ -98,7 +99,7 @@ def _styles() -> Any:
 def _figure(rows: Sequence[Row]) -> Any:
     """Return a figure with room for the panels and, below them, the legend."""
     lines = math.ceil(len(rows) / _legend_columns([row.name for row in rows]))
-    size = (WIDTH, PANELS + 0.22 * lines)
+    size = (WIDTH, HEIGHT + 0.22 * lines)
     return import_extra("matplotlib.figure").Figure(figsize=size, layout="constrained")
 
 
@@ -107,26 +108,32 @@ def _legend_columns(names: Sequence[str]) -> int:
     return max(1, LEGEND_WIDTH // (6 + max(map(len, names))))
 
 
-def _draw_lecture(axes: Any) -> None:
+def _label_lecture(axes: Any) -> None:
+    """Name the lecture's line where nothing else is drawn: to the right of it."""
     accuracy = 100 * lecture.VALIDATION_ACCURACY
-    axes.axhline(accuracy, color="#666666", linestyle="--", linewidth=1)
     axes.annotate(
-        f"{lecture.NAME}: {accuracy:.2f} %",
-        # In the left corner above the line.
-        (0, accuracy),
+        f"{lecture.NAME},\n{accuracy:.2f} %",
+        (1, accuracy),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(4, 0),
         textcoords="offset points",
+        verticalalignment="center",
         fontsize="small",
-        color="#444444",
+        color=LECTURE_LINE["color"],
     )
 
 
-def _readable_ticks(axes: Any) -> None:
-    """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
+def _label_logarithmic(axes: Any) -> None:
+    """Label a logarithmic axis with plain numbers that do not touch, whatever it spans."""
     ticker = import_extra("matplotlib.ticker")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    if decades < 0.5:
+        locator = ticker.MaxNLocator(4)
+    else:
+        locator = ticker.LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,))
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 

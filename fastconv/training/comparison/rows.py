@@ -97,7 +97,7 @@ def _names(firsts: list[Run]) -> list[str]:
     for facts in (
         [f"on {run.environment.device}" for run in firsts],
         [f"backend {run.environment.backend}" for run in firsts],
-        [f"{_threads(run)} threads" if _threads(run) else "" for run in firsts],
+        [f"threads {_threads(run)}" if _threads(run) else "" for run in firsts],
         [f"data {run.data}, {run.data_checksum[:8]}" for run in firsts],
     ):
         if len(set(facts)) > 1:

@@ -12,9 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fastconv.console import console as plain_console
 from fastconv.training.comparison import lecture
 from fastconv.training.comparison.reading import Run
 from fastconv.training.comparison.rows import Mean, Row
+from fastconv.training.recipe import Recipe
+from fastconv.training.summary import multiplications
 
 HEADER = ("", "parameters", "mult-adds", "seconds", "validation, %", "test, %", "seeds")
 
@@ -35,13 +38,14 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
     if has_lecture(rows):
         accuracy = percent(Mean(lecture.VALIDATION_ACCURACY, None))
-        lines.append([lecture.NAME, f"{lecture.PARAMETERS:,}", "", str(lecture.SECONDS), accuracy, "", "1"])
+        products = _millions(multiplications(Recipe(), (3, 32, 32), 10))
+        lines.append([lecture.NAME, f"{lecture.PARAMETERS:,}", products, str(lecture.SECONDS), accuracy, "", "1"])
     return lines
 
 
 def has_lecture(rows: Sequence[Row]) -> bool:
-    """Whether the lecture's result belongs beside them: some were trained on what it was."""
-    return any(row.first.is_cifar10 for row in rows)
+    """Whether the lecture's result belongs beside them: some were trained on all of CIFAR-10, as it was."""
+    return any(row.first.is_cifar10 and row.first.recipe.limit is None for row in rows)
 
 
 def percent(mean: Mean | None) -> str:
@@ -52,7 +56,7 @@ def percent(mean: Mean | None) -> str:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:.3g} M"
+    return f"{count / 1e6:#.3g}".rstrip(".") + " M"
 
 
 def _seconds(value: float) -> str:
@@ -65,7 +69,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = [
         "Mult-adds are of one image's forward; seconds are of training, without evaluations; accuracies are means "
         "over seeds, with the standard deviation of the sample.",
-        f"Trained on {'; '.join(places)}.",
+        *(f"Trained on {place}." for place in places),
     ]
     if has_lecture(rows):
         found.append(
@@ -77,13 +81,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def _place(run: Run) -> str:
     environment = run.environment
-    threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
-    return f"{environment.device}{threads}, with {run.train_images:,} images of {run.data}"
+    threads = f", threads: {environment.threads}" if environment.device == "cpu" else ""
+    return f"{environment.device}{threads}; with {run.train_images:,} images of {run.data}"
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print the table and its notes."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    if not console.is_terminal:
+        # A file or a pipe has no width: nothing is wrapped or cut.
+        console = plain_console(file=console.file, width=200)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in HEADER:
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     for line in cells(rows):

@@ -87,7 +87,10 @@ class Supervisor:
         self.stopping = False
 
     def run(self) -> int:
-        """Do all runs; return the signal that stopped them, each saved, or 0. A second signal kills the workers."""
+        """Do all runs; return the signal that stopped them, each saved, or 0.
+
+        A second signal acts as it did before, and kills the workers.
+        """
         with loop.interruption() as interrupted:
             try:
                 for settings in self.settings[: len(self.waiting)]:
