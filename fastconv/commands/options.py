@@ -71,12 +71,12 @@ CheckpointOption = Annotated[
 RecipeOption = Annotated[
     Literal["lecture", "modern"],
     typer.Option(
-        help="What the options below are by default: the lecture's, or those that measured best here.",
+        help="The defaults of the other options: the lecture's, or what measured best here.",
         rich_help_panel="Recipe",
     ),
 ]
 # The fields of Recipe that are the classifier's.
-MODEL = ("width", "depth", "patch", "norm")
+MODEL = ("width", "depth", "patch")
 
 
 def recipe_options(*names: str, lists: bool = False) -> Callable[[Command], Command]:

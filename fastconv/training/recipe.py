@@ -67,9 +67,9 @@ class Recipe:
     ] = "tensor"
     crop: Annotated[int, "Crop training images at random out of a black frame of so many pixels."] = 0
     flip: Annotated[bool, "Mirror training images at random."] = False
-    label_smoothing: Annotated[float, "Part of each label that is spread over all classes."] = 0.0
+    label_smoothing: Annotated[float, "Share of each label that is spread over all classes."] = 0.0
     schedule: Annotated[Schedule, "Keep the learning rate, or let it fall to zero in a line."] = "constant"
-    warmup: Annotated[float, "Part of all steps in which the learning rate first rises from zero."] = 0.0
+    warmup: Annotated[float, "Share of all steps in which the learning rate first rises from zero."] = 0.0
     decay: Annotated[Decay, "What weight decay shrinks: all parameters, or weights only, not biases."] = "all"
     ema: Annotated[
         float,
