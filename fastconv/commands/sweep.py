@@ -100,12 +100,12 @@ def sweep(
     tensorboard: TensorBoardOption = False,
     **options: Any,
 ) -> None:
-    """Train with every combination of options, each a list of values such as [bold]--width 32,64 --seeds 3[/bold].
+    """Train with each combination of options, which are lists such as [bold]--width 32,64 --seeds 3[/bold].
 
-    Each run has a folder of its own in the sweep's, as if by fastconv train. The table of fastconv compare ends it,
-    also as sweep.md, sweep.csv, sweep.png and sweep-curves.png. A run that fails does not stop the others. Ctrl-C,
-    SIGTERM and a closed terminal save all runs: [bold]fastconv sweep --out DIR --resume[/bold] goes on from
-    there, and tries again what has failed.
+    Each run is one of fastconv train, in a folder of its own in the sweep's. A run that fails does not stop the
+    others. At the end their comparison is shown and saved as sweep.md, sweep.csv, sweep.png and sweep-curves.png.
+    Ctrl-C, SIGTERM and a closed terminal save all runs: [bold]fastconv sweep --out DIR --resume[/bold] goes on
+    from there, and tries again what has failed.
     """
     shown = console(stderr=json_output)
     runs.check_packages(tensorboard)

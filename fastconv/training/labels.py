@@ -24,6 +24,8 @@ def differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
         for recipe, of in zip(recipes, bases, strict=True)
     ]
     varying = [field.name for field in fields(Recipe) if len({each[field.name] for each in changes}) > 1]
+    # The seed comes last.
+    varying.sort(key=lambda name: name == "seed")
     return [
         ({"recipe": of} if len(set(bases)) > 1 else {}) | {name: getattr(recipe, name) for name in varying}
         for recipe, of in zip(recipes, bases, strict=True)

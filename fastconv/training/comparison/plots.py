@@ -133,7 +133,9 @@ def _label_logarithmic(axes: Any) -> None:
     else:
         locator = ticker.LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,))
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+    axes.xaxis.set_major_formatter(
+        ticker.FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+    )
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 

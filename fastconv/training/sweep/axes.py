@@ -60,7 +60,9 @@ def _one_of(choices: Mapping[str, Any]) -> tuple[Callable[[str], Any], str]:
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[Recipe]:
-    """Return a recipe for every combination of values; the last axis varies fastest.
+    """Return a recipe for every combination of values.
+
+    Seeds vary slowest, so that there is soon a run of every variant; else the last axis varies fastest.
 
     Args:
         axes: values by option; "recipe" holds the names of those whose other options are kept.
@@ -68,10 +70,10 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[Recipe]:
     Raises:
         ValueError: a combination is no recipe; the message names it. Or there are too many, or two are equal.
     """
-    axes = {"recipe": ["lecture"], **DEFAULTS, **axes}
+    axes = {"seed": [Recipe.seed], "recipe": ["lecture"], **DEFAULTS, **axes}
     if (count := math.prod(map(len, axes.values()))) > LARGEST:
         raise ValueError(f"the sweep has {count:,} runs; expected at most {LARGEST:,}: give shorter lists")
-    varying = [name for name, found in axes.items() if len(found) > 1]
+    varying = sorted((name for name, found in axes.items() if len(found) > 1), key=lambda name: name == "seed")
     recipes: dict[Recipe, str] = {}
     for chosen in itertools.product(*axes.values()):
         options = dict(zip(axes, chosen, strict=True))
