@@ -159,6 +159,8 @@ def test_a_plan_is_not_looked_for_in_a_pipe(tmp_path):
 
 
 def test_a_sweep_goes_on_only_with_its_own_data(saved, dataset):
-    with pytest.raises(DataError, match="trained on other pixels or labels; give with --data .*, then in /images"):
+    with pytest.raises(
+        DataError, match=r"trained on other pixels or labels; give with --data .*, then in /images"
+    ):
         saved.check_data(dataset)
     replace(saved, data_checksum=dataset.checksum).check_data(dataset)
