@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,3 +17,14 @@ def folder(tmp_path_factory):
                 pixels = rng.integers(level, level + 80, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def other_pixels(folder, tmp_path):
+    """Data with the classes and counts of `folder`, but one other pixel."""
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other/test/dark/0.png"
+    with Image.open(path) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(path)
+    return tmp_path / "other"

@@ -149,17 +149,6 @@ def test_files_are_not_replaced_by_a_new_run(run, folder, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.fixture
-def other_pixels(folder, tmp_path):
-    """Data with the classes and counts of `folder`, but one other pixel."""
-    shutil.copytree(folder, tmp_path / "other")
-    path = tmp_path / "other/test/dark/0.png"
-    with Image.open(path) as image:
-        image.putpixel((0, 0), (1, 2, 3))
-        image.save(path)
-    return tmp_path / "other"
-
-
 def contents(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
