@@ -32,7 +32,7 @@ def predict(
     place = choose(device, backend)
     model = prediction.load_model(state, place)
     # All are read before any is answered: a wrong name is found at once.
-    inputs = [prediction.read_input(path, state) for path in images]
+    inputs = [prediction.read_input(path, state.image_size) for path in images]
     for path, image in zip(images, inputs, strict=True):
         try:
             top = prediction.predict(model, image.to(place), min(3, len(state.classes)))

@@ -12,7 +12,7 @@ from fastconv.extras import import_extra
 from fastconv.modules import Classifier
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.images import pixels_of, read_image
-from fastconv.training.recipe import as_seen, make_model
+from fastconv.training.recipe import make_model
 from fastconv.training.stepper import NonFinite
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Classifier:
     return model.to(device).eval()
 
 
-def read_input(path: Path, checkpoint: Checkpoint) -> Tensor:
-    """Read an image of any size and mode as float32 [1, 3, H, W], as the model saw those it was trained on.
+def read_input(path: Path, image_size: list[int]) -> Tensor:
+    """Read an image of any size and mode as float32 [1, 3, H, W] in [0, 1], as in training.
 
     It is scaled until it covers H x W, and cropped in the middle.
 
     Raises:
         DataError: it cannot be read.
     """
-    _, height, width = checkpoint.image_size
+    _, height, width = image_size
     image: Image = import_extra("PIL.ImageOps").fit(
         read_image(path), (width, height), method=import_extra("PIL.Image").Resampling.BICUBIC
     )
-    return as_seen(pixels_of(image)[None].float() / 255, checkpoint.recipe)
+    return pixels_of(image)[None].float() / 255
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def predict(model: nn.Module, image: Tensor, top: int = 3) -> list[tuple[int, fl
     other images beside it the answer would depend on them. Its mean and variance are then those of the one image.
 
     Args:
-        image: float32 [1, channels, height, width], as from `read_input`, on the model's device.
+        image: float32 [1, channels, height, width] in [0, 1], on the model's device.
 
     Raises:
         ValueError: there is not exactly one image.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastconv.modules import Classifier
 from fastconv.training import typed
@@ -65,7 +65,7 @@ class Recipe:
         "What each layer norm is computed over: tensor, the whole batch, so that an image's answer depends on the "
         "images beside it; sample, one image; channel, one pixel.",
     ] = "tensor"
-    centre: Annotated[bool, "Show the model pixels scaled to [-2, 2] instead of [0, 1]."] = False
+    whiten: Annotated[bool, "Begin with a stem that whitens the patches of the training images."] = False
     crop: Annotated[int, "Crop training images at random out of a black frame of so many pixels."] = 0
     flip: Annotated[bool, "Mirror training images at random."] = False
     label_smoothing: Annotated[float, "Share of each label that is spread over all classes."] = 0.0
@@ -105,7 +105,7 @@ class Recipe:
 
 
 # What changes a training step; each is off in the lecture's.
-INGREDIENTS = ("norm", "centre", "crop", "flip", "label_smoothing", "schedule", "warmup", "decay", "ema")
+INGREDIENTS = ("norm", "crop", "flip", "label_smoothing", "schedule", "warmup", "decay", "ema")
 # By the names that `fastconv train --recipe` takes.
 RECIPES = {
     "lecture": Recipe(),
@@ -113,7 +113,7 @@ RECIPES = {
         lr=4e-3,
         weight_decay=0.05,
         norm="sample",
-        centre=True,
+        whiten=True,
         crop=4,
         flip=True,
         label_smoothing=0.1,
@@ -167,12 +167,6 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     # A bias is a vector.
     weights, biases = [[p for p in parameters if (p.dim() > 1) is is_weight] for is_weight in (True, False)]
     return [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
-
-
-def as_seen(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Return pixels in [0, 1] as the recipe shows them to the model."""
-    # About the mean and deviation of natural images. A prediction needs no statistics of the training set.
-    return (pixels - 0.5) / 0.25 if recipe.centre else pixels
 
 
 def autocast(recipe: Recipe, device: torch.device, enabled: bool = True) -> AbstractContextManager[object]:

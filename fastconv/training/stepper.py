@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from fastconv.training.ingredients import Ingredients
-from fastconv.training.recipe import Recipe, as_seen, autocast
+from fastconv.training.recipe import Recipe, autocast
 from fastconv.training.sets import Batches
 
 
@@ -113,7 +113,7 @@ class AutogradStepper:
         label_smoothing: float = 0.0,
     ) -> Tensor:
         with autocast(self.recipe, images.device):
-            logits = model(as_seen(images, self.recipe))
+            logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         tally.losses.index_copy_(0, step, loss.detach()[None])
         tally.correct += (logits.argmax(1) == labels).sum()
