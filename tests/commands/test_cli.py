@@ -83,6 +83,7 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "split_seed": 55,
         "precision": "fp32",
         "norm": "tensor",
+        "whiten": False,
         "crop": 0,
         "flip": False,
         "label_smoothing": 0.0,
