@@ -49,7 +49,8 @@ class Display(supervisor.Observer):
             transient=True,
             disable=not console.is_terminal,
         )
-        self._sweep = self.bars.add_task("sweep", total=1.0, completed=self._estimate.part, left="")
+        self._sweep = self.bars.add_task("sweep", total=1.0, left="")
+        self.bars.update(self._sweep, completed=self._estimate.part)
         self._under_way: dict[str, TaskID] = {}
 
     def begun(self, name: str, device: str) -> None:

@@ -120,6 +120,7 @@ def work(pipe: Connection, settings: Settings) -> None:
         dataset = data.load(None if settings.data_directory is None else Path(settings.data_directory))
         if dataset.checksum != settings.data_checksum:
             raise DataError(f"{dataset.source} has changed since the sweep began; put back what was there")
+        _warm_up(dataset, device)
     except Exception as error:
         report(pipe, Report("failed", text=_reason(error)))
         return
@@ -140,6 +141,12 @@ def work(pipe: Connection, settings: Settings) -> None:
                 report(pipe, Report("failed", text=_reason(error)))
                 if not isinstance(error, NonFinite):
                     return
+
+
+def _warm_up(dataset: Dataset, device: torch.device) -> None:
+    """Do a step of a tiny run. What a process does once, such as to load kernels, is no time of its first run."""
+    state = loop.prepare(Recipe(width=4, depth=1, patch=1, batch_size=8, limit=8), dataset, device, None)
+    state.train(state.rest_of_epoch()[0])
 
 
 def _run(task: Task, dataset: Dataset, device: torch.device, settings: Settings, pipe: Connection) -> None:
