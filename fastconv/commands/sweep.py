@@ -73,7 +73,7 @@ def sweep(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="What options below are by default: lecture, modern.  \\[default: lecture]",
+            help="The defaults of the other options: lecture, modern.  \\[default: lecture]",
             rich_help_panel="Recipe",
             metavar="LIST",
             show_default=False,

@@ -86,7 +86,7 @@ def test_after_other_failures_a_worker_ends(work, tmp_path, monkeypatch, capsys,
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(loop.State, "train", fail)
+    monkeypatch.setattr(loop.State, "evaluate", fail)
     reports, _ = work(Task(tmp_path / "a", RECIPE), Task(tmp_path / "b", RECIPE))
     assert [report.kind for report in reports] == ["ready", "failed"]
     assert reports[1].text.startswith(text)

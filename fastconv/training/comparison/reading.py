@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastconv.training import checkpoint
-from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import CIFAR10_CLASSES
 from fastconv.training.environment import Environment
 from fastconv.training.folder import CHECKPOINT, FolderError
@@ -58,11 +57,6 @@ class Run:
 def read(path: Path) -> Run:
     """Return the run of a checkpoint; `checkpoint.load` says what it raises."""
     found = checkpoint.load(path)
-    return summarised(path, found)
-
-
-def summarised(path: Path, found: Checkpoint) -> Run:
-    """Return what a comparison needs of a checkpoint that was read from `path`."""
     is_cifar10 = (found.classes, found.image_size) == (list(CIFAR10_CLASSES), [3, 32, 32])
     return Run(
         path=path,

@@ -50,7 +50,7 @@ class Row:
     @property
     def validation(self) -> Mean | None:
         """The accuracy in [0, 1] after the last epoch that is done."""
-        return self._last("validation_accuracy")
+        return self.curve[-1] if self.curve else None
 
     @property
     def test(self) -> Mean | None:
@@ -63,9 +63,6 @@ class Row:
         """The validation accuracy after each epoch."""
         histories = zip(*(run.history for run in self.runs), strict=True)
         return [mean([metrics["validation_accuracy"] for metrics in epoch]) for epoch in histories]
-
-    def _last(self, metric: str) -> Mean | None:
-        return mean([run.history[-1][metric] for run in self.runs]) if self.first.history else None
 
 
 def compare(runs: Iterable[Run]) -> list[Row]:

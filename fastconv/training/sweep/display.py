@@ -104,15 +104,16 @@ class Estimate:
     """
 
     def __init__(self, work: Mapping[str, float], done: Collection[str]) -> None:
-        self._work, self._started = dict(work), time.monotonic()
+        self._work = dict(work)
+        self._started: float | None = None
         self._parts = {name: float(name in done) for name in work}
-        # Work of other processes, which says nothing about the time of this one.
-        self._before = dict(self._parts)
+        # What other processes have done of them, which says nothing about the time of this one.
+        self._before = dict.fromkeys(done, 1.0)
 
     def update(self, name: str, part: float) -> None:
         """Note how much of a run is done; the first time is when it begins, perhaps from a checkpoint."""
-        if self._parts[name] == 0:
-            self._before[name] = part
+        self._started = self._started or time.monotonic()
+        self._before.setdefault(name, part)
         self._parts[name] = part
 
     def drop(self, name: str) -> None:
@@ -128,7 +129,7 @@ class Estimate:
         """Return "about 5 min left", or nothing as long as nothing is known."""
         here = self._sum(self._parts) - self._sum(self._before)
         rest = sum(self._work.values()) - self._sum(self._parts)
-        if here <= 0 or rest <= 0:
+        if self._started is None or here <= 0 or rest <= 0:
             return ""
         return f"about {_duration((time.monotonic() - self._started) * rest / here)} left"
 

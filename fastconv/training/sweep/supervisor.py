@@ -101,9 +101,15 @@ class Supervisor:
                         self.stop()
                     for worker in [each for each in self.workers if each.pipe in ready]:
                         self.receive(worker)
-            finally:
+            except (KeyboardInterrupt, SystemExit):
                 for worker in self.workers:
                     worker.process.kill()
+                raise
+            except Exception:
+                self.stop()
+                raise
+            finally:
+                for worker in self.workers:
                     worker.end()
             return interrupted()
 
