@@ -1,6 +1,7 @@
 """`fastconv sweep` and `fastconv compare`, as a user types them, on a small image folder."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 from refusal import refused
 
 import fastconv
+from fastconv.commands import main
 from fastconv.training import checkpoint, data, loop
 from fastconv.training.folder import FILES, LOCK
 from fastconv.training.recipe import Recipe
@@ -49,21 +53,16 @@ def assert_same_run(found, expected):
 
 @pytest.fixture(scope="module")
 def swept(folder, tmp_path_factory):
-    """The folder of a sweep, its exit code, and what it printed; on two workers."""
+    """The folder of a sweep on two workers, its exit code, and what it printed."""
     out = tmp_path_factory.mktemp("sweeps") / "sweep"
     options = ["--width", "4,6", "--seeds", "2", "--epochs", "2", "--device", "cpu,cpu", "--json", *SMALL]
-    done = start(folder, out, *options, "--tensorboard", stderr=subprocess.PIPE)
-    printed = done.communicate()
-    return out, done.returncode, *printed
-
-
-def start(folder, out, *options, stderr=subprocess.STDOUT):
-    command = [sys.executable, "-m", "fastconv", "sweep", "--out", str(out), *options]
-    if "--resume" not in options:
-        command += ["--data", str(folder)]
-    # Kernels are not interpreted there, whatever the tests of this process do.
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+    arguments = ["fastconv", "sweep", "--data", str(folder), "--out", str(out), *options, "--tensorboard"]
+    printed, shown = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, fastconv.backend("auto"):
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped, redirect_stdout(printed), redirect_stderr(shown):
+            main.main()
+    return out, stopped.value.code or 0, printed.getvalue(), shown.getvalue()
 
 
 def test_each_run_of_a_sweep_is_one_of_train(swept, folder, run, tmp_path):
@@ -167,77 +166,79 @@ def test_a_sweep_does_not_replace_another_or_change(run, swept, folder, other_pi
     refused(run("compare", "nowhere"), "nowhere is not a file; give the checkpoint.pt of a training run")
 
 
-def wait_until(condition, process):
+def wait_until(condition):
+    ended = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ended
         time.sleep(0.01)
 
 
 def worker_of(run):
-    return int((run / ".fastconv.owner").read_text().split()[1])
-
-
-def has_begun(run):
-    """Whether a run is in the middle of its epochs."""
-    return (run / "metrics.jsonl").exists() and (run / ".fastconv.owner").exists()
+    """The process that holds a run, or that did before it was killed."""
+    owner = run / ".fastconv.owner"
+    return int(owner.read_text().split()[1]) if owner.exists() else None
 
 
 def is_alive(number):
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
+        # In a container nobody may wait for a process whose parent was killed.
+        return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
+    except FileNotFoundError:
         return False
-    # In a container nobody may wait for a process whose parent was killed.
-    return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 def test_killed_and_interrupted_a_sweep_goes_on_to_the_same_weights(folder, tmp_path, run):
-    """Killed are the worker of one run, then the main process in the next; Ctrl-C stops what goes on."""
     out = tmp_path / "a sweep"
-    first, second, third = names = [f"width-{width}" for width in (4, 5, 6)]
-    options = ["--width", "4,5,6", "--epochs", "30", "--device", "cpu", *SMALL]
-    process = start(folder, out, *options)
-    wait_until(lambda: has_begun(out / first), process)
-    killed = worker_of(out / first)
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: has_begun(out / second), process)
-    worker = worker_of(out / second)
+    names = ["width-4", "width-6"]
+    first = out / names[0]
+    options = ["--data", folder, "--width", "4,6", "--epochs", "30", *SMALL]
+    command = [sys.executable, "-m", "fastconv", "sweep", "--out", out, *options]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    wait_until(lambda: (first / "metrics.jsonl").exists())
+    worker = worker_of(first)
     process.kill()
-    printed, _ = process.communicate()
-    assert f"1/3 {first}: failed: its worker was killed by SIGKILL" in printed
-    ended = time.monotonic() + 20
-    while is_alive(worker):
-        assert time.monotonic() < ended, "the worker goes on without a main process"
-        time.sleep(0.01)
-    saved = checkpoint.load(out / second / "checkpoint.pt")
+    process.wait()
+    wait_until(lambda: not is_alive(worker))
+    saved = checkpoint.load(first / "checkpoint.pt")
     assert 0 < saved.epoch < 30
-    assert saved.seconds >= saved.history[-1]["seconds"]
 
-    process = start(folder, out, "--resume", "--backend", "portable")
-    # It tries the first again, from where it was.
-    wait_until(lambda: worker_of(out / first) != killed, process)
-    worker = worker_of(out / first)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate()
-    assert process.returncode == 130, printed
-    assert not is_alive(worker)
-    assert "Traceback" not in printed
+    def interrupt():
+        wait_until(lambda: worker_of(first) not in (worker, None))
+        interrupted.append(worker_of(first))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupted = []
+    threading.Thread(target=interrupt).start()
+    # Whatever the shell has set.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code, printed, _ = run("sweep", "--out", out, "--resume", "--backend", "portable")
+    assert code == 130
+    assert not is_alive(interrupted[0])
     again = shlex.split(printed.splitlines()[-1])
     assert again == ["fastconv", "sweep", "--out", str(out), "--resume", "--backend", "portable"]
     assert "of 30 epochs done" in (out / "sweep.md").read_text()
-    assert not (out / third).exists()
+    assert not (out / names[1]).exists()
 
-    (out / third).mkdir()
-    (out / third / "checkpoint.pt").write_bytes(b"damaged")
     code, printed, _ = run(*again[1:])
-    assert code == 1
-    assert f"{third}: failed: {out}/{third}/checkpoint.pt is damaged or not a checkpoint" in printed
-    assert "1 failed; try them again with:\n  fastconv sweep" in printed
-    assert f"{third} failed: " in (out / "sweep.md").read_text()
-    for name, width in [(first, 4), (second, 5)]:
+    assert code == 0
+    for name, width in zip(names, (4, 6), strict=True):
         expected = trained(folder, tmp_path / f"{name}.pt", width=width, epochs=30)
         assert_same_run(checkpoint.load(out / name / "checkpoint.pt"), expected)
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 30
     assert sorted(os.listdir(out)) == sorted([LOCK, *SWEEP_FILES, *names])
+
+
+def test_a_sweep_with_a_run_that_fails_ends_with_exit_code_1(run, swept):
+    """The others are done already; that one is tried again."""
+    out = swept[0]
+    path = out / NAMES[0] / "checkpoint.pt"
+    path.write_bytes(b"damaged")
+    code, printed, _ = run("sweep", "--out", out, "--resume", "--backend", "portable")
+    assert code == 1
+    assert "4 runs in " in printed
+    assert ", 3 of them done\n" in printed
+    assert f"4/4 {NAMES[0]}: failed: {path} is damaged or not a checkpoint" in printed
+    assert f"1 failed; try them again with:\n  fastconv sweep --out {out} --resume --backend portable\n" in printed
+    assert f"{NAMES[0]} failed: {path} is damaged" in (out / "sweep.md").read_text()
