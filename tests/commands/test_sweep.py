@@ -190,6 +190,7 @@ def is_alive(number):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 def test_killed_and_interrupted_a_sweep_goes_on_to_the_same_weights(folder, tmp_path, run):
+    """Beside a run that fails."""
     out = tmp_path / "a sweep"
     names = ["width-4", "width-6"]
     first = out / names[0]
@@ -221,24 +222,15 @@ def test_killed_and_interrupted_a_sweep_goes_on_to_the_same_weights(folder, tmp_
     assert "of 30 epochs done" in (out / "sweep.md").read_text()
     assert not (out / names[1]).exists()
 
+    damaged = out / names[1] / "checkpoint.pt"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"not a checkpoint")
     code, printed, _ = run(*again[1:])
-    assert code == 0
-    for name, width in zip(names, (4, 6), strict=True):
-        expected = trained(folder, tmp_path / f"{name}.pt", width=width, epochs=30)
-        assert_same_run(checkpoint.load(out / name / "checkpoint.pt"), expected)
-        assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 30
-    assert sorted(os.listdir(out)) == sorted([LOCK, *SWEEP_FILES, *names])
-
-
-def test_a_sweep_with_a_run_that_fails_ends_with_exit_code_1(run, swept):
-    """The others are done already; that one is tried again."""
-    out = swept[0]
-    path = out / NAMES[0] / "checkpoint.pt"
-    path.write_bytes(b"damaged")
-    code, printed, _ = run("sweep", "--out", out, "--resume", "--backend", "portable")
     assert code == 1
-    assert "4 runs in " in printed
-    assert ", 3 of them done\n" in printed
-    assert f"4/4 {NAMES[0]}: failed: {path} is damaged or not a checkpoint" in printed
-    assert f"1 failed; try them again with:\n  fastconv sweep --out {out} --resume --backend portable\n" in printed
-    assert f"{NAMES[0]} failed: {path} is damaged" in (out / "sweep.md").read_text()
+    assert f"2/2 {names[1]}: failed: {damaged} is damaged or not a checkpoint" in printed
+    assert f"1 failed; try them again with:\n  {shlex.join(again)}\n" in printed
+    assert f"{names[1]} failed: {damaged} is damaged" in (out / "sweep.md").read_text()
+    expected = trained(folder, tmp_path / "unbroken.pt", width=4, epochs=30)
+    assert_same_run(checkpoint.load(first / "checkpoint.pt"), expected)
+    assert len((first / "metrics.jsonl").read_text().splitlines()) == 30
+    assert sorted(os.listdir(out)) == sorted([LOCK, *SWEEP_FILES, *names])
