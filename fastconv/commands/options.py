@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -16,7 +17,7 @@ from fastconv.operations import backends
 from fastconv.training import data
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import DataError, Dataset
-from fastconv.training.recipe import Recipe
+from fastconv.training.recipe import RECIPES, Recipe
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -53,6 +54,13 @@ JsonOption = Annotated[
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="checkpoint.pt of a training run.", show_default=False)
 ]
+RecipeOption = Annotated[
+    Literal["lecture", "modern"],
+    typer.Option(
+        help="The defaults of the other options: the lecture's, or what measured best here.",
+        rich_help_panel="Recipe",
+    ),
+]
 # The fields of Recipe that are the classifier's.
 MODEL = ("width", "depth", "patch")
 
@@ -73,11 +81,28 @@ def recipe_options(*names: str) -> Callable[[Command], Command]:
 
 def _option(name: str) -> inspect.Parameter:
     hint: Any = get_type_hints(Recipe, include_extras=True)[name]
-    option = typer.Option(help=hint.__metadata__[0], rich_help_panel="Model" if name in MODEL else "Recipe")
+    text, modern = hint.__metadata__[0], getattr(RECIPES["modern"], name)
+    if modern != getattr(Recipe, name):
+        text += f"  \\[modern: {modern}]"
+    option = typer.Option(help=text, rich_help_panel="Model" if name in MODEL else "Recipe")
     annotation = Annotated[hint.__origin__, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Recipe, name), annotation=annotation
     )
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def chosen_recipe(context: typer.Context, base: str, options: dict[str, Any]) -> Recipe:
+    """Return the recipe called `base` with the options that were typed.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    return replace(RECIPES[base], **{name: value for name, value in options.items() if is_typed(context, name)})
 
 
 @contextmanager

@@ -18,7 +18,10 @@ from fastconv.commands.options import (
     DataOption,
     DeviceOption,
     JsonOption,
+    RecipeOption,
     choose,
+    chosen_recipe,
+    is_typed,
     load_data,
     nonempty_path,
     recipe_options,
@@ -32,6 +35,7 @@ from fastconv.training import checkpoint, folder, graphed, loop, memory
 from fastconv.training.display import Display, model_summary
 from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.recipe import Recipe, check_images
+from fastconv.training.schedule import has_schedule
 from fastconv.training.stepper import NonFinite
 
 RESUMED_OPTIONS = [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]
@@ -51,6 +55,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    recipe: RecipeOption = "lecture",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
     json_output: JsonOption = False,
     device: DeviceOption = "auto",
@@ -72,7 +77,7 @@ def train(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train the classifier by the lecture's recipe; with no options, on CIFAR-10, for five epochs.
+    """Train the classifier, by the lecture's recipe or another; with no options, on CIFAR-10, for five epochs.
 
     Saves checkpoint.pt, config.json, metrics.jsonl and curves.png. Ctrl-C, SIGTERM and a closed terminal save too,
     and so does a run that is killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on
@@ -89,7 +94,7 @@ def train(
     elif out is not None:
         folder.check_new(out)
     with usage_errors():
-        recipe = Recipe(**options) if resumed is None else resumed_recipe(context, resumed)
+        chosen = chosen_recipe(context, recipe, options) if resumed is None else resumed_recipe(context, resumed)
     place = choose(device, backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -99,13 +104,13 @@ def train(
     shown.print(f"Data: {dataset.source}", soft_wrap=True)
     image_size, classes = dataset.train.images.shape[1:], len(dataset.classes)
     with usage_errors():
-        check_images(recipe, image_size)
-        memory.check(recipe, image_size, classes, len(dataset.train), place)
+        check_images(chosen, image_size)
+        memory.check(chosen, image_size, classes, len(dataset.train), place)
         graphed.check(graph, place)
     if resumed is not None:
         go_on_as_before(resumed.environment, place, shown)
-    state = loop.prepare(recipe, dataset, place, resumed)
-    shown.print(model_summary(recipe, image_size, classes, depth=2), soft_wrap=True)
+    state = loop.prepare(chosen, dataset, place, resumed)
+    shown.print(model_summary(chosen, image_size, classes, depth=2), soft_wrap=True)
 
     # Nothing has been written so far.
     out = folder.make(out)
@@ -117,7 +122,7 @@ def train(
             raise folder.FolderError(
                 f"another process has gone on with the run in {out} meanwhile; resume it again"
             )
-        display = Display(shown, recipe, out, json_output)
+        display = Display(shown, chosen, out, json_output)
         how_to_resume = f"go on with:\n  {resume_command(context, out)}"
         try:
             with display.bar:
@@ -160,6 +165,8 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         ValueError: another option was typed that contradicts it, or more epochs are done or begun.
     """
     recipe = resumed.recipe
+    if is_typed(context, "recipe"):
+        raise ValueError("the run has its recipe, which it goes on with; leave --recipe out")
     for name, trained_with in asdict(recipe).items():
         given = context.params[name]
         if is_typed(context, name) and name != "epochs" and given != trained_with:
@@ -173,12 +180,12 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         raise ValueError(
             f"the run has done {resumed.epoch} epochs{steps}; got --epochs {epochs}: give at least {begun}"
         )
+    if epochs != recipe.epochs and has_schedule(recipe):
+        raise ValueError(
+            f"the run's learning rate has a schedule of {recipe.epochs} epochs; got --epochs {epochs}: "
+            "leave --epochs out, or start a new run"
+        )
     return replace(recipe, epochs=epochs)
-
-
-def is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def resume_command(context: typer.Context, out: Path) -> str:

@@ -6,6 +6,8 @@ import reprlib
 import textwrap
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
 from fastconv.training.recipe import Recipe
 
-FORMAT = 3
+FORMAT = 4
 
 
 class CheckpointError(Exception):
@@ -39,6 +41,7 @@ class Checkpoint:
         data_checksum: of the whole data set, by `Dataset.checksum`.
         environment: of the process that wrote the file.
         model: state_dict.
+        averaged: state_dict of the averaged weights, to evaluate and predict with, if the recipe has an `ema`.
         optimizer: the state of AdamW for each parameter; its options are in the recipe.
         rng: the states of PyTorch's generators, by device type.
         epoch: epochs whose training and validation are done.
@@ -59,6 +62,7 @@ class Checkpoint:
     data_checksum: str
     environment: Environment
     model: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
     optimizer: dict[int, dict[str, Tensor]]
     rng: dict[str, Tensor]
     epoch: int
@@ -95,23 +99,44 @@ class Checkpoint:
                     f"give with --data what it was trained on, then in {place}"
                 )
 
-    def restore(self, model: nn.Module, optimizer: Optimizer | None, device: torch.device) -> None:
-        """Load the state into a model, and into the optimizer and generators if the run goes on.
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, averaged: nn.Module | None, device: torch.device
+    ) -> None:
+        """Load the state of a run that goes on, generators included.
+
+        Args:
+            averaged: the model of the averaged weights, if the recipe has an `ema`.
 
         Raises:
             CheckpointError: it does not fit.
         """
-        try:
+        with _fitting():
             model.load_state_dict(self.model)
-            if optimizer is not None:
-                options = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": self.optimizer, "param_groups": options})
-                torch.set_rng_state(self.rng["cpu"])
-                if device.type == "cuda" and "cuda" in self.rng:
-                    torch.cuda.set_rng_state(self.rng["cuda"], device)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint's state does not fit its own recipe ({reason})") from error
+            if averaged is not None:
+                averaged.load_state_dict(self.averaged or {})
+            options = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self.optimizer, "param_groups": options})
+            torch.set_rng_state(self.rng["cpu"])
+            if device.type == "cuda" and "cuda" in self.rng:
+                torch.cuda.set_rng_state(self.rng["cuda"], device)
+
+    def restore_result(self, model: nn.Module) -> None:
+        """Load the weights to evaluate and predict with: the averaged ones, if there are any.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        with _fitting():
+            model.load_state_dict(self.model if self.averaged is None else self.averaged)
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint's state does not fit its own recipe ({reason})") from error
 
 
 def load(path: Path) -> Checkpoint:

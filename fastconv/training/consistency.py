@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastconv.training.recipe import LARGEST, check_images, shape_of_model
+from fastconv.training.recipe import LARGEST, check_images, parameter_groups, shape_of_model
 
 if TYPE_CHECKING:
     from fastconv.training.checkpoint import Checkpoint
@@ -29,7 +29,12 @@ def check(found: Checkpoint) -> None:
     check_images(found.recipe, found.image_size)
     model = shape_of_model(found.recipe, found.image_size, len(found.classes))
     check_tensors("model", found.model, model.state_dict())
-    check_optimizer(found.optimizer, list(model.parameters()), started=found.epoch + found.step > 0)
+    if (found.averaged is not None) is not (found.recipe.ema > 0):
+        raise ValueError("its averaged weights are missing, or of a recipe without an ema")
+    check_tensors("averaged", found.averaged or {}, model.state_dict() if found.averaged is not None else {})
+    # AdamW counts parameters in the order of its groups.
+    weights = [weight for group in parameter_groups(model, found.recipe) for weight in group["params"]]
+    check_optimizer(found.optimizer, weights, started=found.epoch + found.step > 0)
     check_rng(found.rng)
 
 

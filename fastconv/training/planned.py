@@ -12,7 +12,7 @@ from fastconv.kernels import decisions
 from fastconv.kernels.common.errors import KernelError
 from fastconv.operations import backends
 from fastconv.training import plan_selftest
-from fastconv.training.recipe import DTYPES
+from fastconv.training.recipe import DTYPES, INGREDIENTS, Recipe
 from fastconv.training.stepper import AutogradStepper, Stepper
 
 
@@ -90,5 +90,7 @@ def fits(stepper: AutogradStepper) -> bool:
     """Whether there are kernels for whole steps of the model."""
     *_, height, width = stepper.batches.images.images.shape
     recipe = stepper.recipe
+    if any(getattr(recipe, name) != getattr(Recipe, name) for name in INGREDIENTS):
+        return False
     pixels = (height // recipe.patch) * (width // recipe.patch)
     return decisions.classifier(stepper.model.norm, recipe.width, pixels) == "plan"

@@ -26,7 +26,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Classifier:
         CheckpointError: its state does not fit its recipe.
     """
     model = make_model(checkpoint.recipe, checkpoint.image_size, len(checkpoint.classes))
-    checkpoint.restore(model, None, device)
+    checkpoint.restore_result(model)
     return model.to(device).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +59,13 @@ def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
 
 def random_order(images: int, name: str) -> Tensor:
     """Return a random permutation, int64 [images], which the name decides."""
+    return torch.randperm(images, generator=generator(name))
+
+
+def generator(name: str) -> torch.Generator:
+    """Return a generator of random numbers, which the name decides."""
     # PyTorch's CPU generator looks at 32 bits of its seed only. Python's hashes a string to seed itself.
-    mixed = random.Random(name).getrandbits(32)
-    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
+    return torch.Generator().manual_seed(random.Random(name).getrandbits(32))
 
 
 class Batches:
@@ -93,10 +98,16 @@ class Batches:
         self.position.fill_(position)
         return [min(self.batch_size, count - start) for start in range(position, count, self.batch_size)]
 
-    def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return the next images, float32 [size, 3, height, width] in [0, 1], and their labels, int64 [size]."""
+    def next(self, size: int, augment: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the next images, float32 [size, 3, height, width] in [0, 1], and their labels, int64 [size].
+
+        Args:
+            augment: changes the images, given their bytes and which they are.
+        """
         chosen = self.order[self.position + self._offsets[:size]]
         self.position += size
         # On a CPU twice as fast as indexing.
         pixels = self.images.images.index_select(0, chosen)
+        if augment is not None:
+            pixels = augment(pixels, chosen)
         return pixels.float().div_(255), self.images.labels[chosen]

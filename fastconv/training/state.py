@@ -15,8 +15,10 @@ from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
 from fastconv.training.graphed import Graph, graphed
+from fastconv.training.ingredients import Ingredients
 from fastconv.training.planned import planned
-from fastconv.training.recipe import Recipe, make_model
+from fastconv.training.recipe import Recipe, make_model, parameter_groups
+from fastconv.training.schedule import has_schedule
 from fastconv.training.sets import Batches, Sets, epoch_order
 from fastconv.training.stepper import AutogradStepper, NonFinite, Stepper, loss_and_accuracy, mean_loss
 
@@ -47,6 +49,9 @@ class State:
         self.model = make_model(recipe, self.image_size, len(dataset.classes)).to(self.device)
         self.optimizer = make_optimizer(self.model, recipe)
         self.steps = math.ceil(len(sets.train) / recipe.batch_size)
+        self.ingredients = Ingredients(
+            recipe, self.model, self.optimizer, len(sets.train), self.steps, self.device
+        )
         # Epochs done, then steps done of the next one.
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, float]] = []
@@ -56,12 +61,12 @@ class State:
         self._evaluated = 0.0
         self._evaluating: float | None = None
         if resumed is not None:
-            resumed.restore(self.model, self.optimizer, self.device)
+            resumed.restore(self.model, self.optimizer, self.ingredients.averaged, self.device)
             self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
             self.started -= resumed.seconds
             self._evaluated = resumed.evaluation_seconds
         batches = Batches(sets.images, recipe.batch_size)
-        self._autograd = AutogradStepper(self.model, self.optimizer, recipe, batches)
+        self._autograd = AutogradStepper(self.model, self.optimizer, recipe, batches, self.ingredients)
         self.stepper: Stepper = self._autograd
         if resumed is not None:
             self.losses[: self.step] = resumed.losses
@@ -121,6 +126,7 @@ class State:
             data_checksum=self.data_checksum,
             environment=self.environment,
             model=self.model.state_dict(),
+            averaged=None if self.ingredients.averaged is None else self.ingredients.averaged.state_dict(),
             # A plan keeps its zeros there before the first step already.
             optimizer=self.optimizer.state_dict()["state"] if self.epoch + self.step > 0 else {},
             rng=rng,
@@ -145,6 +151,7 @@ class State:
 
     def rest_of_epoch(self) -> list[int]:
         """Go to the next of the epoch's batches; return how many images each of those to come has."""
+        self.ingredients.start(self.epoch)
         order = self.sets.train.start + epoch_order(len(self.sets.train), self.recipe.seed, self.epoch)
         return self.stepper.batches.start(order, self.step * self.recipe.batch_size)
 
@@ -191,12 +198,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
 
     A fused step is one pass over a parameter instead of ten, on a CPU four times as fast.
     """
-    device = next(model.parameters()).device.type
+    device = next(model.parameters()).device
     return AdamW(
-        model.parameters(),
-        lr=recipe.lr,
+        parameter_groups(model, recipe),
+        # A schedule changes it where it lies, also in a CUDA graph.
+        lr=torch.tensor(recipe.lr, device=device) if has_schedule(recipe) else recipe.lr,
         weight_decay=recipe.weight_decay,
-        fused=device in ("cpu", "cuda"),
+        fused=device.type in ("cpu", "cuda"),
         # What may be captured as a CUDA graph counts steps on the device.
-        capturable=device == "cuda",
+        capturable=device.type == "cuda",
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from fastconv.training.ingredients import Ingredients
 from fastconv.training.recipe import Recipe, autocast
 from fastconv.training.sets import Batches
 
@@ -59,33 +60,61 @@ class AutogradStepper:
 
     Args:
         optimizer: of the model's parameters; None for evaluations only.
+        ingredients: what the recipe adds to the lecture's training steps.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, recipe: Recipe, batches: Batches) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        recipe: Recipe,
+        batches: Batches,
+        ingredients: Ingredients | None = None,
+    ) -> None:
         self.model, self.optimizer, self.recipe, self.batches = model, optimizer, recipe, batches
+        self.ingredients = ingredients
         device = batches.position.device
         steps = math.ceil(len(batches.images) / recipe.batch_size)
         self.trained, self.evaluated = Tally(steps, device), Tally(steps, device)
 
     def train(self, size: int) -> None:
         assert self.optimizer is not None
-        loss = self._classify(size, self.trained)
+        step = self._step()
+        augment = None if self.ingredients is None else self.ingredients.augment
+        images, labels = self.batches.next(size, augment)
+        loss = self._classify(self.model, images, labels, step, self.trained, self.recipe.label_smoothing)
         self.optimizer.zero_grad()
         # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
         with torch.autograd.set_multithreading_enabled(False):
             loss.backward()
+        if self.ingredients is not None:
+            self.ingredients.set_rate(step)
         self.optimizer.step()
+        if self.ingredients is not None:
+            self.ingredients.average()
 
     @torch.no_grad()
     def evaluate(self, size: int) -> None:
-        self._classify(size, self.evaluated)
+        averaged = None if self.ingredients is None else self.ingredients.averaged
+        step = self._step()
+        self._classify(averaged or self.model, *self.batches.next(size), step, self.evaluated)
 
-    def _classify(self, size: int, tally: Tally) -> Tensor:
-        step = self.batches.position // self.batches.batch_size
-        images, labels = self.batches.next(size)
+    def _step(self) -> Tensor:
+        """The number of the step that comes next, int64 [1]."""
+        return self.batches.position // self.batches.batch_size
+
+    def _classify(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        step: Tensor,
+        tally: Tally,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         with autocast(self.recipe, images.device):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         tally.losses.index_copy_(0, step, loss.detach()[None])
         tally.correct += (logits.argmax(1) == labels).sum()
         return loss

@@ -15,6 +15,7 @@ EXPECTED = {
     int: "an integer of at most 64 bits",
     float: "a finite number",
     str: "text",
+    bool: "True or False",
     Tensor: "a contiguous tensor on the CPU",
     dict: "a dict",
     list: "a list",

@@ -31,7 +31,7 @@ from fastconv.operations import backends
 from fastconv.training import checkpoint, data, loop, prediction
 from fastconv.training import folder as run_folder
 from fastconv.training.folder import FILES, LOCK
-from fastconv.training.recipe import Recipe
+from fastconv.training.recipe import RECIPES, Recipe
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
 
@@ -103,6 +103,14 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "seed": 0,
         "split_seed": 55,
         "precision": "fp32",
+        "norm": "tensor",
+        "crop": 0,
+        "flip": False,
+        "label_smoothing": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "decay": "all",
+        "ema": 0.0,
         "train_metrics": "evaluated",
         "limit": None,
     }
@@ -249,6 +257,22 @@ def test_options_that_contradict_the_run_are_refused(run, folder, trained, optio
     refused(run("train", "--data", folder, "--out", trained, "--resume", *options), message)
 
 
+def test_a_recipe_sets_what_is_not_typed(run, folder, tmp_path):
+    out = tmp_path / "run"
+    options = ["--recipe", "modern", "--no-flip", "--crop", "1", *SMALL]
+    assert run("train", "--data", folder, "--out", out, *options)[0] == 0
+    found = checkpoint.load(out / "checkpoint.pt").recipe
+    typed = {"epochs": 2, "batch_size": 8, "width": 4, "depth": 1, "patch": 2, "flip": False, "crop": 1}
+    assert found == dataclasses.replace(RECIPES["modern"], **typed)
+    resume = ["train", "--out", out, "--resume"]
+    assert run(*resume)[0] == 0
+    refused(run(*resume, "--recipe", "modern"), "the run has its recipe, .* leave --recipe out")
+    refused(run(*resume, "--crop", "2"), "the run was started with --crop 1; got 2: leave --crop out")
+    refused(
+        run(*resume, "--epochs", "3"), "learning rate has a schedule of 2 epochs; got --epochs 3: leave --epochs"
+    )
+
+
 def test_more_epochs_on_resume(run, folder, tmp_path):
     out = tmp_path / "run"
     assert run("train", "--data", folder, "--out", out, *SMALL)[0] == 0
@@ -262,6 +286,7 @@ def test_more_epochs_on_resume(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--recipe", "new"], "'new' is not one of 'lecture', 'modern'"),
         (["train", "--resume"], "--resume goes on with the run in a directory; name it with --out"),
         (["train", "--resume", "--out", "nowhere"], r"nowhere.checkpoint\.pt is not a file"),
         (["train", "--data", "nowhere"], "nowhere is not a directory; give the one that holds the data set"),

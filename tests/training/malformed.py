@@ -70,6 +70,7 @@ def types():
         "data_checksum": ("text",),
         "environment": (),
         "model": (),
+        "averaged": (),
         "optimizer": (),
         "rng": (),
         "epoch": ("int",),
@@ -107,6 +108,12 @@ def types():
         "seed",
         "split_seed",
         "precision",
+        "norm",
+        "crop",
+        "flip",
+        "warmup",
+        "schedule",
+        "ema",
     ):
         for name in ("none", "tensor"):
             yield f"recipe's {field} is {name}", put("recipe", field, value=samples[name])
@@ -132,6 +139,13 @@ def numbers():
         "split_seed": (-1, 2**40),
         "precision": ("fp8", ""),
         "limit": (0, -1, 2**40),
+        "norm": ("batch",),
+        "crop": (-1, 9, 2**40),
+        "label_smoothing": (-0.1, 1.0, nan),
+        "schedule": ("cosine",),
+        "warmup": (-0.1, 1.0, inf),
+        "decay": ("weights",),
+        "ema": (-0.1, 1.0, nan),
     }.items():
         for value in values:
             yield f"recipe's {field} is {value}", put("recipe", field, value=value)
@@ -203,6 +217,10 @@ def tensors():
         yield f"weight is {name}", put("model", WEIGHT, value=value)
     for name in ("another shape", "float64", "NaN", "expanded to a terabyte", "none"):
         yield f"first moment is {name}", put("optimizer", 2, "exp_avg", value=wrong[name])
+    for name in ("another shape", "float64", "NaN", "one infinity", "none"):
+        yield f"averaged weight is {name}", put("averaged", WEIGHT, value=wrong[name])
+    yield "averaged lacks a weight", remove("averaged", WEIGHT)
+    yield "averaged weights without an ema", put("recipe", "ema", value=0.0)
     yield "model lacks a weight", remove("model", WEIGHT)
     yield "model has an unknown weight", put("model", "extra", value=lambda: torch.zeros(3))
     yield "model's weight has a number for a name", put("model", 7, value=lambda: torch.zeros(3))

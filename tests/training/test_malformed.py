@@ -35,7 +35,7 @@ def good(tmp_path_factory):
         pixels = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
         return ImageSet(pixels, torch.arange(count) % 3)
 
-    recipe = Recipe(epochs=2, batch_size=16, width=4, depth=1, patch=2)
+    recipe = Recipe(epochs=2, batch_size=16, width=4, depth=1, patch=2, ema=0.5)
     dataset = Dataset(images(100), images(10), ("a", "b", "c"), "made", "/nowhere")
     state = loop.prepare(recipe, dataset, torch.device("cpu"), None)
     for size in state.rest_of_epoch():

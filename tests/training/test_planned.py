@@ -1,5 +1,6 @@
 """Training by plans of Triton launches: the same numbers as by autograd, and a way back where they cannot run."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from fastconv.operations import selftest
 from fastconv.training import checkpoint, loop, plan_selftest
 from fastconv.training.data import Dataset, ImageSet
 from fastconv.training.planned import PlannedStepper
-from fastconv.training.recipe import Recipe
+from fastconv.training.recipe import INGREDIENTS, RECIPES, Recipe
 from fastconv.training.stepper import AutogradStepper
 
 pytest.importorskip("triton")
@@ -169,8 +170,11 @@ def test_wrong_steps_are_not_planned(dataset, device, unproved, monkeypatch, wro
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_graphs_change_no_bit(backend, precision, monkeypatch):
-    monkeypatch.setattr(graphs, "RECIPE", Recipe(**{**vars(graphs.RECIPE), "precision": precision}))
+@pytest.mark.parametrize("ingredients", [{}, {name: getattr(RECIPES["modern"], name) for name in INGREDIENTS}])
+def test_graphs_change_no_bit(backend, precision, ingredients, monkeypatch):
+    average = {"ema": 0.9} if ingredients else {}
+    changes = {"precision": precision, **ingredients, **average}
+    monkeypatch.setattr(graphs, "RECIPE", replace(graphs.RECIPE, **changes))
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with fastconv.backend(backend):
         assert graphs.compare(torch.device("cuda"), lambda: None) is None

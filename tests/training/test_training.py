@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import CPU, RECIPE, Recorder, assert_same_weights, images_of, run
 from torch.nn import functional as F
 
 import fastconv
@@ -27,65 +28,7 @@ from fastconv.training.sets import Batches, epoch_order, make_sets, random_order
 from fastconv.training.state import State
 from fastconv.training.stepper import AutogradStepper, NonFinite, loss_and_accuracy
 
-CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=3, batch_size=16, width=4, depth=1, patch=2, seed=7)
-
-
-def make_set(count, generator):
-    labels = torch.randint(3, (count,), generator=generator)
-    noise = torch.randint(0, 156, (count, 3, 8, 8), generator=generator)
-    # Each class is brighter in one channel, so that there is something to learn.
-    bright = 100 * F.one_hot(labels, 3)[:, :, None, None]
-    return ImageSet((noise + bright).to(torch.uint8), labels)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    generator = torch.Generator().manual_seed(0)
-    # 100 training images: 80 to train on, five batches; 75 of them make a last batch of 11.
-    return Dataset(make_set(100, generator), make_set(33, generator), ("red", "green", "blue"), "synthetic")
-
-
-class Recorder(loop.Observer):
-    """An observer that remembers, and can act at a given step."""
-
-    def __init__(self, at=None, action=None):
-        self.steps, self.histories, self.evaluations, self.notes = [], [], [], []
-        self.at, self.action = at, action
-
-    def start(self, checkpoint):
-        assert self.at is None or checkpoint.epoch < self.at[0]
-
-    def step(self, epoch, step, steps, loss, images_per_second):
-        self.steps.append((epoch, step, steps, loss))
-        assert images_per_second > 0
-        if (epoch, step) == self.at:
-            self.action()
-
-    def evaluation(self, epoch, done, images):
-        self.evaluations.append((epoch, done, images))
-        if (epoch, "evaluation") == self.at:
-            self.action()
-
-    def epoch(self, history):
-        self.histories.append([dict(metrics) for metrics in history])
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-@pytest.fixture(autouse=True)
-def _report_every_step(monkeypatch):
-    monkeypatch.setattr(loop, "REPORT_SECONDS", -1.0)
-
-
-def run(dataset, path, recipe=RECIPE, observer=None, resumed=None, graph="auto"):
-    return loop.train(recipe, dataset, CPU, path, observer or Recorder(), resumed, graph)
-
-
-def assert_same_weights(a, b):
-    assert a.model.keys() == b.model.keys()
-    assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+pytestmark = pytest.mark.usefixtures("report_every_step")
 
 
 @pytest.mark.parametrize("train_metrics", ["evaluated", "running"])
@@ -167,11 +110,6 @@ def test_bfloat16_trains_with_float32_weights(dataset, tmp_path):
     assert all(weight.dtype == torch.float32 for weight in final.model.values())
     assert final.history[-1]["train_loss"] == pytest.approx(exact.history[-1]["train_loss"], rel=0.05)
     assert not torch.equal(final.model["stem.weight"], exact.model["stem.weight"])
-
-
-def images_of(sets, name):
-    chosen = getattr(sets, name)
-    return sets.images.images[chosen.start : chosen.stop], sets.images.labels[chosen.start : chosen.stop]
 
 
 def test_limit_takes_the_first_images_of_each_set(dataset):
@@ -437,6 +375,12 @@ def test_a_state_that_does_not_fit_is_refused(dataset, tmp_path):
         ({"weight_decay": 3.0, "lr": 0.5}, "weight_decay is 3.0; expected 0 to 2, one divided by the lr"),
         ({"seed": -1}, "seed is -1; expected 0 to"),
         ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, bf16"),
+        ({"norm": "batch"}, "norm is 'batch'; expected one of tensor, sample, channel"),
+        ({"crop": -1}, "crop is -1; expected 0 to 4,096"),
+        ({"flip": 1}, "flip is 1; expected True or False"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and less than 1"),
+        ({"warmup": -0.1}, "warmup is -0.1; expected at least 0 and less than 1"),
+        ({"ema": math.inf}, "ema is inf; expected a finite number"),
     ],
 )
 def test_recipes_out_of_range(options, message):
@@ -450,11 +394,12 @@ def test_recipes_out_of_range(options, message):
         ([3, 6, 8], "patch is 4, for images of 6 x 8 pixels; expected at most 3"),
         ([3, 1, 8], "images of 1 x 8 pixels; expected 2 to 4,096 on each side"),
         ([3, 8, 5000], "images of 8 x 5000 pixels; expected 2 to 4,096 on each side"),
+        ([3, 20, 15], "crop is 16, for images of 20 x 15 pixels; expected at most 15"),
     ],
 )
 def test_images_that_do_not_fit_the_model(size, message):
     with pytest.raises(ValueError, match=message):
-        make_model(Recipe(), size, 10)
+        make_model(Recipe(crop=16), size, 10)
 
 
 def test_the_memory_of_a_model_is_counted_before_it_is_taken():
