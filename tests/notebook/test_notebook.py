@@ -167,8 +167,12 @@ def test_executed_it_shows_its_pictures(executed):
 
 def test_executed_it_predicts_by_itself_and_in_batches(printed):
     number = r"\w+ \d+\.\d %"
-    answers = re.findall(rf"(alone|with .*): +({number}), {number}, {number}", printed)
-    assert [name for name, _ in answers] == ["alone", "with images of all classes", "with ships"]
+    answers = re.findall(rf"(alone|beside .*): +({number}), {number}, {number}", printed)
+    assert [name for name, _ in answers] == [
+        "alone",
+        "beside other test images",
+        "beside the darkest images",
+    ]
 
 
 def test_executed_it_writes_only_into_the_folder_that_its_text_names(executed):
