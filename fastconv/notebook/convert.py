@@ -25,8 +25,7 @@ def convert(source: str, settings: Mapping[str, object] | None = None) -> dict[s
         settings: values, by names that the source assigns in a line of their own; they replace the source's.
     """
     for name, value in (settings or {}).items():
-        source, count = re.subn(rf"(?m)^{name} = \S+", lambda _, line=f"{name} = {value!r}": line, source)
-        assert count == 1, f"{count} lines assign {name}; expected one"
+        source = _assign(source, name, value)
     cells: list[tuple[str, list[str]]] = []
     for line in source.splitlines():
         if line in (CODE, MARKDOWN):
@@ -42,6 +41,13 @@ def convert(source: str, settings: Mapping[str, object] | None = None) -> dict[s
         },
         "cells": [_cell(number, kind, lines) for number, (kind, lines) in enumerate(cells, 1)],
     }
+
+
+def _assign(source: str, name: str, value: object) -> str:
+    # A function, because in a string the backslashes of a path would be escapes.
+    source, count = re.subn(rf"(?m)^{name} = \S+", lambda _: f"{name} = {value!r}", source)
+    assert count == 1, f"{count} lines assign {name}; expected one"
+    return source
 
 
 def _cell(number: int, kind: str, lines: list[str]) -> dict[str, Any]:
