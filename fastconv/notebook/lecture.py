@@ -26,6 +26,7 @@
 
 # %%
 import copy
+import os
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import torch
 import torchinfo
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, display
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn import functional as F
@@ -273,25 +274,28 @@ plt.show()
 #
 # ## 7. The homework: other widths and patches
 #
-# The lecture asks what becomes better or worse with other blocks between the downsamplings, filters per layer and
-# patches. `fastconv sweep` trains every combination of the values that you list, each with several seeds: a
-# difference counts only if it is larger than what the seed alone changes.
+# The lecture asks what other blocks between the downsamplings, filters per layer and patches change. `fastconv
+# sweep` trains each combination of the values that you list, with several seeds: a difference counts only if it is
+# larger than what the seed alone changes. Here it trains four models with two seeds each, in batches of 32, so
+# that few images make many steps.
 
 # %%
+# The program is to show lines of this width, and no progress bar, which redraws itself in a terminal.
+os.environ.update(COLUMNS="110", TERM="dumb")
 program = f'"{sys.executable}" -m fastconv'
-from_folder = f'--data "{DATA}"' if DATA else ""
+grid = "--width 16,32 --patch 4,8 --seeds 2 --batch-size 32"
+cifar10 = f'--data "{DATA}"' if DATA else ""
 sweep = FILES / time.strftime("sweep-%Y%m%d-%H%M%S")
-grid = "--width 16,32 --patch 4,8 --seeds 2"
-# !{program} sweep {grid} --limit {SWEEP_IMAGES} --epochs {SWEEP_EPOCHS} {from_folder} --out "{sweep}"
+# !{program} sweep {grid} --limit {SWEEP_IMAGES} --epochs {SWEEP_EPOCHS} {cifar10} --out "{sweep}"
 
 # %%
-display(Markdown((sweep / "sweep.md").read_text()))
 display(Image(sweep / "sweep.png"))
 
 # %% [markdown]
-# Smaller patches make larger maps: more work for nearly the same parameters, and a better view of the image. After
-# two epochs on a few images do not trust the order of the others; the whole homework is at the end of this
-# notebook.
+# Smaller patches make larger maps: more work for nearly the same parameters, and a finer view of the image. But
+# after two epochs on so few images the seeds differ about as much as the models do. For an answer the homework
+# needs all images; its command is at the end of this notebook. The table is in the sweep's folder too, as
+# `sweep.md` and `sweep.csv`, and each run has a folder of its own with its checkpoint.
 #
 # ## 8. A prediction, and why it depends on its neighbours
 #
