@@ -48,8 +48,11 @@ DATA = None  # The folder that holds CIFAR-10; None downloads it once.
 IMAGES = 10_000  # Used here, of 50,000; a fifth of them is to validate on.
 EPOCHS = 3
 STEPS = 5  # Timed with and without fastconv.
-SWEEP_IMAGES = 2_000  # Each run of the homework trains on so many.
-SWEEP_EPOCHS = 2
+WIDTHS = "16,32"  # The homework: each width with each patch,
+PATCHES = "4,8"
+SEEDS = 2  # so many times,
+SWEEP_IMAGES = 2_000  # on so many images,
+SWEEP_EPOCHS = 2  # for so many epochs.
 FILES = Path("fastconv-notebook")
 
 device = machine.choose_device("auto")
@@ -283,10 +286,11 @@ plt.show()
 # The program is to show lines of this width, and no progress bar, which redraws itself in a terminal.
 os.environ.update(COLUMNS="110", TERM="dumb")
 program = f'"{sys.executable}" -m fastconv'
-grid = "--width 16,32 --patch 4,8 --seeds 2 --batch-size 32"
+models = f"--width {WIDTHS} --patch {PATCHES} --seeds {SEEDS}"
+size = f"--limit {SWEEP_IMAGES} --epochs {SWEEP_EPOCHS} --batch-size 32"
 cifar10 = f'--data "{DATA}"' if DATA else ""
 sweep = FILES / time.strftime("sweep-%Y%m%d-%H%M%S")
-# !{program} sweep {grid} --limit {SWEEP_IMAGES} --epochs {SWEEP_EPOCHS} {cifar10} --out "{sweep}"
+# !{program} sweep {models} {size} {cifar10} --out "{sweep}"
 
 # %%
 display(Image(sweep / "sweep.png"))

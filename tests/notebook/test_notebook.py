@@ -16,7 +16,16 @@ from fastconv.training import cifar10
 
 SOURCE = convert.LECTURE.read_text(encoding="utf-8")
 # The test is to see every cell work, not to wait for good answers.
-SMALL = {"IMAGES": 640, "EPOCHS": 2, "STEPS": 1, "SWEEP_IMAGES": 32, "SWEEP_EPOCHS": 1}
+SMALL = {
+    "IMAGES": 640,
+    "EPOCHS": 2,
+    "STEPS": 1,
+    "WIDTHS": "2,4",
+    "PATCHES": "8",
+    "SEEDS": 1,
+    "SWEEP_IMAGES": 32,
+    "SWEEP_EPOCHS": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +164,13 @@ def test_executed_it_learns(printed):
     ]
     assert all(10 < float(accuracy) <= 100 for *_, accuracy in found)
     assert float(found[2][2]) < float(found[0][2])
+
+
+def test_executed_it_does_the_homework(printed):
+    for width in (2, 4):
+        assert re.search(rf"[12]/2 width-{width}: validation \d+\.\d+ %", printed)
+        assert re.search(rf"^width {width} .*\d+\.\d+", printed, flags=re.MULTILINE)
+    assert "\x1b[2K" not in printed
 
 
 def test_executed_it_shows_its_pictures(executed):
