@@ -11,6 +11,8 @@ def console(stderr: bool = False, file: IO[str] | None = None, width: int | None
     """Return a console that prints strings as they are.
 
     By default Rich reads "[a]" as markup and ":a:" as an emoji, and paths and names may hold both. For colour pass
-    `style`, or a `rich.text.Text`.
+    `style`, or a `rich.text.Text`. In a notebook Rich would not write to the file, but display HTML.
     """
-    return Console(stderr=stderr, file=file, width=width, markup=False, emoji=False, highlight=False)
+    return Console(
+        stderr=stderr, file=file, width=width, markup=False, emoji=False, highlight=False, force_jupyter=False
+    )

@@ -31,5 +31,12 @@ def test_a_progress_bar(monkeypatch):
     assert ODD in file.getvalue()
 
 
+def test_a_notebook_gets_text(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    file = io.StringIO()
+    console(file=file).print(ODD)
+    assert file.getvalue() == f"{ODD}\n"
+
+
 def test_a_report_of_swap():
     assert ODD in str(SwapReport((Candidate(ODD, "Block", "block", False, ODD),)))

@@ -14,7 +14,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from fastconv import machine
-from fastconv.commands import check, compare, evaluate, info, predict, summary, swap_report, sweep, train
+from fastconv.commands import (
+    check,
+    compare,
+    evaluate,
+    info,
+    notebook,
+    predict,
+    summary,
+    swap_report,
+    sweep,
+    train,
+)
 from fastconv.extras import MissingPackage
 from fastconv.graphs import CaptureError
 from fastconv.operations import backends
@@ -108,6 +119,7 @@ for command in (
     check.check,
     swap_report.swap_report,
     info.info,
+    notebook.notebook,
 ):
     app.command()(command)
 # Commands of packages that build on this one, such as fastconv.bench: pyproject.toml names them.

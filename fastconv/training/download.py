@@ -13,9 +13,9 @@ from typing import Any
 from urllib.request import urlopen
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import wrap_file
 
+from fastconv.console import console
 from fastconv.extras import import_extra
 from fastconv.training.cifar10 import PYTHON_FOLDER
 from fastconv.training.inputs import FOLDER, MISSING, DataError, kind_of
@@ -61,8 +61,8 @@ def _fetch(cifar10: Any, cache: Path) -> None:
     try:
         archive = temporary / cifar10.filename
         with urlopen(cifar10.url, timeout=TIMEOUT_SECONDS) as answer, open(archive, "wb") as file:
-            console = Console(stderr=True)
-            with wrap_file(answer, answer.length or 0, description="", console=console) as shown:
+            size, bar = answer.length or 0, console(stderr=True)
+            with wrap_file(answer, size, description="", console=bar) as shown:
                 shutil.copyfileobj(shown, file)
         if not utils.check_integrity(archive, cifar10.tgz_md5):
             raise DataError(

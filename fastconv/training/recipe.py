@@ -110,6 +110,7 @@ INGREDIENTS = ("norm", "crop", "flip", "label_smoothing", "schedule", "warmup", 
 RECIPES = {
     "lecture": Recipe(),
     "modern": Recipe(
+        batch_size=64,
         lr=4e-3,
         weight_decay=0.05,
         norm="sample",
@@ -120,7 +121,6 @@ RECIPES = {
         schedule="linear",
         warmup=0.15,
         decay="weights",
-        ema=0.99,
     ),
 }
 
