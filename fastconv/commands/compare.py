@@ -19,7 +19,12 @@ STEM = "compare"
 def compare(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs or of sweeps, or checkpoints.", metavar="RUN...", show_default=False),
+        typer.Argument(
+            parser=nonempty_path,
+            help="Folders of runs or of sweeps, or checkpoints.",
+            metavar="RUN...",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path | None,

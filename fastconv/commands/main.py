@@ -26,6 +26,7 @@ from fastconv.commands import (
     sweep,
     train,
 )
+from fastconv.console import printable
 from fastconv.extras import MissingPackage
 from fastconv.graphs import CaptureError
 from fastconv.operations import backends
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def fail(reason: object, code: int) -> NoReturn:
-    print(f"fastconv: {reason}", file=sys.stderr)
+    print(f"fastconv: {printable(str(reason))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -99,7 +99,7 @@ def recipe_options(*names: str, lists: bool = False) -> Callable[[Command], Comm
 
 def _option(name: str) -> inspect.Parameter:
     hint, default, modern = _field(name)
-    text = hint.__metadata__[0] + (f"  \\[modern: {modern}]" if modern != default else "")
+    text = hint.__metadata__[0] + (f"  \\[modern: {labels.shown(modern)}]" if modern != default else "")
     return _parameter(name, hint.__origin__, default, typer.Option(help=text, rich_help_panel=_panel(name)))
 
 
@@ -107,7 +107,8 @@ def _list_option(name: str) -> inspect.Parameter:
     hint, default, modern = _field(name)
     # A sweep's own, where it has one.
     default, *_ = axes.DEFAULTS.get(name, [default])
-    values = f"default: {labels.shown(default)}"
+    choices = axes.choices(name)
+    values = f"{', '.join(choices)}; " * bool(choices) + f"default: {labels.shown(default)}"
     if name not in axes.DEFAULTS and modern != default:
         values += f"; modern: {labels.shown(modern)}"
     text = f"{hint.__metadata__[0]}  \\[{values}]"

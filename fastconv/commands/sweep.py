@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -81,7 +81,9 @@ def sweep(
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="So many seeds, 0 and up, instead of --seed.", rich_help_panel="Recipe"),
+        typer.Option(
+            min=1, max=axes.LARGEST, help="So many seeds, 0 and up, instead of --seed.", rich_help_panel="Recipe"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep saved in --out.")] = False,
     json_output: JsonOption = False,
@@ -135,11 +137,11 @@ def sweep(
         if resumed is None:
             check_new(out)
             Plan(plan.FORMAT, dataset.directory, dataset.checksum, recipes).save(out)
-        for name in (plan.PLAN, *files.names(STEM)):
+        for name in (folder.PLAN, *files.names(STEM)):
             remove_partial(out / name)
-        done = [name for name in recipes if is_done(out / name)]
+        done = [name for name, each in recipes.items() if is_done(out / name, each)]
         already = f", {len(done)} of them done" if done else ""
-        shown.print(f"{len(recipes)} runs in {out}{already}", soft_wrap=True)
+        shown.print(f"{len(recipes)} run{'s' * (len(recipes) > 1)} in {out}{already}", soft_wrap=True)
         display = Display(shown, out, work(recipes, dataset), done, json_output)
         workers = [
             Settings(
@@ -171,9 +173,11 @@ def sweep(
 
 
 def check_new(out: Path) -> None:
-    """Raise FolderError if a new sweep in `out` would replace a file."""
-    if (out / plan.PLAN).exists():
+    """Raise FolderError if a new sweep in `out` would replace a file, or be hidden by a run."""
+    if (out / folder.PLAN).exists():
         raise folder.FolderError(f"{out} holds a sweep; go on with it by --resume, or give another --out")
+    if (out / folder.CHECKPOINT).exists():
+        raise folder.FolderError(f"{out} holds a run; give another --out")
     files.check_new(out, files.names(STEM))
 
 
@@ -205,18 +209,18 @@ def check_all(
     for place in dict.fromkeys(places):
         graphed.check(graph, place)
         for name, recipe in recipes.items():
-            with axes.naming(name):
+            with axes.naming(name if len(recipes) > 1 else ""):
                 runs.check(recipe, dataset, place)
 
 
-def is_done(run: Path) -> bool:
+def is_done(run: Path, recipe: Recipe) -> bool:
     """Whether a run has nothing left to do. One that was killed may lack what is written last."""
     try:
-        return checkpoint.load(run / folder.CHECKPOINT).test is not None and all(
-            (run / name).exists() for name in folder.FILES
-        )
+        found = checkpoint.load(run / folder.CHECKPOINT)
     except CheckpointError:
         return False
+    is_finished = found.recipe == recipe and found.test is not None
+    return is_finished and all((run / name).exists() for name in folder.FILES)
 
 
 def work(recipes: Mapping[str, Recipe], dataset: Dataset) -> dict[str, float]:
@@ -230,13 +234,14 @@ def work(recipes: Mapping[str, Recipe], dataset: Dataset) -> dict[str, float]:
     }
 
 
-def show_results(shown: Console, out: Path, names: Iterable[str], failures: Mapping[str, str]) -> None:
+def show_results(shown: Console, out: Path, recipes: Mapping[str, Recipe], failures: Mapping[str, str]) -> None:
     """Show the comparison of the runs that have begun, and write it."""
     found = []
-    for name in names:
-        # A checkpoint that cannot be used is a failure that was reported.
+    for name, recipe in recipes.items():
+        # A checkpoint that cannot be used, or is of another run, is a failure that was reported.
         with suppress(CheckpointError):
-            found.append(reading.read(out / name / folder.CHECKPOINT))
+            run = reading.read(out / name / folder.CHECKPOINT)
+            found += [run] if run.recipe == recipe else []
     if not found:
         return
     rows = compare(found)

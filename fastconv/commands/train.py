@@ -31,7 +31,7 @@ from fastconv.commands.options import (
 from fastconv.console import console
 from fastconv.files import WriteError
 from fastconv.graphs import CaptureError
-from fastconv.training import checkpoint, folder, graphed, loop, runs
+from fastconv.training import checkpoint, folder, graphed, labels, loop, runs
 from fastconv.training.display import Display
 from fastconv.training.recipe import Recipe
 from fastconv.training.schedule import has_schedule
@@ -43,6 +43,7 @@ RESUMED = {
     "data_directory": "--data",
     "device": "--device",
     "backend": "--backend",
+    "graph": "--graph",
     "deterministic": "--deterministic",
     "tensorboard": "--tensorboard",
     "json_output": "--json",
@@ -152,7 +153,8 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
         given = context.params[name]
         if is_typed(context, name) and name != "epochs" and given != trained_with:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"the run was started with {option} {trained_with}; got {given}: leave {option} out")
+            before, now = labels.shown(trained_with), labels.shown(given)
+            raise ValueError(f"the run was started with {option} {before}; got {now}: leave {option} out")
     if not is_typed(context, "epochs"):
         return recipe
     epochs, begun = context.params["epochs"], resumed.epoch + (resumed.step > 0)

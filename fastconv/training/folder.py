@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from fastconv.files import WriteError, remove_partial, write_atomically
 
 CHECKPOINT, CONFIG, METRICS, CURVES = FILES = ("checkpoint.pt", "config.json", "metrics.jsonl", "curves.png")
+# What makes a folder a sweep's.
+PLAN = "sweep.json"
 # The lock is released by the system when its process ends, however it ends. Who holds it cannot be read from it.
 LOCK, OWNER = ".fastconv.lock", ".fastconv.owner"
 
@@ -23,21 +25,36 @@ class FolderError(Exception):
 
 
 def check_new(folder: Path) -> None:
-    """Raise FolderError if a new run in `folder` would replace a file."""
+    """Raise FolderError if a new run in `folder` would replace a file, or hide the runs of a sweep."""
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"--out is {folder}, a file; give a directory")
     held = [name for name in FILES if os.path.lexists(folder / name)]
     if CHECKPOINT in held:
         raise FolderError(f"{folder} holds a run; go on with it by --resume, or give another --out")
     if held:
-        raise FolderError(f"{folder} holds {', '.join(held)}, which a run would replace; give another --out")
+        raise FolderError(
+            f"{folder} holds {', '.join(held)}, which a run would replace; move it away, or give another --out"
+        )
+    if os.path.lexists(folder / PLAN):
+        raise FolderError(f"{folder} holds a sweep; give another --out")
 
 
 def make(folder: Path | None, kind: str = "") -> Path:
-    """Make `folder`, which may exist, or a new one in runs/, named after its kind and the time; return it."""
-    if folder is not None:
+    """Make `folder`, which may exist, or a new one in runs/, named after its kind and the time; return it.
+
+    Raises:
+        FolderError: it cannot be made.
+    """
+    try:
+        if folder is None:
+            return _make_new(kind)
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    except OSError as error:
+        raise FolderError(f"{error.filename} cannot be made: {error.strerror}; give another --out") from error
+    return folder
+
+
+def _make_new(kind: str) -> Path:
     base = Path("runs", f"{kind}-" * bool(kind) + time.strftime("%Y%m%d-%H%M%S"))
     base.parent.mkdir(exist_ok=True)
     number, new = 1, base

@@ -6,6 +6,8 @@ import errno
 import stat
 from pathlib import Path
 
+from fastconv.console import printable
+
 FILE, FOLDER, MISSING = "a file", "a folder", "missing"
 _KINDS = {
     stat.S_IFREG: FILE,
@@ -25,7 +27,7 @@ class DataError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 def kind_of(path: Path) -> str:

@@ -38,6 +38,8 @@ LARGEST = {
     "seed": 2**32 - 1,
     "split_seed": 2**32 - 1,
 }
+# Whitening finds the eigenvectors of a matrix with a row for each number of a patch: at most 3,072.
+LARGEST_WHITENED_PATCH = 32
 # A step of AdamW changes each weight by about the learning rate, and initial weights are below 1.
 LARGEST_LR = 1.0
 
@@ -98,6 +100,10 @@ class Recipe:
         if not 0 <= self.weight_decay <= 1 / self.lr:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}; expected 0 to {1 / self.lr:g}, one divided by the lr"
+            )
+        if self.whiten and self.patch > LARGEST_WHITENED_PATCH:
+            raise ValueError(
+                f"patch is {self.patch}, too large for whiten; expected at most {LARGEST_WHITENED_PATCH}"
             )
         for name in ("label_smoothing", "warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:

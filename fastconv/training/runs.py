@@ -15,6 +15,7 @@ from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.graphed import Graph
 from fastconv.training.recipe import Recipe, check_images
 from fastconv.training.records import Records
+from fastconv.training.sets import check_count
 from fastconv.training.state import State
 from fastconv.training.tensorboard import WRITER, TensorBoard
 
@@ -26,7 +27,12 @@ def check_packages(tensorboard: bool) -> None:
 
 
 def check(recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
-    """Raise ValueError if a recipe's classifier does not suit the images, or its training the device's memory."""
+    """Raise ValueError if a recipe's classifier does not suit the images, or its training the device's memory.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    check_count(dataset)
     image_size = dataset.train.images.shape[1:]
     check_images(recipe, image_size)
     memory.check(recipe, image_size, len(dataset.classes), len(dataset.train), device)

@@ -34,10 +34,8 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
     Raises:
         DataError: there are too few to validate on.
     """
+    check_count(dataset)
     count = len(dataset.train)
-    # A fifth of them, rounded down.
-    if count < 5:
-        raise DataError(f"{dataset.source}: {count} training images leave none to validate on; expected 5 or more")
     # The lecture's split is a random order itself.
     train, validation = split_indices(count, recipe.split_seed)
     test = random_order(len(dataset.test), f"test {recipe.split_seed}")
@@ -50,6 +48,12 @@ def make_sets(dataset: Dataset, recipe: Recipe, device: torch.device) -> Sets:
     return Sets(
         ImageSet(images, labels).to(device), *itertools.starmap(range, zip([0, *ends], ends, strict=False))
     )
+
+
+def check_count(dataset: Dataset) -> None:
+    """Raise DataError if there are too few images to validate on: a fifth of those to train on, rounded down."""
+    if (count := len(dataset.train)) < 5:
+        raise DataError(f"{dataset.source}: {count} training images leave none to validate on; expected 5 or more")
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Tensor:

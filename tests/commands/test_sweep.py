@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ import torch
 from refusal import refused
 
 import fastconv
-from fastconv.commands import main
+from fastconv.commands import main, sweep
+from fastconv.console import console
 from fastconv.training import checkpoint, data, loop
 from fastconv.training.folder import FILES, LOCK
 from fastconv.training.recipe import Recipe
+from fastconv.training.sweep import plan
 
 SMALL = ["--batch-size", "8", "--depth", "1", "--patch", "2", "--backend", "portable"]
 SWEEP_FILES = ["sweep-curves.png", "sweep.csv", "sweep.json", "sweep.md", "sweep.png"]
@@ -126,6 +129,9 @@ def test_compare_writes_into_a_new_folder_of_its_own(swept, run, tmp_path, monke
             "patch-20: patch is 20, for images of 8 x 8 pixels; expected at most",
         ),
         (["--width", "4,10000", "--depth", "200", "--patch", "1"], "width-10000: a model of .* takes at least"),
+        (["--patch", "5"], "Invalid value: patch is 5, for images of 8 x 8 pixels"),
+        (["--patch", "40", "--whiten", "on"], "patch is 40, too large for whiten; expected at most 32"),
+        (["--seeds", "10000000000"], "--seeds.*less than or equal to 1000"),
         (["--seed", "0,1", "--seeds", "2"], "got both --seed and --seeds; give one of them"),
         (["--device", "cpu,tpu"], "device is 'tpu'; expected auto, "),
         (["--graph", "on"], "--graph is on, and cpu has no CUDA graphs"),
@@ -142,6 +148,16 @@ def test_bad_input_is_refused_before_anything_is_written(run, folder, tmp_path, 
     monkeypatch.chdir(tmp_path)
     refused(run("sweep", "--data", folder, *arguments), message)
     assert os.listdir(tmp_path) == []
+
+
+def test_images_too_few_to_validate_on_are_refused_before_anything_is_written(run, folder, tmp_path):
+    for split in ("train", "test"):
+        for name in ("bright", "dark"):
+            (tmp_path / "few" / split / name).mkdir(parents=True)
+            shutil.copy(folder / split / name / "0.png", tmp_path / "few" / split / name)
+    result = run("sweep", "--data", tmp_path / "few", "--out", tmp_path / "out", *SMALL)
+    refused(result, "few: 2 training images leave none to validate on")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(run, folder, tmp_path, monkeypatch):
@@ -161,8 +177,11 @@ def test_a_sweep_does_not_replace_another_or_change(run, swept, folder, other_pi
     refused(run("sweep", "--out", out, "--resume", "--seeds", "3"), "leave --seeds out")
     message = f"on other pixels or labels; give with --data what it was trained on, then in {folder}"
     refused(run("sweep", "--out", out, "--resume", "--data", other_pixels), message)
+    refused(run("train", "--data", folder, "--out", out), "holds a sweep; give another --out")
+    refused(run("sweep", "--data", folder, "--out", out / NAMES[0]), "holds a run; give another --out")
     assert (out / "sweep.json").read_bytes() == before
     refused(run("compare", folder), "holds no run; give the folder of a run or of a sweep")
+    refused(run("compare", ""), "it is empty; give a path")
     refused(run("compare", "nowhere"), "nowhere is not a file; give the checkpoint.pt of a training run")
 
 
@@ -185,6 +204,34 @@ def is_alive(number):
         return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_a_run_of_another_recipe_is_not_the_one_of_that_name(swept, tmp_path):
+    recipes = plan.load(swept[0]).runs
+    first, second, *_ = recipes
+    assert sweep.is_done(swept[0] / first, recipes[first])
+    shutil.copytree(swept[0] / second, tmp_path / first)
+    shutil.copytree(swept[0] / second, tmp_path / second)
+    assert not sweep.is_done(tmp_path / first, recipes[first])
+    shown = io.StringIO()
+    sweep.show_results(console(file=shown), tmp_path, recipes, {})
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert [line["run"] for line in csv.DictReader(lines)] == [str(tmp_path / second)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_runs_and_data_may_have_any_name(swept, folder, run, tmp_path):
+    name = os.fsdecode(b"a|b\n$x_{$ \xe6\xbc\xa2 \xff")
+    shutil.copytree(folder, tmp_path / name)
+    options = ["--data", tmp_path / name, "--out", tmp_path / "runs" / name, "--width", "4", *SMALL]
+    assert run("train", *options)[0] == 0
+    code, printed, err = run("compare", tmp_path / "runs" / name, "--out", tmp_path / "compare")
+    assert (code, err) == (0, "")
+    escaped = r"a|b\n$x_{$ 漢 \udcff"
+    assert f"images of {tmp_path}/{escaped}." in printed
+    with open(tmp_path / "compare/compare.csv", newline="") as file:
+        assert next(csv.DictReader(file))["run"] == f"{tmp_path}/runs/{escaped}"
+    refused(run("compare", tmp_path / name / "none"), re.escape(escaped))
 
 
 @pytest.mark.slow
@@ -228,6 +275,7 @@ def test_killed_and_interrupted_a_sweep_goes_on_to_the_same_weights(folder, tmp_
     code, printed, _ = run(*again[1:])
     assert code == 1
     assert f"2/2 {names[1]}: failed: {damaged} is damaged or not a checkpoint" in printed
+    assert f"train again: move {damaged.parent} away, and resume the sweep\n" in printed
     assert f"1 failed; try them again with:\n  {shlex.join(again)}\n" in printed
     assert f"{names[1]} failed: {damaged} is damaged" in (out / "sweep.md").read_text()
     expected = trained(folder, tmp_path / "unbroken.pt", width=4, epochs=30)

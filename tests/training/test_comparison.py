@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -87,7 +88,12 @@ def test_other_devices_precisions_and_data_are_other_rows_that_say_so():
     portable = make(Recipe(), [0.5], environment=replace(ENVIRONMENT, backend="portable"))
     assert [name.split(", ")[-1] for name in names(run, portable)] == ["backend auto", "backend portable"]
     other = make(Recipe(), [0.5], data_checksum="1" * 64)
-    assert [name.split(", ")[-1] for name in names(run, other)] == ["00000000", "11111111"]
+    assert [name.split(", ")[-2:] for name in names(run, other)] == [
+        ["data images", "00000000"],
+        ["data images", "11111111"],
+    ]
+    # The same data in another place is no difference.
+    assert names(run, make(Recipe(width=64), [0.5], data="/copy")) == ["width 32", "width 64"]
 
 
 def test_unfinished_runs_are_rows_of_their_own_marked_by_the_epochs_done():
@@ -178,6 +184,26 @@ def test_pictures_are_as_wide_as_a_readme_whatever_they_show(tmp_path):
             with Image.open(tmp_path / name) as picture:
                 assert picture.width == 900
                 assert 400 <= picture.height < 700
+
+
+def test_names_in_pictures_are_no_formulas_and_not_cut(tmp_path):
+    odd = [replace(row, name=f"$a_{{$ {row.name} " + 30 * "word ") for row in rows.compare(SEEDS)]
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "legend", lambda self, handles, names, **_: texts.extend(names))
+        files.write(odd, tmp_path, "first")
+    assert len(texts) == 2 * len(odd)
+    assert {text.replace("\n", " ").replace(r"\$", "$") for text in texts} == {row.name.strip() for row in odd}
+    assert max(len(line) for text in texts for line in text.splitlines()) < 120
+    files.write(odd, tmp_path, "second")
+    with Image.open(tmp_path / "second.png") as picture:
+        assert picture.height > 4 * 100 + 2 * 2 * 20
+
+
+def test_a_name_does_not_break_the_markdown_table():
+    row, *_ = rows.compare(SEEDS)
+    line = tables.markdown([replace(row, name="a|b")]).splitlines()[2]
+    assert line.startswith(r"| a\|b |")
 
 
 def test_styles_are_distinct():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastconv.modules import Classifier
-from fastconv.training import checkpoint, loop, planned, prediction, whitening
+from fastconv.training import checkpoint, loop, planned, prediction, state, whitening
 from fastconv.training.augmentation import Augmentation
 from fastconv.training.recipe import INGREDIENTS, RECIPES, Recipe, make_model
 from fastconv.training.schedule import rates
@@ -257,6 +257,16 @@ def test_a_whitening_stem_gives_uncorrelated_channels_of_the_same_variance(patch
     torch.testing.assert_close(found.diagonal(), torch.ones(width).double(), rtol=0, atol=2e-3)
     cosines = F.normalize(random[directions:].flatten(1)).double()[:, :directions]
     torch.testing.assert_close(found[directions:, :directions], cosines, rtol=0, atol=2e-3)
+
+
+def test_large_images_take_no_more_memory_to_whiten(dataset, monkeypatch):
+    """As many images are looked at as have so many pixels, one at least."""
+    seen = []
+    monkeypatch.setattr(state, "whiten", lambda stem, images: seen.append(len(images)))
+    for pixels in (whitening.MOST_PIXELS, 10 * 64 + 63, 3):
+        monkeypatch.setattr(state, "MOST_PIXELS", pixels)
+        loop.prepare(MODERN, dataset, CPU, None)
+    assert seen == [80, 10, 1]
 
 
 def test_noise_is_not_blown_up():

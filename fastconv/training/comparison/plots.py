@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any, BinaryIO
@@ -98,9 +100,15 @@ def _styles() -> Any:
 
 def _figure(rows: Sequence[Row]) -> Any:
     """Return a figure with room for the panels and, below them, the legend."""
-    lines = math.ceil(len(rows) / _legend_columns([row.name for row in rows]))
+    names = [_legend_name(row.name) for row in rows]
+    lines = math.ceil(len(rows) / _legend_columns(names)) * max(1 + name.count("\n") for name in names)
     size = (WIDTH, HEIGHT + 0.22 * lines)
     return import_extra("matplotlib.figure").Figure(figsize=size, layout="constrained")
+
+
+def _legend_name(name: str) -> str:
+    # What stands between dollars would be a formula.
+    return textwrap.fill(name, LEGEND_WIDTH).replace("$", r"\$")
 
 
 def _legend_columns(names: Sequence[str]) -> int:
@@ -141,7 +149,11 @@ def _label_logarithmic(axes: Any) -> None:
 
 def _finish(figure: Any, file: BinaryIO) -> None:
     handles, names = figure.axes[0].get_legend_handles_labels()
+    names = [_legend_name(name) for name in names]
     figure.legend(
         handles, names, loc="outside lower center", ncols=_legend_columns(names), frameon=False, fontsize="small"
     )
-    figure.savefig(file, format="png", dpi=100)
+    with warnings.catch_warnings():
+        # A name may have characters that no font has.
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(file, format="png", dpi=100)

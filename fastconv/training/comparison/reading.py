@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastconv.console import printable
 from fastconv.training import checkpoint
 from fastconv.training.data import CIFAR10_CLASSES
 from fastconv.training.environment import Environment
@@ -62,7 +63,7 @@ def read(path: Path) -> Run:
         path=path,
         recipe=found.recipe,
         environment=found.environment,
-        data=found.data_directory or "CIFAR-10",
+        data=printable(found.data_directory or "CIFAR-10"),
         data_checksum=found.data_checksum,
         train_images=found.train_images,
         is_cifar10=is_cifar10,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastconv.training.comparison.reading import Run
@@ -91,11 +92,13 @@ def _names(firsts: list[Run]) -> list[str]:
     if not any(options):
         options = [{name: getattr(run.recipe, name) for name in MODEL} for run in firsts]
     names = [[words(each)] if each else [] for each in options]
+    checksums = {run.data_checksum for run in firsts}
     for facts in (
         [f"on {run.environment.device}" for run in firsts],
         [f"backend {run.environment.backend}" for run in firsts],
         [f"threads {_threads(run)}" if _threads(run) else "" for run in firsts],
-        [f"data {run.data}, {run.data_checksum[:8]}" for run in firsts],
+        # The same data may lie elsewhere, and other data may have come to the same place.
+        [f"data {Path(run.data).name}, {run.data_checksum[:8]}" if len(checksums) > 1 else "" for run in firsts],
     ):
         if len(set(facts)) > 1:
             for name, fact in zip(names, facts, strict=True):

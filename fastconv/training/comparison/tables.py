@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastconv.console import console as plain_console
+from fastconv.console import printable
 from fastconv.training.comparison import lecture
 from fastconv.training.comparison.reading import Run
 from fastconv.training.comparison.rows import Mean, Row
@@ -103,7 +104,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table in Markdown, names to the left and numbers to the right, and the notes below it."""
     rule = ["---:" if name else "---" for name in HEADER]
-    table = [f"| {' | '.join(line)} |" for line in (HEADER, rule, *cells(rows))]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (HEADER, rule, *cells(rows))]
+    table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join(table) + "\n\n" + "\n\n".join(notes(rows)) + "\n"
 
 
@@ -122,7 +124,7 @@ def record(row: Row, run: Run) -> dict[str, Any]:
     metrics = [f"{name}_{quantity}" for name in ("train", "validation") for quantity in ("loss", "accuracy")]
     return {
         "row": row.name,
-        "run": str(run.path.parent),
+        "run": printable(str(run.path.parent)),
         "finished": run.test is not None,
         "epochs_done": run.epoch,
         "parameters": run.parameters,

@@ -42,21 +42,23 @@ def values(name: str, text: str) -> list[Any]:
 
 def _reader(name: str) -> tuple[Callable[[str], Any], str]:
     """Return how one value of an option is read, and what values are called."""
-    if name == "recipe":
-        return _one_of({base: base for base in RECIPES})
+    if found := choices(name):
+        return found.__getitem__, f"some of {', '.join(found)}"
     hint = get_type_hints(Recipe)[name]
     if NoneType in get_args(hint):
         kind = next(each for each in get_args(hint) if each is not NoneType)
         return lambda text: None if text == shown(None) else kind(text), f"integers or {shown(None)}"
-    if get_origin(hint) is Literal:
-        return _one_of({each: each for each in get_args(hint)})
-    if hint is bool:
-        return _one_of({shown(value): value for value in (True, False)})
     return hint, {int: "integers", float: "numbers"}[hint]
 
 
-def _one_of(choices: Mapping[str, Any]) -> tuple[Callable[[str], Any], str]:
-    return choices.__getitem__, f"some of {', '.join(choices)}"
+def choices(name: str) -> dict[str, Any]:
+    """Return all values of an option, as they are typed; none if there is no end of them."""
+    if name == "recipe":
+        return {base: base for base in RECIPES}
+    hint = get_type_hints(Recipe)[name]
+    if hint is bool:
+        return {shown(value): value for value in (True, False)}
+    return {each: each for each in get_args(hint)} if get_origin(hint) is Literal else {}
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[Recipe]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.comparison import reading
 from fastconv.training.comparison.rows import Mean
 from fastconv.training.comparison.tables import percent
@@ -69,7 +70,12 @@ class Display(supervisor.Observer):
 
     def finished(self, name: str) -> None:
         self._estimate.update(name, 1.0)
-        run = reading.read(self.folder / name / CHECKPOINT)
+        try:
+            run = reading.read(self.folder / name / CHECKPOINT)
+        except CheckpointError as error:
+            # Somebody has removed or changed it meanwhile.
+            self.failed(name, str(error))
+            return
         assert run.test is not None
         found = {
             "validation_accuracy": run.history[-1]["validation_accuracy"],

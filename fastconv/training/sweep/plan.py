@@ -10,10 +10,9 @@ from pathlib import Path
 from fastconv.files import write_atomically
 from fastconv.training import labels, typed
 from fastconv.training.data import DataError, Dataset
-from fastconv.training.folder import FolderError
+from fastconv.training.folder import PLAN, FolderError
 from fastconv.training.recipe import Recipe
 
-PLAN = "sweep.json"
 FORMAT = 1
 
 

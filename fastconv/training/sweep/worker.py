@@ -153,7 +153,10 @@ def _run(task: Task, dataset: Dataset, device: torch.device, settings: Settings,
     reporter = Reporter(pipe, task.recipe.epochs)
     out, resumed = folder.make(task.folder), None
     if (path := out / folder.CHECKPOINT).exists():
-        resumed = checkpoint.load(path)
+        try:
+            resumed = checkpoint.load(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}: move {out} away, and resume the sweep") from error
         if resumed.recipe != task.recipe:
             raise FolderError(f"{out} holds a run of another recipe; move it out of the sweep")
         if changed := runs.go_on_as_before(resumed.environment, device):
