@@ -45,13 +45,13 @@ from fastconv import machine
 from fastconv.training import data
 
 DATA = None  # The folder that holds CIFAR-10; None downloads it once.
-IMAGES = 10_000  # Used here, of 50,000; a fifth of them is to validate on.
+IMAGES = 8_000  # Used here, of 50,000; a fifth of them is to validate on.
 EPOCHS = 3
 STEPS = 5  # Timed with and without fastconv.
 WIDTHS = "16,32"  # The homework: each width with each patch,
 PATCHES = "4,8"
 SEEDS = 2  # so many times,
-SWEEP_IMAGES = 2_000  # on so many images,
+SWEEP_IMAGES = 1_500  # on so many images,
 SWEEP_EPOCHS = 2  # for so many epochs.
 FILES = Path("fastconv-notebook")
 
@@ -283,8 +283,8 @@ plt.show()
 # that few images make many steps.
 
 # %%
-# The program is to show lines of this width, and no progress bar, which redraws itself in a terminal.
-os.environ.update(COLUMNS="110", TERM="dumb")
+# Without progress bars, which terminals redraw, but notebooks print again and again.
+os.environ["TERM"] = "dumb"
 program = f'"{sys.executable}" -m fastconv'
 models = f"--width {WIDTHS} --patch {PATCHES} --seeds {SEEDS}"
 size = f"--limit {SWEEP_IMAGES} --epochs {SWEEP_EPOCHS} --batch-size 32"
