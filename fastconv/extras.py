@@ -10,11 +10,11 @@ from typing import Any
 
 
 class MissingPackage(Exception):
-    """A package of the `train` extra is not installed. The message is one line, and says how to install it."""
+    """A package of an extra is not installed. The message is one line, and says how to install it."""
 
 
 def import_extra(module: str) -> Any:
-    """Import a module of the `train` extra, or timm.
+    """Import a module of the extras `train` and `tensorboard`, or timm.
 
     Raises:
         MissingPackage: it cannot be imported.
@@ -24,7 +24,8 @@ def import_extra(module: str) -> Any:
             _import_matplotlib()
         return importlib.import_module(module)
     except ImportError as error:
-        install = "timm" if module == "timm" else '"fastconv[train]"'
+        extra = "tensorboard" if module == "torch.utils.tensorboard" else "train"
+        install = "timm" if module == "timm" else f'"fastconv[{extra}]"'
         raise MissingPackage(
             f"{module} cannot be imported ({error}); install it with: pip install {install}"
         ) from error

@@ -14,7 +14,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from fastconv import machine
-from fastconv.commands import check, evaluate, info, notebook, predict, summary, swap_report, train
+from fastconv.commands import (
+    check,
+    compare,
+    evaluate,
+    info,
+    notebook,
+    predict,
+    summary,
+    swap_report,
+    sweep,
+    train,
+)
 from fastconv.extras import MissingPackage
 from fastconv.graphs import CaptureError
 from fastconv.operations import backends
@@ -100,6 +111,8 @@ def callback(
 
 for command in (
     train.train,
+    sweep.sweep,
+    compare.compare,
     evaluate.evaluate,
     predict.predict,
     summary.summary,

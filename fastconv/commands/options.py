@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,13 @@ import typer
 
 from fastconv import machine
 from fastconv.operations import backends
-from fastconv.training import data
+from fastconv.training import data, labels
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import DataError, Dataset
+from fastconv.training.graphed import Graph
 from fastconv.training.recipe import RECIPES, Recipe
+from fastconv.training.sweep import axes
+from fastconv.training.sweep.plan import Plan
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -48,6 +52,16 @@ BackendOption = Annotated[
     Literal["auto", "triton", "native", "portable", "reference"],
     typer.Option(help="Implementation of the fused operations.", rich_help_panel="Machine"),
 ]
+GraphOption = Annotated[
+    Graph,
+    typer.Option(
+        help="Replay each step as a CUDA graph, which changes no number: auto, on a GPU where it can be.",
+        rich_help_panel="Machine",
+    ),
+]
+TensorBoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard beside the checkpoint.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, and all else on standard error.")
 ]
@@ -65,13 +79,17 @@ RecipeOption = Annotated[
 MODEL = ("width", "depth", "patch")
 
 
-def recipe_options(*names: str) -> Callable[[Command], Command]:
-    """Give a command an option for each of these fields of Recipe; it takes their values as `**keywords`."""
+def recipe_options(*names: str, lists: bool = False) -> Callable[[Command], Command]:
+    """Give a command an option for each of these fields of Recipe; it takes their values as `**keywords`.
+
+    With `lists` a value is the text of a list, such as "32,64", or None if none was typed.
+    """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        parameters = [*map(_option, names), *(each.replace(kind=each.KEYWORD_ONLY) for each in own)]
+        options = map(_list_option if lists else _option, names)
+        parameters = [*options, *(each.replace(kind=each.KEYWORD_ONLY) for each in own)]
         # Typer reads a command's options from its signature.
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
@@ -80,20 +98,55 @@ def recipe_options(*names: str) -> Callable[[Command], Command]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    hint: Any = get_type_hints(Recipe, include_extras=True)[name]
-    text, modern = hint.__metadata__[0], getattr(RECIPES["modern"], name)
-    if modern != getattr(Recipe, name):
-        text += f"  \\[modern: {modern}]"
-    option = typer.Option(help=text, rich_help_panel="Model" if name in MODEL else "Recipe")
-    annotation = Annotated[hint.__origin__, option]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Recipe, name), annotation=annotation
-    )
+    hint, default, modern = _field(name)
+    text = hint.__metadata__[0] + (f"  \\[modern: {modern}]" if modern != default else "")
+    return _parameter(name, hint.__origin__, default, typer.Option(help=text, rich_help_panel=_panel(name)))
+
+
+def _list_option(name: str) -> inspect.Parameter:
+    hint, default, modern = _field(name)
+    # A sweep's own, where it has one.
+    default, *_ = axes.DEFAULTS.get(name, [default])
+    values = f"default: {labels.shown(default)}"
+    if name not in axes.DEFAULTS and modern != default:
+        values += f"; modern: {labels.shown(modern)}"
+    text = f"{hint.__metadata__[0]}  \\[{values}]"
+    option = typer.Option(help=text, rich_help_panel=_panel(name), metavar="LIST", show_default=False)
+    return _parameter(name, str | None, None, option)
+
+
+def _field(name: str) -> tuple[Any, Any, Any]:
+    """Return the type hint of a field of Recipe, and its values in the lecture's and in the modern recipe."""
+    hint = get_type_hints(Recipe, include_extras=True)[name]
+    return hint, getattr(Recipe, name), getattr(RECIPES["modern"], name)
+
+
+def _panel(name: str) -> str:
+    return "Model" if name in MODEL else "Recipe"
+
+
+def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def resume_command(context: typer.Context, command: str, out: Path, options: Mapping[str, str]) -> str:
+    """Return the line that goes on with what is in a folder, with the options that were typed.
+
+    Args:
+        options: those to repeat, by the names of their parameters.
+    """
+    words = ["fastconv", command, "--out", str(out), "--resume"]
+    for name, option in options.items():
+        if is_typed(context, name):
+            value = context.params[name]
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def chosen_recipe(context: typer.Context, base: str, options: dict[str, Any]) -> Recipe:
@@ -114,8 +167,8 @@ def usage_errors() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def load_data(directory: Path | None, trained: Checkpoint | None = None) -> Dataset:
-    """Return the data set in a directory that was typed; else a checkpoint's own, or CIFAR-10.
+def load_data(directory: Path | None, trained: Checkpoint | Plan | None = None) -> Dataset:
+    """Return the data set in a directory that was typed; else a checkpoint's or sweep's own, or CIFAR-10.
 
     Raises:
         DataError: it cannot be used.

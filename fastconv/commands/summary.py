@@ -8,8 +8,8 @@ import typer
 
 from fastconv.commands.options import MODEL, recipe_options, usage_errors
 from fastconv.training import data
-from fastconv.training.display import model_summary
 from fastconv.training.recipe import Recipe, check_images
+from fastconv.training.summary import model_summary
 
 
 @recipe_options(*MODEL)

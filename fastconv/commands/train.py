@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,35 +10,43 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from fastconv.commands.options import (
     BackendOption,
     DataOption,
     DeviceOption,
+    GraphOption,
     JsonOption,
     RecipeOption,
+    TensorBoardOption,
     choose,
     chosen_recipe,
     is_typed,
     load_data,
     nonempty_path,
     recipe_options,
+    resume_command,
     usage_errors,
 )
 from fastconv.console import console
-from fastconv.extras import import_extra
 from fastconv.files import WriteError
 from fastconv.graphs import CaptureError
-from fastconv.training import checkpoint, folder, graphed, loop, memory
-from fastconv.training.display import Display, model_summary
-from fastconv.training.environment import Environment, restore_threads
-from fastconv.training.recipe import Recipe, check_images
+from fastconv.training import checkpoint, folder, graphed, loop, runs
+from fastconv.training.display import Display
+from fastconv.training.recipe import Recipe
 from fastconv.training.schedule import has_schedule
 from fastconv.training.stepper import NonFinite
+from fastconv.training.summary import model_summary
 
-RESUMED_OPTIONS = [("data_directory", "--data"), ("device", "--device"), ("backend", "--backend")]
-RESUMED_FLAGS = [("deterministic", "--deterministic"), ("json_output", "--json")]
+# What a command that goes on with a run repeats.
+RESUMED = {
+    "data_directory": "--data",
+    "device": "--device",
+    "backend": "--backend",
+    "deterministic": "--deterministic",
+    "tensorboard": "--tensorboard",
+    "json_output": "--json",
+}
 
 
 @recipe_options(*(field.name for field in fields(Recipe)))
@@ -60,13 +67,7 @@ def train(
     json_output: JsonOption = False,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
-    graph: Annotated[
-        graphed.Graph,
-        typer.Option(
-            help="Replay each step as a CUDA graph, which changes no number: auto, on a GPU where it can be.",
-            rich_help_panel="Machine",
-        ),
-    ] = "auto",
+    graph: GraphOption = "auto",
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -75,6 +76,7 @@ def train(
             rich_help_panel="Machine",
         ),
     ] = False,
+    tensorboard: TensorBoardOption = False,
     **options: Any,
 ) -> None:
     """Train the classifier, by the lecture's recipe or another; with no options, on CIFAR-10, for five epochs.
@@ -84,8 +86,7 @@ def train(
     from there.
     """
     shown = console(stderr=json_output)
-    for package in ("torchinfo", "matplotlib"):
-        import_extra(package)
+    runs.check_packages(tensorboard)
     resumed = None
     if resume:
         if out is None:
@@ -104,58 +105,38 @@ def train(
     shown.print(f"Data: {dataset.source}", soft_wrap=True)
     image_size, classes = dataset.train.images.shape[1:], len(dataset.classes)
     with usage_errors():
-        check_images(chosen, image_size)
-        memory.check(chosen, image_size, classes, len(dataset.train), place)
+        runs.check(chosen, dataset, place)
         graphed.check(graph, place)
-    if resumed is not None:
-        go_on_as_before(resumed.environment, place, shown)
+    if resumed is not None and (changed := runs.go_on_as_before(resumed.environment, place)):
+        shown.print(changed, soft_wrap=True)
     state = loop.prepare(chosen, dataset, place, resumed)
     shown.print(model_summary(chosen, image_size, classes, depth=2), soft_wrap=True)
 
     # Nothing has been written so far.
     out = folder.make(out)
-    with folder.locked(out):
-        path = out / folder.CHECKPOINT
-        if resumed is None:
-            folder.check_new(out)
-        elif checkpoint.load(path).seconds != resumed.seconds:
-            raise folder.FolderError(
-                f"another process has gone on with the run in {out} meanwhile; resume it again"
-            )
-        display = Display(shown, chosen, out, json_output)
-        how_to_resume = f"go on with:\n  {resume_command(context, out)}"
-        try:
-            with display.bar:
-                final = loop.go_on(state, path, display, graph)
-            display.finished(final)
-        except (loop.Interrupted, KeyboardInterrupt) as error:
-            shown.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
-            if path.exists():
-                shown.print(how_to_resume, soft_wrap=True)
-            number = error.signal if isinstance(error, loop.Interrupted) else signal.SIGINT
-            raise typer.Exit(128 + number) from error
-        except (WriteError, CaptureError):
-            if path.exists():
-                shown.print(f"\n{how_to_resume}", soft_wrap=True)
-            raise
-        except NonFinite as error:
-            shown.print(
-                f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
-                style="red",
-                soft_wrap=True,
-            )
-            raise typer.Exit(1) from error
-
-
-def go_on_as_before(before: Environment, place: torch.device, shown: Console) -> None:
-    """Compute with a run's number of threads, and report what else has changed since it was saved."""
-    restore_threads(before.threads, place)
-    if changes := before.changes(Environment.now(place)):
+    path = out / folder.CHECKPOINT
+    display = Display(shown, chosen, out, json_output)
+    how_to_resume = f"go on with:\n  {resume_command(context, 'train', out, RESUMED)}"
+    try:
+        with display.bar:
+            runs.go_on(state, out, resumed, display, graph, tensorboard)
+    except (loop.Interrupted, KeyboardInterrupt) as error:
+        shown.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
+        if path.exists():
+            shown.print(how_to_resume, soft_wrap=True)
+        number = error.signal if isinstance(error, loop.Interrupted) else signal.SIGINT
+        raise typer.Exit(128 + number) from error
+    except (WriteError, CaptureError):
+        if path.exists():
+            shown.print(f"\n{how_to_resume}", soft_wrap=True)
+        raise
+    except NonFinite as error:
         shown.print(
-            f"Changed since the run was saved: {', '.join(changes)}. Its weights may differ in the last bits from "
-            "those of an uninterrupted run.",
+            f"\n{error}; {path} is from before that. For a smaller --lr start a new run in another --out.",
+            style="red",
             soft_wrap=True,
         )
+        raise typer.Exit(1) from error
 
 
 def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Recipe:
@@ -186,12 +167,3 @@ def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Re
             "leave --epochs out, or start a new run"
         )
     return replace(recipe, epochs=epochs)
-
-
-def resume_command(context: typer.Context, out: Path) -> str:
-    words = ["fastconv", "train", "--out", str(out), "--resume"]
-    for name, option in RESUMED_OPTIONS:
-        if is_typed(context, name):
-            words += [option, str(context.params[name])]
-    words += [option for name, option in RESUMED_FLAGS if context.params[name]]
-    return shlex.join(words)

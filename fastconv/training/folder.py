@@ -33,12 +33,12 @@ def check_new(folder: Path) -> None:
         raise FolderError(f"{folder} holds {', '.join(held)}, which a run would replace; give another --out")
 
 
-def make(folder: Path | None) -> Path:
-    """Make `folder`, which may exist, or a new one in runs/ that is named after the time; return it."""
+def make(folder: Path | None, kind: str = "") -> Path:
+    """Make `folder`, which may exist, or a new one in runs/, named after its kind and the time; return it."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    base = Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    base = Path("runs", f"{kind}-" * bool(kind) + time.strftime("%Y%m%d-%H%M%S"))
     base.parent.mkdir(exist_ok=True)
     number, new = 1, base
     while True:

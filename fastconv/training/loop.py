@@ -52,6 +52,40 @@ class Observer:
     def note(self, text: str) -> None:
         """One line that the user should know."""
 
+    def finished(self, final: Checkpoint) -> None:
+        """The last epoch and the test are done, and saved in this checkpoint."""
+
+
+class Observers(Observer):
+    """Passes everything on to several observers, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        for each in self.observers:
+            each.start(checkpoint)
+
+    def step(self, epoch: int, step: int, steps: int, loss: float, images_per_second: float) -> None:
+        for each in self.observers:
+            each.step(epoch, step, steps, loss, images_per_second)
+
+    def evaluation(self, epoch: int, done: int, images: int) -> None:
+        for each in self.observers:
+            each.evaluation(epoch, done, images)
+
+    def epoch(self, history: Sequence[dict[str, float]]) -> None:
+        for each in self.observers:
+            each.epoch(history)
+
+    def note(self, text: str) -> None:
+        for each in self.observers:
+            each.note(text)
+
+    def finished(self, final: Checkpoint) -> None:
+        for each in self.observers:
+            each.finished(final)
+
 
 def train(
     recipe: Recipe,
@@ -111,7 +145,9 @@ def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -
         while state.epoch < state.recipe.epochs:
             run.train_epoch()
             run.evaluate_epoch()
-        return run.test()
+        final = run.test()
+    observer.finished(final)
+    return final
 
 
 class _Run:

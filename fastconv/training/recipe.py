@@ -65,6 +65,7 @@ class Recipe:
         "What each layer norm is computed over: tensor, the whole batch, so that an image's answer depends on the "
         "images beside it; sample, one image; channel, one pixel.",
     ] = "tensor"
+    whiten: Annotated[bool, "Begin with a stem that whitens the patches of the training images."] = False
     crop: Annotated[int, "Crop training images at random out of a black frame of so many pixels."] = 0
     flip: Annotated[bool, "Mirror training images at random."] = False
     label_smoothing: Annotated[float, "Share of each label that is spread over all classes."] = 0.0
@@ -109,16 +110,17 @@ INGREDIENTS = ("norm", "crop", "flip", "label_smoothing", "schedule", "warmup", 
 RECIPES = {
     "lecture": Recipe(),
     "modern": Recipe(
+        batch_size=64,
         lr=4e-3,
         weight_decay=0.05,
         norm="sample",
+        whiten=True,
         crop=4,
         flip=True,
         label_smoothing=0.1,
         schedule="linear",
         warmup=0.15,
         decay="weights",
-        ema=0.99,
     ),
 }
 

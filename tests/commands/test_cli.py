@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_python
+from refusal import refused
 
 import fastconv
 from fastconv import machine
@@ -37,20 +38,6 @@ SMALL = ["--epochs", "2", "--batch-size", "8", "--width", "4", "--depth", "1", "
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """train/ and test/ with 20 + 6 images of 8 x 8 pixels in two classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in [("train", 20), ("test", 6)]:
-        for name, level in [("bright", 150), ("dark", 30)]:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count // 2):
-                pixels = rng.integers(level, level + 80, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """The directory of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
@@ -61,14 +48,6 @@ def trained(folder, tmp_path_factory):
             main.main()
     assert not stopped.value.code
     return out
-
-
-def refused(result, message):
-    code, _out, err = result
-    assert code == 2
-    assert "Traceback" not in err
-    # The frame that usage errors are printed in breaks lines.
-    assert re.search(message, " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())), err
 
 
 def test_train_saves_and_reports(run, folder, tmp_path):
@@ -104,6 +83,7 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "split_seed": 55,
         "precision": "fp32",
         "norm": "tensor",
+        "whiten": False,
         "crop": 0,
         "flip": False,
         "label_smoothing": 0.0,
@@ -168,17 +148,6 @@ def test_files_are_not_replaced_by_a_new_run(run, folder, tmp_path, name):
     refused(run("train", "--data", folder, "--out", tmp_path, *SMALL), message)
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "mine"
-
-
-@pytest.fixture
-def other_pixels(folder, tmp_path):
-    """Data with the classes and counts of `folder`, but one other pixel."""
-    shutil.copytree(folder, tmp_path / "other")
-    path = tmp_path / "other/test/dark/0.png"
-    with Image.open(path) as image:
-        image.putpixel((0, 0), (1, 2, 3))
-        image.save(path)
-    return tmp_path / "other"
 
 
 def contents(directory):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastconv.modules import Classifier
-from fastconv.training import checkpoint, loop, planned, prediction
+from fastconv.training import checkpoint, loop, planned, prediction, whitening
 from fastconv.training.augmentation import Augmentation
 from fastconv.training.recipe import INGREDIENTS, RECIPES, Recipe, make_model
 from fastconv.training.schedule import rates
@@ -25,6 +25,7 @@ MODERN = replace(
     lr=1e-2,
     weight_decay=0.5,
     norm="sample",
+    whiten=True,
     crop=2,
     flip=True,
     label_smoothing=0.2,
@@ -87,7 +88,7 @@ def test_a_run_with_all_ingredients_is_the_one_by_hand(dataset, tmp_path):
     recipe = replace(MODERN, train_metrics="running")
     final = run(dataset, tmp_path / "checkpoint.pt", recipe, observer)
 
-    model = make_model(recipe, [3, 8, 8], 3)
+    model = loop.prepare(recipe, dataset, CPU, None).model
     parts = [PlainBlock(block) for stage in (model.conv_block_1, model.conv_block_2) for block in stage]
     plain = PlainClassifier(model, parts).double()
     averaged = copy.deepcopy(plain)
@@ -196,7 +197,7 @@ def stop_at(dataset, path, epoch, step, monkeypatch):
         run(dataset, path, MODERN, Recorder((epoch, step + 1), stop), resumed)
 
 
-@pytest.mark.parametrize("name", INGREDIENTS)
+@pytest.mark.parametrize("name", [*INGREDIENTS, "whiten"])
 def test_each_ingredient_is_an_option_that_changes_the_run(name, dataset, tmp_path):
     assert getattr(RECIPES["lecture"], name) == getattr(Recipe(), name)
     plain = replace(RECIPE, epochs=1)
@@ -235,3 +236,38 @@ def test_the_modern_recipe_has_no_more_parameters_than_the_lectures():
     model = make_model(RECIPES["modern"], [3, 32, 32], 10)
     assert sum(p.numel() for p in model.parameters()) == 235_434
     assert RECIPES["modern"].norm == "sample"
+
+
+@pytest.mark.parametrize(("patch", "width"), [(4, 32), (4, 50), (2, 32), (1, 3), (2, 5)])
+def test_a_whitening_stem_gives_uncorrelated_channels_of_the_same_variance(patch, width, monkeypatch):
+    """On smooth images, whose neighbouring pixels are alike."""
+    monkeypatch.setattr(whitening, "NOISE", 0.0)
+    coarse = torch.rand(300, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (12, 16), mode="bilinear") + 0.01 * torch.rand(300, 3, 12, 16)
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, width, patch, stride=patch)
+    random = stem.weight.detach().clone()
+    whitening.whiten(stem, images)
+    outputs = stem(images).detach().double().transpose(0, 1).flatten(1)
+    directions = min(width, 3 * patch**2)
+    assert outputs.mean(1).abs().max() < 1e-3
+    found = outputs.cov(correction=0)
+    torch.testing.assert_close(found[:directions, :directions], torch.eye(directions).double(), rtol=0, atol=2e-3)
+    # Further channels are random directions of the whitened patches, so their variance is one, too.
+    torch.testing.assert_close(found.diagonal(), torch.ones(width).double(), rtol=0, atol=2e-3)
+    cosines = F.normalize(random[directions:].flatten(1)).double()[:, :directions]
+    torch.testing.assert_close(found[directions:, :directions], cosines, rtol=0, atol=2e-3)
+
+
+def test_noise_is_not_blown_up():
+    """The weakest direction of nearly equal pixels has next to no variance."""
+    level = torch.rand(500, 1, 1, 1)
+    images = level + 1e-4 * torch.rand(500, 3, 2, 2)
+    stem = nn.Conv2d(3, 12, 2, stride=2)
+    whitening.whiten(stem, images)
+    variances = stem(images).detach().var((0, 2, 3))
+    assert variances[0] == pytest.approx(1 / (1 + whitening.NOISE / 12), rel=0.01)
+    assert variances[1:].max() < 1e-3
+    # All images alike, as a folder may hold.
+    whitening.whiten(stem, torch.zeros(5, 3, 4, 4))
+    assert stem.weight.isfinite().all()

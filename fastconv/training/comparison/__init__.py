@@ -1,0 +1,1 @@
+"""Runs beside each other: a table, a file for spreadsheets, and pictures."""

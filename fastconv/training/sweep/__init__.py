@@ -1,0 +1,1 @@
+"""Many training runs: every combination of some options, done by worker processes."""
