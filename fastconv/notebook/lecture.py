@@ -17,10 +17,9 @@
 # 8. A prediction, and why it depends on its neighbours
 # 9. Where to go on
 #
-# All of it takes one to two minutes on two CPU cores, and less on a GPU. If CIFAR-10 is not there yet, its
-# download of 170 MB comes on top, and at the very first use on a CPU some seconds in which the C++ kernels are
-# compiled. The homework writes its files into the folder `fastconv-notebook` beside this notebook; nothing else is
-# written.
+# All of it takes one to two minutes on two CPU cores. If CIFAR-10 is not there yet, its download of 170 MB comes
+# on top, and at the very first use on a CPU some seconds in which the C++ kernels are compiled. The homework
+# writes its files into the folder `fastconv-notebook` beside this notebook; nothing else is written.
 #
 # The next cell has all the sizes: make them larger if you have the time.
 
