@@ -353,7 +353,7 @@ for name, batch in batches.items():
 #
 # ```bash
 # fastconv train                              # the lecture's whole training, in a few minutes on two cores
-# fastconv train --recipe modern --epochs 30  # overfits less: crops, flips, smoothed labels, averaged weights
+# fastconv train --recipe modern --epochs 30  # overfits less: crops, flips, smoothed labels
 # fastconv sweep --width 32,64 --depth 3,5 --patch 2,4 --seeds 3    # the homework
 # fastconv compare runs/*                     # a table and curves of whatever you have trained
 # fastconv predict --checkpoint runs/.../checkpoint.pt cat.jpg
