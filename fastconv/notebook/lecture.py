@@ -361,6 +361,5 @@ for name, batch in batches.items():
 # fastconv bench                              # every operation, timed beside PyTorch and torch.compile
 # ```
 #
-# The modern recipe is made for many epochs over all images; on the few of this notebook it is behind the
-# lecture's. `fastconv.swap` also takes the ConvNeXts of torchvision, timm and Hugging Face; its report says what
-# it swapped.
+# The modern recipe is made for all images. `fastconv.swap` also takes the ConvNeXts of torchvision, timm and
+# Hugging Face; its report says what it swapped.
