@@ -36,7 +36,7 @@ def notebook(
 ) -> None:
     """Write a Jupyter notebook that walks through the lecture with fused modules.
 
-    It runs in two minutes on two CPU cores, on a small part of CIFAR-10.
+    It runs in one to two minutes on two CPU cores, on a small part of CIFAR-10.
     """
     if path.suffix != ".ipynb":
         raise typer.BadParameter(f"PATH is {path}; expected a name that ends in .ipynb, by which Jupyter opens it")

@@ -21,7 +21,7 @@ from fastconv.training.recipe import Recipe, make_model, parameter_groups
 from fastconv.training.schedule import has_schedule
 from fastconv.training.sets import Batches, Sets, epoch_order
 from fastconv.training.stepper import AutogradStepper, NonFinite, Stepper, loss_and_accuracy, mean_loss
-from fastconv.training.whitening import MOST_PIXELS, whiten
+from fastconv.training.whitening import whiten
 
 
 class State:
@@ -49,9 +49,7 @@ class State:
         self.environment = Environment.now(self.device)
         self.model = make_model(recipe, self.image_size, len(dataset.classes))
         if recipe.whiten and resumed is None:
-            count = max(1, MOST_PIXELS // math.prod(self.image_size[1:]))
-            some = sets.images.images[sets.train.start : sets.train.stop][:count]
-            whiten(self.model.stem, some.cpu().float() / 255)
+            whiten(self.model.stem, sets.images.images[sets.train.start : sets.train.stop])
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, recipe)
         self.steps = math.ceil(len(sets.train) / recipe.batch_size)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastconv.modules import Classifier
-from fastconv.training import checkpoint, loop, planned, prediction, state, whitening
+from fastconv.training import checkpoint, loop, planned, prediction, whitening
 from fastconv.training.augmentation import Augmentation
 from fastconv.training.recipe import INGREDIENTS, RECIPES, Recipe, make_model
 from fastconv.training.schedule import rates
@@ -243,12 +243,13 @@ def test_a_whitening_stem_gives_uncorrelated_channels_of_the_same_variance(patch
     """On smooth images, whose neighbouring pixels are alike."""
     monkeypatch.setattr(whitening, "NOISE", 0.0)
     coarse = torch.rand(300, 3, 3, 4, generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(coarse, (12, 16), mode="bilinear") + 0.01 * torch.rand(300, 3, 12, 16)
+    images = F.interpolate(coarse, (12, 16), mode="bilinear") + 0.05 * torch.rand(300, 3, 12, 16)
+    images = (200 * images).to(torch.uint8)
     torch.manual_seed(0)
     stem = nn.Conv2d(3, width, patch, stride=patch)
     random = stem.weight.detach().clone()
     whitening.whiten(stem, images)
-    outputs = stem(images).detach().double().transpose(0, 1).flatten(1)
+    outputs = stem(images / 255).detach().double().transpose(0, 1).flatten(1)
     directions = min(width, 3 * patch**2)
     assert outputs.mean(1).abs().max() < 1e-3
     found = outputs.cov(correction=0)
@@ -259,25 +260,33 @@ def test_a_whitening_stem_gives_uncorrelated_channels_of_the_same_variance(patch
     torch.testing.assert_close(found[directions:, :directions], cosines, rtol=0, atol=2e-3)
 
 
-def test_large_images_take_no_more_memory_to_whiten(dataset, monkeypatch):
-    """As many images are looked at as have so many pixels, one at least."""
-    seen = []
-    monkeypatch.setattr(state, "whiten", lambda stem, images: seen.append(len(images)))
-    for pixels in (whitening.MOST_PIXELS, 10 * 64 + 63, 3):
-        monkeypatch.setattr(state, "MOST_PIXELS", pixels)
-        loop.prepare(MODERN, dataset, CPU, None)
-    assert seen == [80, 10, 1]
-
-
 def test_noise_is_not_blown_up():
-    """The weakest direction of nearly equal pixels has next to no variance."""
-    level = torch.rand(500, 1, 1, 1)
-    images = level + 1e-4 * torch.rand(500, 3, 2, 2)
+    """The directions of nearly equal pixels but the first have next to no variance."""
+    images = torch.randint(255, (500, 1, 1, 1)) + torch.randint(2, (500, 3, 2, 2))
+    images = images.to(torch.uint8)
     stem = nn.Conv2d(3, 12, 2, stride=2)
     whitening.whiten(stem, images)
-    variances = stem(images).detach().var((0, 2, 3))
+    variances = stem(images / 255).detach().var((0, 2, 3))
     assert variances[0] == pytest.approx(1 / (1 + whitening.NOISE / 12), rel=0.01)
     assert variances[1:].max() < 1e-3
     # All images alike, as a folder may hold.
-    whitening.whiten(stem, torch.zeros(5, 3, 4, 4))
+    whitening.whiten(stem, torch.zeros(5, 3, 4, 4, dtype=torch.uint8))
     assert stem.weight.isfinite().all()
+
+
+def test_the_whitening_stem_looks_at_some_of_many_numbers(monkeypatch):
+    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
+    found = []
+    for most, given in [(7 * 3 * 8 * 8, images), (10**6, images[:7]), (1, images[:1])]:
+        monkeypatch.setattr(whitening, "MOST_NUMBERS", most)
+        torch.manual_seed(0)
+        stem = nn.Conv2d(3, 4, 2, stride=2)
+        whitening.whiten(stem, given)
+        found.append(stem.weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert found[2].isfinite().all()
+
+
+def test_patches_with_too_many_directions_are_not_whitened():
+    with pytest.raises(ValueError, match="whiten is on, for patches of 33 x 33 pixels; expected at most 32"):
+        make_model(Recipe(patch=33, whiten=True), [3, 66, 66], 10)
