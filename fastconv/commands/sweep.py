@@ -28,7 +28,7 @@ from fastconv.commands.options import (
     usage_errors,
 )
 from fastconv.console import console
-from fastconv.files import remove_partial
+from fastconv.files import WriteError, remove_partial
 from fastconv.training import checkpoint, folder, graphed, runs
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.comparison import files, reading, tables
@@ -160,10 +160,13 @@ def sweep(
         try:
             with display.bars:
                 stopped = Supervisor(out, left, workers, display).run()
+            show_results(shown, out, recipes, display.failures)
         except KeyboardInterrupt as error:
             shown.print(f"\nstopped at once; go on with:\n  {again}", soft_wrap=True)
             raise typer.Exit(128 + signal.SIGINT) from error
-        show_results(shown, out, recipes, display.failures)
+        except WriteError:
+            shown.print(f"\ngo on with:\n  {again}", soft_wrap=True)
+            raise
         if stopped:
             shown.print(f"interrupted; go on with:\n  {again}", soft_wrap=True)
             raise typer.Exit(128 + stopped)

@@ -22,7 +22,9 @@ from refusal import refused
 import fastconv
 from fastconv.commands import main, sweep
 from fastconv.console import console
+from fastconv.files import WriteError
 from fastconv.training import checkpoint, data, loop
+from fastconv.training.comparison import files
 from fastconv.training.folder import FILES, LOCK
 from fastconv.training.recipe import Recipe
 from fastconv.training.sweep import plan
@@ -204,6 +206,25 @@ def is_alive(number):
         return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_after_a_table_that_cannot_be_written_the_sweep_can_go_on(swept, run, monkeypatch):
+    def full(path, write):
+        raise WriteError(f"{path} cannot be written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomically", full)
+        code, printed, err = run("sweep", "--out", swept[0], "--resume")
+    assert (code, err) == (2, f"fastconv: {swept[0] / 'sweep.md'} cannot be written\n")
+    again = printed.splitlines()[-1]
+    assert again == f"  fastconv sweep --out {swept[0]} --resume"
+    assert run(*shlex.split(again)[1:])[0] == 0
+
+
+def test_a_sweeps_help_names_the_values_of_an_option(run):
+    shown = re.sub(r"[│\s]+", " ", run("sweep", "--help")[1])
+    assert "one pixel. [tensor, sample, channel; default: tensor; modern: sample]" in shown
+    assert "Mirror training images at random. [on, off; default: off; modern: on]" in shown
 
 
 def test_a_run_of_another_recipe_is_not_the_one_of_that_name(swept, tmp_path):

@@ -57,3 +57,14 @@ def test_the_lines_of_a_sweep(tmp_path, clock, capsys):
     )
     assert capsys.readouterr().out == '{"run": "a", "failed": "the loss is nan in epoch 1, step 2"}\n'
     assert shown.failures == {"a": "the loss is nan in epoch 1, step 2"}
+
+
+def test_a_run_that_was_removed_as_it_ended_has_failed(tmp_path):
+    file = io.StringIO()
+    shown = Display(console(file=file, width=500), tmp_path, {"a": 1.0, "b": 1.0}, [], json_output=False)
+    shown.begun("a", "cpu")
+    shown.progress("a", 0.5)
+    shown.finished("a")
+    reason = f"{tmp_path / 'a' / 'checkpoint.pt'} is not a file; give the checkpoint.pt of a training run"
+    assert shown.failures == {"a": reason}
+    assert file.getvalue().startswith(f"1/2 a: failed: {reason}")
