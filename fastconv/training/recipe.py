@@ -26,7 +26,6 @@ Norm = Literal["tensor", "sample", "channel"]
 Schedule = Literal["constant", "linear"]
 Decay = Literal["all", "weights"]
 LARGEST_SIDE = 4096
-LARGEST_WHITENED = 32
 # What nobody trains: more asks for a mistake to be found, not for hours or terabytes.
 LARGEST = {
     "epochs": 100_000,
@@ -141,11 +140,6 @@ def check_images(recipe: Recipe, image_size: Sequence[int]) -> None:
         raise ValueError(
             f"patch is {recipe.patch}, for images of {height} x {width} pixels; "
             f"expected at most {min(height, width) // 2}"
-        )
-    if recipe.whiten and recipe.patch > LARGEST_WHITENED:
-        raise ValueError(
-            f"whiten is on, for patches of {recipe.patch} x {recipe.patch} pixels; expected at most "
-            f"{LARGEST_WHITENED}, whose directions can be found in seconds"
         )
     if recipe.crop > min(height, width):
         raise ValueError(

@@ -285,8 +285,3 @@ def test_the_whitening_stem_looks_at_some_of_many_numbers(monkeypatch):
         found.append(stem.weight.detach())
     assert torch.equal(found[0], found[1])
     assert found[2].isfinite().all()
-
-
-def test_patches_with_too_many_directions_are_not_whitened():
-    with pytest.raises(ValueError, match="whiten is on, for patches of 33 x 33 pixels; expected at most 32"):
-        make_model(Recipe(patch=33, whiten=True), [3, 66, 66], 10)
