@@ -225,8 +225,14 @@ def test_runs_are_found_in_folders_and_by_name(tmp_path):
     paths = [tmp_path / "run/checkpoint.pt", tmp_path / "sweep", tmp_path / "run"]
     found = [str(path.parent.relative_to(tmp_path)) for path in reading.find(paths)]
     assert found == ["run", "sweep/width-8", "sweep/width-16", "sweep/width-128"]
-    with pytest.raises(FolderError, match="notes holds no run; give the folder of a run or of a sweep, or a"):
-        reading.find([tmp_path / "sweep/notes"])
+    # "runs" as a whole, and "runs/*" after a comparison.
+    assert len(reading.find([tmp_path])) == 4
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / files.names("compare")[1]).touch()
+    assert len(reading.find(sorted(tmp_path.iterdir()))) == 4
+    for name in ("sweep/notes", "comparison"):
+        with pytest.raises(FolderError, match=f"{name} holds no run; give the folder of a run or of a sweep, or"):
+            reading.find([tmp_path / name])
 
 
 def test_files_of_others_are_not_replaced(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,10 @@ from fastconv.training.environment import Environment
 from fastconv.training.folder import CHECKPOINT, FolderError
 from fastconv.training.recipe import Recipe
 from fastconv.training.summary import multiplications
+
+
+# What every comparison writes.
+COMPARISON = "compare.csv"
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ def read(path: Path) -> Run:
     )
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
-    """Return the checkpoints in paths: each a checkpoint, a run's folder, or a folder of such folders.
+def find(paths: Sequence[Path]) -> list[Path]:
+    """Return the checkpoints in paths: each a checkpoint, a run's folder, or a folder that holds such, however deep.
+
+    Comparisons that were written earlier are passed over, so that all folders of `runs` may be named.
 
     Raises:
-        FolderError: there is none in one of them.
+        FolderError: there is no run in a path, or in none of them.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -90,12 +96,18 @@ def find(paths: Iterable[Path]) -> list[Path]:
         elif (path / CHECKPOINT).exists():
             checkpoints = [path / CHECKPOINT]
         else:
-            checkpoints = sorted(path.glob(f"*/{CHECKPOINT}"), key=_natural)
-        if not checkpoints:
-            raise FolderError(f"{path} holds no run; give the folder of a run or of a sweep, or a checkpoint.pt")
+            checkpoints = sorted(path.rglob(CHECKPOINT), key=_natural)
+        if not checkpoints and not (path / COMPARISON).exists():
+            raise _no_run(path)
         # However often it is named.
         found |= {each.resolve(): each for each in checkpoints if each.resolve() not in found}
+    if not found:
+        raise _no_run(paths[0])
     return list(found.values())
+
+
+def _no_run(path: Path) -> FolderError:
+    return FolderError(f"{path} holds no run; give the folder of a run or of a sweep, or a checkpoint.pt")
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
