@@ -15,7 +15,6 @@ from fastconv.training.folder import CHECKPOINT, FolderError
 from fastconv.training.recipe import Recipe
 from fastconv.training.summary import multiplications
 
-
 # What every comparison writes.
 COMPARISON = "compare.csv"
 
@@ -82,7 +81,7 @@ def read(path: Path) -> Run:
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """Return the checkpoints in paths: each a checkpoint, a run's folder, or a folder that holds such, however deep.
+    """Return the checkpoints in paths: each a checkpoint, a run's folder, or one that holds such, however deep.
 
     Comparisons that were written earlier are passed over, so that all folders of `runs` may be named.
 
