@@ -16,8 +16,3 @@ def console(stderr: bool = False, file: IO[str] | None = None, width: int | None
     return Console(
         stderr=stderr, file=file, width=width, markup=False, emoji=False, highlight=False, force_jupyter=False
     )
-
-
-def printable(text: str) -> str:
-    """Return text as one line that any file takes: line breaks and the like, which names may have, are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

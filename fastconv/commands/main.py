@@ -26,11 +26,11 @@ from fastconv.commands import (
     sweep,
     train,
 )
-from fastconv.console import printable
 from fastconv.extras import MissingPackage
 from fastconv.graphs import CaptureError
 from fastconv.operations import backends
 from fastconv.training import checkpoint, data, folder, loop
+from fastconv.training.inputs import printable
 from fastconv.training.stepper import NonFinite
 
 app = typer.Typer(

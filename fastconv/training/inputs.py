@@ -6,8 +6,6 @@ import errno
 import stat
 from pathlib import Path
 
-from fastconv.console import printable
-
 FILE, FOLDER, MISSING = "a file", "a folder", "missing"
 _KINDS = {
     stat.S_IFREG: FILE,
@@ -28,6 +26,11 @@ class DataError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Return text as one line that any file takes: line breaks and the like, which names may have, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def kind_of(path: Path) -> str:

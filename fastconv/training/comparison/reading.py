@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastconv.console import printable
 from fastconv.training import checkpoint
 from fastconv.training.data import CIFAR10_CLASSES
 from fastconv.training.environment import Environment
 from fastconv.training.folder import CHECKPOINT, FolderError
+from fastconv.training.inputs import printable
 from fastconv.training.recipe import Recipe
 from fastconv.training.summary import multiplications
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastconv.console import console as plain_console
-from fastconv.console import printable
 from fastconv.training.comparison import lecture
 from fastconv.training.comparison.reading import Run
 from fastconv.training.comparison.rows import Mean, Row
+from fastconv.training.inputs import printable
 from fastconv.training.recipe import Recipe
 from fastconv.training.summary import multiplications
 
