@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from faults import stop_after_fault
 
 # With a GPU the kernels run on it; without one, or if asked to, they are interpreted. This has to be decided
 # before any test module can import Triton. Where there is none, as on macOS, the tests of kernels are skipped.
@@ -38,22 +39,6 @@ def _a_fault_on_the_gpu_is_this_tests(request):
     yield
     if torch.cuda.is_initialized():
         stop_after_fault(request)
-
-
-def stop_after_fault(request):
-    """End this process if a kernel of this test failed: CUDA repeats the error at each later call, in any test.
-
-    pytest-xdist reports the test as the one that crashed its worker, and goes on with another worker.
-    """
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        fault = f"after {request.node.nodeid}: {str(error).splitlines()[0]}"
-        if "PYTEST_XDIST_WORKER" not in os.environ:
-            pytest.exit(fault, returncode=1)
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(fault, file=sys.stderr, flush=True)
-        os._exit(1)
 
 
 @pytest.fixture(

@@ -7,7 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-import conftest
+import faults
 import pytest
 import torch
 from processes import printed_by
@@ -290,4 +290,4 @@ def test_a_fault_on_the_gpu_is_its_tests(monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     request = SimpleNamespace(node=SimpleNamespace(nodeid="t.py::t"))
     with pytest.raises(pytest.exit.Exception, match=r"^after t.py::t: CUDA error: an illegal memory access .*ed$"):
-        conftest.stop_after_fault(request)
+        faults.stop_after_fault(request)
