@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastconv.commands.options import nonempty_path
+from fastconv.commands.options import nonempty_path, out_option
 from fastconv.console import console
 from fastconv.training import folder, runs
 from fastconv.training.comparison import files, reading, tables
@@ -26,15 +26,7 @@ def compare(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=nonempty_path,
-            metavar="PATH",
-            help="Where to write the files.  \\[default: runs/compare-<date>-<time>]",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("Where to write the files.", "compare")] = None,
 ) -> None:
     """Compare training runs: parameters, multiplications, seconds, and accuracy as mean and deviation over seeds.
 

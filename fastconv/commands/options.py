@@ -33,6 +33,14 @@ def nonempty_path(text: str) -> Path:
     return Path(text)
 
 
+def out_option(text: str, kind: str = "") -> Any:
+    """Return the option --out, whose default is what `folder.make` makes for a kind."""
+    default = f"runs/{f'{kind}-' if kind else ''}<date>-<time>"
+    return typer.Option(
+        parser=nonempty_path, metavar="PATH", help=f"{text}  \\[default: {default}]", show_default=False
+    )
+
+
 DataOption = Annotated[
     Path | None,
     typer.Option(

@@ -22,7 +22,7 @@ from fastconv.commands.options import (
     choose,
     is_typed,
     load_data,
-    nonempty_path,
+    out_option,
     recipe_options,
     resume_command,
     usage_errors,
@@ -61,15 +61,7 @@ RESUMED = {
 def sweep(
     context: typer.Context,
     data_directory: DataOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=nonempty_path,
-            metavar="PATH",
-            help="Where to save the sweep.  \\[default: runs/sweep-<date>-<time>]",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("Where to save the sweep.", "sweep")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(

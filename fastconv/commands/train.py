@@ -23,7 +23,7 @@ from fastconv.commands.options import (
     chosen_recipe,
     is_typed,
     load_data,
-    nonempty_path,
+    out_option,
     recipe_options,
     resume_command,
     usage_errors,
@@ -54,15 +54,7 @@ RESUMED = {
 def train(
     context: typer.Context,
     data_directory: DataOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=nonempty_path,
-            metavar="PATH",
-            help="Where to save the run.  \\[default: runs/<date>-<time>]",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("Where to save the run.")] = None,
     recipe: RecipeOption = "lecture",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run saved in --out.")] = False,
     json_output: JsonOption = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,9 +26,7 @@ class FolderError(Exception):
 
 def check_new(folder: Path) -> None:
     """Raise FolderError if a new run in `folder` would replace a file, or hide the runs of a sweep."""
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"--out is {folder}, a file; give a directory")
-    held = [name for name in FILES if os.path.lexists(folder / name)]
+    held = held_in(folder, FILES)
     if CHECKPOINT in held:
         raise FolderError(f"{folder} holds a run; go on with it by --resume, or give another --out")
     if held:
@@ -37,6 +35,17 @@ def check_new(folder: Path) -> None:
         )
     if os.path.lexists(folder / PLAN):
         raise FolderError(f"{folder} holds a sweep; give another --out")
+
+
+def held_in(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return which files are in a folder that is typed as --out and need not exist.
+
+    Raises:
+        FolderError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"--out is {folder}, a file; give a directory")
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def make(folder: Path | None, kind: str = "") -> Path:

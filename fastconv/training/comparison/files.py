@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +9,7 @@ from typing import BinaryIO
 from fastconv.files import write_atomically
 from fastconv.training.comparison import plots, tables
 from fastconv.training.comparison.rows import Row
-from fastconv.training.folder import FolderError
+from fastconv.training.folder import FolderError, held_in
 
 
 def names(stem: str) -> tuple[str, ...]:
@@ -20,9 +19,7 @@ def names(stem: str) -> tuple[str, ...]:
 
 def check_new(folder: Path, files: Sequence[str]) -> None:
     """Raise FolderError if one of these files is in a folder already, or if it is no folder."""
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"--out is {folder}, a file; give a directory")
-    if held := [name for name in files if os.path.lexists(folder / name)]:
+    if held := held_in(folder, files):
         raise FolderError(f"{folder} holds {', '.join(held)}, which would be replaced; give another --out")
 
 
