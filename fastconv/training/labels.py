@@ -15,7 +15,8 @@ def differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     """Return, for each recipe, the options that set it apart from the others; equal recipes have equal ones.
 
     Where recipes stand on different bases, such as the lecture's and the modern one, the option "recipe" names the
-    base, and what it implies is left out.
+    base, and what it implies is left out. Where each recipe keeps most of its base, as when ingredients are taken
+    away one at a time, only the base and the changes are named.
     """
     bases = [base(recipe) for recipe in recipes]
     # None stands for what the base implies.
@@ -26,9 +27,14 @@ def differences(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     varying = [field.name for field in fields(Recipe) if len({each[field.name] for each in changes}) > 1]
     # The seed comes last.
     varying.sort(key=lambda name: name == "seed")
+    changed = [[name for name in varying if each[name]] for each in changes]
+    if all(2 * len(names) < len(varying) for names in changed):
+        chosen, names_base = changed, True
+    else:
+        chosen, names_base = [varying] * len(recipes), len(set(bases)) > 1
     return [
-        ({"recipe": of} if len(set(bases)) > 1 else {}) | {name: getattr(recipe, name) for name in varying}
-        for recipe, of in zip(recipes, bases, strict=True)
+        ({"recipe": of} if names_base else {}) | {name: getattr(recipe, name) for name in names}
+        for recipe, of, names in zip(recipes, bases, chosen, strict=True)
     ]
 
 

@@ -47,6 +47,16 @@ def test_recipes_on_two_bases_are_named_by_the_base_and_what_else_differs():
     assert [labels.words(each) for each in labels.differences(changed)] == ["lecture", "modern"]
 
 
+def test_recipes_that_keep_most_of_their_base_are_named_by_their_changes():
+    modern = RECIPES["modern"]
+    one_at_a_time = [modern, replace(modern, flip=False), replace(modern, crop=0), replace(modern, whiten=False)]
+    names = [labels.words(each) for each in labels.differences(one_at_a_time)]
+    assert names == ["modern", "modern, flip off", "modern, crop 0", "modern, whiten off"]
+    # Not if one changes half of what differs, or more.
+    grid = [*one_at_a_time, replace(modern, flip=False, crop=0)]
+    assert labels.words(labels.differences(grid)[0]) == "whiten on, crop 4, flip on"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
