@@ -1,9 +1,9 @@
-"""The README's tables and pictures of speed, from committed results, and the table of features, from tests.
+"""The README's tables and pictures, from committed results, and the table of features, from tests.
 
     python -m bench.tools.readme
 
 rewrites what stands between pairs of marks: headline and picture at the top, the features that work, the tables
-and pictures of a CPU and of a GPU, and the tables of whole trainings.
+and pictures of speed on a CPU and on a GPU, the tables of whole trainings, and those of accuracy.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from typing import Any
 from .. import plots, results, tables, trainings
 from ..suite import Row
 from ..workloads import TrainingStep
+from . import accuracies
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 MACHINES = ("CPU", "GPU")
+# The columns of the tables of accuracy, by the names of their files.
+ACCURACIES = {
+    "homework": ["parameters", "mult-adds", "seconds", "validation, %", "test, %", "seeds"],
+    "modern": ["seconds", "training, %", "validation, %", "test, %", "seeds"],
+    "ablation": ["training, %", "validation, %", "test, %", "seeds"],
+}
 BEGINS = {
     name: f"<!-- python -m bench.tools.readme, {name}: begin -->\n"
-    for name in ("top", "features", *MACHINES, "training")
+    for name in ("top", "features", *MACHINES, "training", *ACCURACIES)
 }
 END = "<!-- end -->\n"
 # The picture at the top: whose, and which.
@@ -71,6 +78,10 @@ def section(name: str) -> str:
     if name == "training":
         found = [(tables.machine(about), trainings.table(rows)) for about, rows in committed_trainings()]
         return "\n\n".join(f"{machine}:\n\n{table}" for machine, table in found) + "\n"
+    if name in ACCURACIES:
+        path = results.FOLDER / "accuracies" / f"{name}.csv"
+        # Its five epochs are no match for the ten of the ablation.
+        return accuracies.show(path, ACCURACIES[name], with_lecture=name != "ablation") + "\n"
     path = committed(name)
     about, rows = results.read(path)
     # Results of a GPU go on with other dtypes.

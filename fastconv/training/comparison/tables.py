@@ -29,8 +29,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         [
             row.name,
             f"{row.first.parameters:,}",
-            _millions(row.first.multiplications),
-            _seconds(row.seconds.value),
+            millions(row.first.multiplications),
+            seconds(row.seconds.value),
             percent(row.validation),
             percent(row.test),
             str(len(row.runs)),
@@ -39,7 +39,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
     if has_lecture(rows):
         accuracy = percent(Mean(lecture.VALIDATION_ACCURACY, None))
-        products = _millions(multiplications(Recipe(), (3, 32, 32), 10))
+        products = millions(multiplications(Recipe(), (3, 32, 32), 10))
         lines.append([lecture.NAME, f"{lecture.PARAMETERS:,}", products, str(lecture.SECONDS), accuracy, "", "1"])
     return lines
 
@@ -56,11 +56,11 @@ def percent(mean: Mean | None) -> str:
     return f"{100 * mean.value:.2f}{deviation}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
     return f"{count / 1e6:#.3g}".rstrip(".") + " M"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
