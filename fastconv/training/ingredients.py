@@ -31,7 +31,7 @@ class Ingredients:
         self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: int, steps: int, device: torch.device
     ) -> None:
         self._recipe, self._model, self._optimizer = recipe, model, optimizer
-        augments = recipe.crop > 0 or recipe.flip
+        augments = recipe.crop > 0 or recipe.flip or recipe.cutout > 0
         self._augmentation = Augmentation(images, recipe, device) if augments else None
         self._rates = torch.zeros(steps, device=device) if has_schedule(recipe) else None
         self.averaged = copy.deepcopy(model).requires_grad_(False) if recipe.ema > 0 else None

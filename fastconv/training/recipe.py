@@ -35,6 +35,7 @@ LARGEST = {
     "patch": 1_000,
     "limit": 1_000_000_000,
     "crop": LARGEST_SIDE,
+    "cutout": LARGEST_SIDE,
     "seed": 2**32 - 1,
     "split_seed": 2**32 - 1,
 }
@@ -70,6 +71,7 @@ class Recipe:
     whiten: Annotated[bool, "Begin with a stem that whitens the patches of the training images."] = False
     crop: Annotated[int, "Crop training images at random out of a black frame of so many pixels."] = 0
     flip: Annotated[bool, "Mirror training images at random."] = False
+    cutout: Annotated[int, "Blacken a square of so many pixels a side at a random place of training images."] = 0
     label_smoothing: Annotated[float, "Share of each label that is spread over all classes."] = 0.0
     schedule: Annotated[Schedule, "Keep the learning rate, or let it fall to zero in a line."] = "constant"
     warmup: Annotated[float, "Share of all steps in which the learning rate first rises from zero."] = 0.0
@@ -91,7 +93,7 @@ class Recipe:
         for name, hint in get_type_hints(Recipe).items():
             typed.build(hint, getattr(self, name), name)
         for name, largest in LARGEST.items():
-            value, least = getattr(self, name), 0 if name == "crop" or name.endswith("seed") else 1
+            value, least = getattr(self, name), 0 if name in ("crop", "cutout", "seed", "split_seed") else 1
             if value is not None and not least <= value <= largest:
                 raise ValueError(f"{name} is {value}; expected {least} to {largest:,}")
         if not 0 < self.lr <= LARGEST_LR:
@@ -111,7 +113,7 @@ class Recipe:
 
 
 # What changes a training step; each is off in the lecture's.
-INGREDIENTS = ("norm", "crop", "flip", "label_smoothing", "schedule", "warmup", "decay", "ema")
+INGREDIENTS = ("norm", "crop", "flip", "cutout", "label_smoothing", "schedule", "warmup", "decay", "ema")
 # By the names that `fastconv train --recipe` takes.
 RECIPES = {
     "lecture": Recipe(),
@@ -141,11 +143,12 @@ def check_images(recipe: Recipe, image_size: Sequence[int]) -> None:
             f"patch is {recipe.patch}, for images of {height} x {width} pixels; "
             f"expected at most {min(height, width) // 2}"
         )
-    if recipe.crop > min(height, width):
-        raise ValueError(
-            f"crop is {recipe.crop}, for images of {height} x {width} pixels; "
-            f"expected at most {min(height, width)}"
-        )
+    for name in ("crop", "cutout"):
+        if getattr(recipe, name) > min(height, width):
+            raise ValueError(
+                f"{name} is {getattr(recipe, name)}, for images of {height} x {width} pixels; "
+                f"expected at most {min(height, width)}"
+            )
 
 
 def shape_of_model(recipe: Recipe, image_size: Sequence[int], classes: int) -> Classifier:

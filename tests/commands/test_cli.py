@@ -86,6 +86,7 @@ def test_train_saves_and_reports(run, folder, tmp_path):
         "whiten": False,
         "crop": 0,
         "flip": False,
+        "cutout": 0,
         "label_smoothing": 0.0,
         "schedule": "constant",
         "warmup": 0.0,

@@ -28,6 +28,7 @@ MODERN = replace(
     whiten=True,
     crop=2,
     flip=True,
+    cutout=3,
     label_smoothing=0.2,
     schedule="linear",
     warmup=0.3,
@@ -61,12 +62,33 @@ def test_images_are_cropped_out_of_a_frame_and_mirrored(crop, flip):
     assert augment._mirrored.float().mean().item() == pytest.approx(0.5 if flip else 0.0, abs=0.03)
 
 
+def blackened(image, centre, cutout):
+    """A copy with a black square, by slices; the centre is given as shares of height and width."""
+    top, left = (int(share * size) - cutout // 2 for share, size in zip(centre, image.shape[1:], strict=True))
+    image = image.clone()
+    image[:, max(0, top) : max(0, top + cutout), max(0, left) : max(0, left + cutout)] = 0
+    return image
+
+
+@pytest.mark.parametrize("cutout", [1, 4, 7])
+def test_a_square_of_each_image_is_black(cutout):
+    pixels = torch.randint(1, 256, (800, 2, 7, 11), dtype=torch.uint8)
+    augment = Augmentation(800, replace(RECIPE, cutout=cutout), CPU)
+    augment.start(1)
+    chosen = torch.randperm(800)
+    found = augment(pixels[chosen], chosen)
+    for i, image in zip(chosen.tolist(), found, strict=True):
+        assert torch.equal(image, blackened(pixels[i], augment._centres[:, i].tolist(), cutout))
+    # Squares lie everywhere.
+    assert (found == 0).any(0).all()
+
+
 def test_what_happens_to_an_image_depends_on_seed_and_epoch_only():
     def drawn(seed, *epochs):
-        augment = Augmentation(50, replace(RECIPE, crop=4, flip=True, seed=seed), CPU)
+        augment = Augmentation(50, replace(RECIPE, crop=4, flip=True, cutout=2, seed=seed), CPU)
         for epoch in epochs:
             augment.start(epoch)
-        return torch.cat([augment._corners, augment._mirrored[None]])
+        return torch.cat([augment._corners, augment._mirrored[None], augment._centres])
 
     assert torch.equal(drawn(3, 0, 1), drawn(3, 1))
     assert not torch.equal(drawn(3, 1), drawn(3, 2))
@@ -102,9 +124,17 @@ def test_a_run_with_all_ingredients_is_the_one_by_hand(dataset, tmp_path):
     learning_rates = iter([0.01 * i / 5 for i in range(1, 5)] + [0.01 * i / 11 for i in range(11, 0, -1)])
     for epoch in range(3):
         augmentation.start(epoch)
-        drawn = zip(augmentation._corners.T.tolist(), augmentation._mirrored.tolist(), strict=True)
+        drawn = zip(
+            augmentation._corners.T.tolist(),
+            augmentation._mirrored.tolist(),
+            augmentation._centres.T.tolist(),
+            strict=True,
+        )
         changed = torch.stack(
-            [by_slices(image, *corner, flip, 2) for image, (corner, flip) in zip(images, drawn, strict=True)]
+            [
+                blackened(by_slices(image, *corner, flip, 2), centre, 3)
+                for image, (corner, flip, centre) in zip(images, drawn, strict=True)
+            ]
         )
         total_loss = total_correct = 0.0
         for chosen in epoch_order(80, 7, epoch).split(16):

@@ -377,6 +377,7 @@ def test_a_state_that_does_not_fit_is_refused(dataset, tmp_path):
         ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, bf16"),
         ({"norm": "batch"}, "norm is 'batch'; expected one of tensor, sample, channel"),
         ({"crop": -1}, "crop is -1; expected 0 to 4,096"),
+        ({"cutout": -1}, "cutout is -1; expected 0 to 4,096"),
         ({"flip": 1}, "flip is 1; expected True or False"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and less than 1"),
         ({"warmup": -0.1}, "warmup is -0.1; expected at least 0 and less than 1"),
@@ -389,17 +390,18 @@ def test_recipes_out_of_range(options, message):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
+    ("options", "size", "message"),
     [
-        ([3, 6, 8], "patch is 4, for images of 6 x 8 pixels; expected at most 3"),
-        ([3, 1, 8], "images of 1 x 8 pixels; expected 2 to 4,096 on each side"),
-        ([3, 8, 5000], "images of 8 x 5000 pixels; expected 2 to 4,096 on each side"),
-        ([3, 20, 15], "crop is 16, for images of 20 x 15 pixels; expected at most 15"),
+        ({}, [3, 6, 8], "patch is 4, for images of 6 x 8 pixels; expected at most 3"),
+        ({}, [3, 1, 8], "images of 1 x 8 pixels; expected 2 to 4,096 on each side"),
+        ({}, [3, 8, 5000], "images of 8 x 5000 pixels; expected 2 to 4,096 on each side"),
+        ({"crop": 16}, [3, 20, 15], "crop is 16, for images of 20 x 15 pixels; expected at most 15"),
+        ({"cutout": 16}, [3, 15, 20], "cutout is 16, for images of 15 x 20 pixels; expected at most 15"),
     ],
 )
-def test_images_that_do_not_fit_the_model(size, message):
+def test_images_that_do_not_fit_the_model(options, size, message):
     with pytest.raises(ValueError, match=message):
-        make_model(Recipe(crop=16), size, 10)
+        make_model(Recipe(**options), size, 10)
 
 
 def test_the_memory_of_a_model_is_counted_before_it_is_taken():
