@@ -1,4 +1,7 @@
-"""The README's tables of accuracy, from the CSV files of `fastconv sweep` and `fastconv compare`."""
+"""The README's tables of accuracy, from the CSV files of `fastconv sweep` and `fastconv compare`.
+
+Those that the README shows are kept in bench/results/accuracies/, with a picture of each comparison.
+"""
 
 from __future__ import annotations
 
