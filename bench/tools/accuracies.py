@@ -45,7 +45,7 @@ COLUMNS: dict[str, Callable[[Lines], str]] = {
 LECTURE = {
     "parameters": f"{lecture.PARAMETERS:,}",
     "seconds": f"{lecture.SECONDS}",
-    "validation, %": f"{100 * lecture.VALIDATION_ACCURACY:.2f}",
+    "validation, %": percent(mean([lecture.VALIDATION_ACCURACY])),
     "seeds": "1",
 }
 
