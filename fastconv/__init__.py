@@ -5,6 +5,7 @@ from fastconv.graphs import CaptureError, GraphedStep
 from fastconv.modules import Classifier, ConvNextBlock, DepthwiseConvLayerNorm, PointwiseConvGELU
 from fastconv.operations.backends import BackendUnavailable, backend
 from fastconv.swapping import SwapReport, swap, unswap
+from fastconv.synchronization import set_process_group
 
 __all__ = [
     "BackendUnavailable",
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "functional",
     "reference",
+    "set_process_group",
     "swap",
     "unswap",
 ]

@@ -8,7 +8,7 @@ where torch.fx or torch.jit.trace records a graph, which is then that of the lec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from fastconv.kernels.common.values import check_approximate, check_norm
 from fastconv.operations import functional
 from fastconv.operations.watchers import is_composed, is_symbolic
 from fastconv.plain import is_plain
+
+if TYPE_CHECKING:
+    # Not every build of PyTorch has it.
+    from torch.distributed import ProcessGroup
 
 
 class Scriptable(nn.Module):
@@ -33,7 +37,22 @@ class Scriptable(nn.Module):
         return program
 
 
-class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
+class Normed(nn.Module):
+    """Mixed into a module with a norm before its base: over which process group the norm "tensor" goes.
+
+    Attributes:
+        process_group: the group's name, which unlike the group can be copied and pickled; None if every process
+            takes the mean and variance of its own images.
+    """
+
+    norm: str
+    process_group: str | None = None
+
+    def _set_process_group(self, group: ProcessGroup | str | None) -> None:
+        self.process_group = functional.name_of_group(group)
+
+
+class DepthwiseConvLayerNorm(Normed, Scriptable, nn.Conv2d):
     """`nn.Conv2d(C, C * M, kernel_size, padding="same", groups=C)`, then layer norm, as one operation.
 
     Its parameters are those of `nn.Conv2d`, with the same initial values, and `norm_weight` and `norm_bias`,
@@ -47,11 +66,14 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
         eps: added to the variance.
         affine: scale and shift each channel after the norm.
         bias: add a bias to the convolution.
+        process_group: of `torch.distributed`, whose ranks each have some of the images, or none, over which the
+            norm "tensor" takes its mean and variance. Every rank has to call the module, and its backward.
 
     Shape: (N, C, H, W) -> (N, C * M, H, W), or without N.
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: `process_group` is no group that this process is in.
     """
 
     def __init__(
@@ -65,6 +87,7 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
         _check_depthwise(in_channels, multiplier, kernel_size, norm, eps)
         super().__init__(
@@ -79,6 +102,7 @@ class DepthwiseConvLayerNorm(Scriptable, nn.Conv2d):
         )
         self.norm = norm
         self.eps = eps
+        self._set_process_group(process_group)
         _register_affine(self, self.out_channels if affine else None, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +167,7 @@ class PointwiseConvGELU(Scriptable, nn.Conv2d):
         return f"{super().extra_repr()}, approximate={self.approximate}"
 
 
-class ConvNextBlock(Scriptable):
+class ConvNextBlock(Normed, Scriptable):
     """The lecture's block as one operation: depthwise, layer norm, pointwise, GELU, pointwise, residual.
 
     With the defaults it computes what `fastconv.reference.ConvNextBlock` does, with the same parts and state_dict.
@@ -151,7 +175,7 @@ class ConvNextBlock(Scriptable):
 
     Args:
         in_channels: channels of the input and of the output, C.
-        multiplier, kernel_size, norm, eps, affine: as `DepthwiseConvLayerNorm`'s.
+        multiplier, kernel_size, norm, eps, affine, process_group: as `DepthwiseConvLayerNorm`'s.
 
     Shape: (N, C, H, W) -> (N, C, H, W), or without N.
 
@@ -169,11 +193,13 @@ class ConvNextBlock(Scriptable):
         affine: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
         _check_depthwise(in_channels, multiplier, kernel_size, norm, eps)
         super().__init__()
         self.norm = norm
         self.eps = eps
+        self._set_process_group(process_group)
         wide = multiplier * in_channels
         self.conv1 = nn.Conv2d(
             in_channels, wide, kernel_size, padding="same", groups=in_channels, device=device, dtype=dtype
@@ -226,7 +252,7 @@ class ConvNextBlock(Scriptable):
         return f"norm={self.norm}, eps={self.eps}, affine={self.norm_weight is not None}"
 
 
-class Classifier(Scriptable):
+class Classifier(Normed, Scriptable):
     """The lecture's classifier of fused blocks; the defaults give its 235,434 parameters.
 
     It computes what `fastconv.reference.Classifier` does, with the same state_dict.
@@ -239,6 +265,7 @@ class Classifier(Scriptable):
         num_classes: number of logits.
         norm: what each layer norm is computed over. The lecture's "tensor" makes an image's logits depend on the
             images beside it, in training and in evaluation alike; with "sample" they do not.
+        process_group: as `DepthwiseConvLayerNorm`'s.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes), with H and W at least 2 * patch.
 
@@ -254,42 +281,45 @@ class Classifier(Scriptable):
         in_channels: int = 3,
         num_classes: int = 10,
         norm: str = "tensor",
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
         super().__init__()
         _check_positive(width=width, depth=depth, patch=patch, in_channels=in_channels, num_classes=num_classes)
         self.norm = norm
+        self._set_process_group(process_group)
+        options: dict[str, Any] = {"norm": norm, "process_group": process_group}
         self.stem = nn.Conv2d(in_channels, width, patch, stride=patch)
-        self.conv_block_1 = nn.Sequential(*(ConvNextBlock(width, norm=norm) for _ in range(depth)))
+        self.conv_block_1 = nn.Sequential(*(ConvNextBlock(width, **options) for _ in range(depth)))
         self.downsample = nn.Conv2d(width, 2 * width, 2, stride=2)
-        self.conv_block_2 = nn.Sequential(*(ConvNextBlock(2 * width, norm=norm) for _ in range(depth)))
+        self.conv_block_2 = nn.Sequential(*(ConvNextBlock(2 * width, **options) for _ in range(depth)))
         self.bottleneck = nn.Conv2d(2 * width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_one_image(x):
             # (num_classes, 1), as from the lecture's.
-            return classify(self, x[None], self.norm).t()
-        return classify(self, x, self.norm)
+            return classify(self, x[None], self.norm, self.process_group).t()
+        return classify(self, x, self.norm, self.process_group)
 
     def extra_repr(self) -> str:
         return f"norm={self.norm}"
 
 
-def classify(model: Any, x: Tensor, norm: str) -> Tensor:
+def classify(model: Any, x: Tensor, norm: str, process_group: str | None = None) -> Tensor:
     """The forward of `Classifier`, with the parts of `model`."""
-    logits = _classify_unseen(model, x, norm)
+    logits = _classify_unseen(model, x, norm, process_group)
     if logits is not None:
         return logits
     x = _patch_conv(model.stem, x)
-    x = functional.layer_norm(x, norm=norm)
+    x = functional.layer_norm(x, norm=norm, process_group=process_group)
     x = model.conv_block_1(x)
-    x = functional.layer_norm(x, norm=norm)
+    x = functional.layer_norm(x, norm=norm, process_group=process_group)
     x = _patch_conv(model.downsample, x)
     x = model.conv_block_2(x)
     x = _patch_conv(model.bottleneck, x)
     return x.mean((2, 3))
 
 
-def _classify_unseen(model: Any, images: Tensor, norm: str) -> Tensor | None:
+def _classify_unseen(model: Any, images: Tensor, norm: str, process_group: str | None) -> Tensor | None:
     """The same, with maps that lie as suits the next part; None if any but our operations would see them."""
     stem, downsample, bottleneck = model.stem, model.downsample, model.bottleneck
     if not _is_unseen(images) or not all(map(_is_set_patches, (stem, downsample, bottleneck))):
@@ -299,10 +329,10 @@ def _classify_unseen(model: Any, images: Tensor, norm: str) -> Tensor | None:
     if first is None or second is None:
         return None
     x = functional.patch_conv(images, *_parameters(stem), _unseen=True)
-    x = functional.layer_norm(x, norm=norm, _unseen=True)
+    x = functional.layer_norm(x, norm=norm, process_group=process_group, _unseen=True)
     for block in first:
         x = block(x)
-    x = functional.layer_norm(x, norm=norm, _unseen=True)
+    x = functional.layer_norm(x, norm=norm, process_group=process_group, _unseen=True)
     x = functional.patch_conv(x, *_parameters(downsample), _unseen=True)
     for block in second:
         x = block(x)
@@ -385,7 +415,7 @@ def _parameters(conv: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _norm_of(module: Any) -> dict[str, Any]:
-    names = "norm", "eps", "norm_weight", "norm_bias"
+    names = "norm", "eps", "norm_weight", "norm_bias", "process_group"
     return {name: getattr(module, name) for name in names}
 
 

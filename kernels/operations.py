@@ -35,7 +35,7 @@ def convnext_block(
     # Contiguous first: a matrix product may round otherwise for other strides.
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
-    return block_operator.convnext_block(x, *parameters, norm.over, norm.eps, approximate)
+    return block_operator.convnext_block(x, *parameters, norm.over, norm.eps, norm.group, approximate)
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
@@ -48,7 +48,8 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
         return stencil_operators.depthwise_conv_channel_norm(x, *parameters, norm.eps, keep)
     if form == "stencil":
         return layer_norm(stencil_operators.depthwise_conv(x, *depthwise), norm)
-    return norm.affine(toeplitz_operator.depthwise_conv_layer_norm(x, *depthwise, norm.over, norm.eps))
+    y = toeplitz_operator.depthwise_conv_layer_norm(x, *depthwise, norm.over, norm.eps, norm.group)
+    return norm.affine(y)
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
@@ -67,7 +68,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
         return reference.layer_norm(x, norm=norm.over, eps=norm.eps, norm_weight=norm.weight, norm_bias=norm.bias)
     # Where the parameters are wider, what they scale and shift is not rounded before.
     wide = x.to(next(iter(tensors_in(norm)), x).dtype)
-    return norm.affine(layer_norm_operator.layer_norm(wide, norm.over, norm.eps)).to(x.dtype)
+    return norm.affine(layer_norm_operator.layer_norm(wide, norm.over, norm.eps, norm.group)).to(x.dtype)
 
 
 def patch_conv(x: Tensor, conv: Convolution) -> Tensor:

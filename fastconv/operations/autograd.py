@@ -37,8 +37,9 @@ from fastconv.operations.columns import (
 from fastconv.operations.layouts import as_pytorch
 from fastconv.operations.normalisation import (
     centre,
-    less_median,
     mean_over,
+    means_of_ranks,
+    median,
     normalise_backward,
     normalised,
     statistics_dims,
@@ -71,8 +72,8 @@ def with_definition(definition: Callable[..., Tensor]) -> Callable[[Callable[...
     return decorate
 
 
-def _composed_layer_norm(x: Tensor, norm: str, eps: float, batch_last: bool) -> Tensor:
-    return _memory_order_of(reference.layer_norm(x, norm=norm, eps=eps), batch_last)
+def _composed_layer_norm(x: Tensor, norm: str, eps: float, group: str | None, batch_last: bool) -> Tensor:
+    return _memory_order_of(reference.layer_norm(x, norm=norm, eps=eps, process_group=group), batch_last)
 
 
 def _memory_order_of(maps: Tensor, batch_last: bool) -> Tensor:
@@ -87,21 +88,27 @@ class LayerNorm(torch.autograd.Function):
         x: Tensor,  # (N, C, H, W)
         norm: str,
         eps: float,
+        group: str | None,
         batch_last: bool,
     ) -> Tensor:
         geometry = geometry_of(x, batch_last)
         dims = statistics_dims(norm, geometry)
-        h = less_median(to_columns(x, geometry), dims)
-        scale = centre(h, None, dims, eps, geometry)
+        columns = to_columns(x, geometry)
+        level = median(columns, dims)
+        h = columns - level
+        scale, count = centre(h, None, dims, eps, geometry, group, level)
         ctx.geometry, ctx.dims = geometry, dims
-        save(ctx, (x, norm, eps, batch_last), (h, scale))
+        save(ctx, (x, norm, eps, group, batch_last), (h, scale, count))
         return normalised(h, scale, geometry)
 
     @staticmethod
     @with_definition(_composed_layer_norm)
-    def backward(ctx: Any, grad: Tensor, inputs: Any, h: Tensor, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = normalise_backward(grad, h, scale, ctx.dims)
-        return from_columns(grad_x, ctx.geometry), None, None, None
+    def backward(
+        ctx: Any, grad: Tensor, inputs: Any, h: Tensor, scale: Tensor, count: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        _, _, _, group, _ = inputs
+        grad_x = normalise_backward(grad, h, scale, ctx.dims, group, count)
+        return from_columns(grad_x, ctx.geometry), None, None, None, None
 
 
 def _composed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,9 +150,10 @@ class DepthwiseConv(torch.autograd.Function):
 
 
 def _composed_convolution_and_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float, batch_last: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float, group: str | None, batch_last: bool
 ) -> Tensor:
-    return _memory_order_of(reference.depthwise_conv_layer_norm(x, weight, bias, norm=norm, eps=eps), batch_last)
+    y = reference.depthwise_conv_layer_norm(x, weight, bias, norm=norm, eps=eps, process_group=group)
+    return _memory_order_of(y, batch_last)
 
 
 class DepthwiseConvLayerNorm(torch.autograd.Function):
@@ -157,30 +165,38 @@ class DepthwiseConvLayerNorm(torch.autograd.Function):
         bias: Tensor | None,  # (K,)
         norm: str,
         eps: float,
+        group: str | None,
         batch_last: bool,
     ) -> Tensor:
         geometry = geometry_of(x, batch_last)
         dims = statistics_dims(norm, geometry)
         columns = to_columns(x, geometry)
         h, matrix = convolve(columns, weight, geometry)
-        scale = centre(h, bias, dims, eps, geometry)
+        scale, count = centre(h, bias, dims, eps, geometry, group)
         ctx.geometry, ctx.dims = geometry, dims
-        save(ctx, (x, weight, bias, norm, eps, batch_last), (columns, matrix, h, scale))
+        save(ctx, (x, weight, bias, norm, eps, group, batch_last), (columns, matrix, h, scale, count))
         return normalised(h, scale, geometry)
 
     @staticmethod
     @with_definition(_composed_convolution_and_norm)
     def backward(
-        ctx: Any, grad: Tensor, inputs: Any, columns: Tensor, matrix: Tensor | None, h: Tensor, scale: Tensor
+        ctx: Any,
+        grad: Tensor,
+        inputs: Any,
+        columns: Tensor,
+        matrix: Tensor | None,
+        h: Tensor,
+        scale: Tensor,
+        count: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        weight = inputs[1]
+        _, weight, _, _, _, group, _ = inputs
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         geometry = ctx.geometry
-        grad_h = normalise_backward(grad, h, scale, ctx.dims)
+        grad_h = normalise_backward(grad, h, scale, ctx.dims, group, count)
         grad_bias = grad_h.sum((1, 2)) if needs_bias else None
         grad_x, grad_weight = convolve_backward(grad_h, columns, weight, matrix, geometry, needs_x, needs_weight)
         grad_x = None if grad_x is None else from_columns(grad_x, geometry)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _composed_block(
@@ -193,6 +209,7 @@ def _composed_block(
     projection_bias: Tensor | None,
     norm: str,
     eps: float,
+    group: str | None,
     approximate: str,
     batch_last: bool,
 ) -> Tensor:
@@ -206,6 +223,7 @@ def _composed_block(
         projection_bias,
         norm=norm,
         eps=eps,
+        process_group=group,
         approximate=approximate,
     )
     return _memory_order_of(y, batch_last)
@@ -226,6 +244,7 @@ class ConvNextBlock(torch.autograd.Function):
         projection_bias: Tensor | None,  # (C,)
         norm: str,
         eps: float,
+        group: str | None,
         approximate: str,
         batch_last: bool,
     ) -> Tensor:
@@ -234,14 +253,14 @@ class ConvNextBlock(torch.autograd.Function):
         residual = to_columns(x, geometry)
         columns = residual.to(pointwise.dtype)
         h, matrix = convolve(columns, depthwise, geometry)
-        scale = centre(h, depthwise_bias, dims, eps, geometry)
+        scale, count = centre(h, depthwise_bias, dims, eps, geometry, group)
         product = mix_channels(pointwise, h, geometry)
         activation = gelu(scale_and_shift(product, scale, pointwise_bias), approximate)
         branch = mix_channels(projection, activation, geometry, projection_bias)
         ctx.geometry, ctx.dims, ctx.approximate = geometry, dims, approximate
         parameters = depthwise, depthwise_bias, pointwise, pointwise_bias, projection, projection_bias
-        inputs = x, *parameters, norm, eps, approximate, batch_last
-        save(ctx, inputs, (columns, matrix, h, scale, product, activation))
+        inputs = x, *parameters, norm, eps, group, approximate, batch_last
+        save(ctx, inputs, (columns, matrix, h, scale, count, product, activation))
         return in_memory_order(residual, geometry) + in_memory_order(branch, geometry)
 
     @staticmethod
@@ -254,10 +273,11 @@ class ConvNextBlock(torch.autograd.Function):
         matrix: Tensor | None,
         h: Tensor,
         scale: Tensor,
+        count: Tensor | None,
         product: Tensor,
         activation: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        _, depthwise, _, pointwise, pointwise_bias, projection, *_ = inputs
+        _, depthwise, _, pointwise, pointwise_bias, projection, _, _, _, group, _, _ = inputs
         needs_x, needs_depthwise, needs_depthwise_bias = ctx.needs_input_grad[:3]
         needs_pointwise, needs_pointwise_bias, needs_projection, needs_projection_bias = ctx.needs_input_grad[3:7]
         geometry, dims = ctx.geometry, ctx.dims
@@ -273,15 +293,21 @@ class ConvNextBlock(torch.autograd.Function):
         # sum_k x^_k (W^T dz)_k = sum_o dz_o (W x^)_o.
         narrowing = pointwise.shape[0] / pointwise.shape[1]
         weight_sum = pointwise.sum(1, keepdim=True).t() / pointwise.shape[1]
-        mean = mean_over(mix_channels(weight_sum, grad_z, geometry), dims)
-        slope = mean_over(grad_z * product, dims) * scale * narrowing
+        over_channels = mix_channels(weight_sum, grad_z, geometry)
+        if count is None:
+            mean = mean_over(over_channels, dims)
+            slope = mean_over(grad_z * product, dims) * scale * narrowing
+        else:
+            total = over_channels.sum(dtype=torch.float64) * pointwise.shape[1]
+            slopes = (grad_z * product).sum(dtype=torch.float64) * scale
+            mean, slope = means_of_ranks(total, slopes, scale, group, count)
         grad_z.mul_(scale)
         grad_pointwise = grad_z.flatten(1) @ h.flatten(1).t() if needs_pointwise else None
         grad_x = grad_depthwise = grad_depthwise_bias = None
         if needs_x or needs_depthwise or needs_depthwise_bias:
             grad_h = mix_channels(pointwise.t(), grad_z, geometry)
             grad_h.sub_(scale * mean).addcmul_(h, scale.square() * slope, value=-1)
-            if scale.numel() == h.numel():
+            if scale.numel() == h.numel() and count is None:
                 # The norm of a single value is constant, and the difference is only rounding.
                 grad_h.zero_()
             grad_depthwise_bias = grad_h.sum((1, 2)) if needs_depthwise_bias else None
@@ -291,7 +317,7 @@ class ConvNextBlock(torch.autograd.Function):
         if grad_x is not None:
             grad_x = from_columns(grad_x + grad, geometry)
         grads = grad_x, grad_depthwise, grad_depthwise_bias, grad_pointwise, grad_pointwise_bias
-        return *grads, grad_projection, grad_projection_bias, None, None, None, None
+        return *grads, grad_projection, grad_projection_bias, None, None, None, None, None
 
 
 def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

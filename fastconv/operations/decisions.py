@@ -137,10 +137,12 @@ def _convolution_and_norm(x: Tensor, depthwise: Convolution, norm: Norm, small: 
         toeplitz = _channelwise_toeplitz_pays(images, pixels)
         return "toeplitz channels last" if toeplitz else "pytorch channels last"
     if layout(images, pixels) == "batch last":
-        return "pytorch" if pixels > SMALL_BATCH_PIXELS_PER_IMAGE * images else "batch last"
+        few = pixels > SMALL_BATCH_PIXELS_PER_IMAGE * images
+        return "pytorch" if few and norm.group is None else "batch last"
     if norm.over == "channel":
         return "pytorch channels last"
-    return "pytorch" if images * outputs * pixels <= small else "channels last"
+    # PyTorch's own norm knows no other ranks.
+    return "pytorch" if images * outputs * pixels <= small and norm.group is None else "channels last"
 
 
 def _channelwise_toeplitz_pays(images: int, pixels: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,21 @@ from torch import Tensor
 from fastconv.kernels.common.rules import accumulator
 from fastconv.kernels.common.values import APPROXIMATIONS as APPROXIMATIONS
 from fastconv.kernels.common.values import NORMS as NORMS
-from fastconv.kernels.common.values import Convolution, Norm, Value, check_approximate, check_norm, map_tensors
+from fastconv.kernels.common.values import (
+    Convolution,
+    Norm,
+    Value,
+    check_approximate,
+    check_norm,
+    map_tensors,
+    spans_images,
+)
 from fastconv.operations import backends, dispatch, reference
 from fastconv.operations.watchers import is_symbolic
+
+if TYPE_CHECKING:
+    # Not every build of PyTorch has it.
+    from torch.distributed import ProcessGroup
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -50,6 +62,7 @@ def depthwise_conv_layer_norm(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: ProcessGroup | str | None = None,
 ) -> Tensor:
     """Depthwise convolution with "same" zero padding, then layer norm.
 
@@ -68,13 +81,16 @@ def depthwise_conv_layer_norm(
         eps: added to the variance.
         norm_weight: (C * M,), of any floating dtype, multiplies the normalised tensor; None is 1.
         norm_bias: (C * M,), of any floating dtype, is added to the product; None is 0.
+        process_group: the ranks, of `torch.distributed`, that each have some of the images, or none, over which
+            norm "tensor" takes its mean and variance; or the group's name. Gradients are those of the sum of all
+            ranks' losses. Every rank has to call the operation, and its backward. Other norms ignore it.
 
     Returns:
         (N, C * M, H, W)
 
     Raises:
         TypeError: an argument is not a floating point tensor, or `weight` or `bias` has not the dtype of `x`, and
-            autocast is off.
+            autocast is off; or `process_group` is no group that this process is in.
         ValueError: a shape, a device, `norm` or `eps` is wrong.
         BackendUnavailable: the forced backend cannot run it.
     """
@@ -82,7 +98,7 @@ def depthwise_conv_layer_norm(
     _check_tensors(x, weight=weight, bias=bias)
     outputs = _check_depthwise("weight", weight, channels)
     _check_vector("bias", bias, outputs)
-    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, outputs)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, outputs, process_group)
     return _run("depthwise_conv_layer_norm", x, Convolution(weight, bias), normed)
 
 
@@ -129,6 +145,7 @@ def convnext_block(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: ProcessGroup | str | None = None,
     approximate: str = "none",
     _unseen: bool = False,
 ) -> Tensor:
@@ -140,7 +157,8 @@ def convnext_block(
 
     Args:
         x: floating point (N, C, H, W), of any strides.
-        depthwise_weight, depthwise_bias, norm, eps, norm_weight, norm_bias: as `depthwise_conv_layer_norm`'s.
+        depthwise_weight, depthwise_bias, norm, eps, norm_weight, norm_bias, process_group: as
+            `depthwise_conv_layer_norm`'s.
         pointwise_weight: (O, C * M, 1, 1), with bias (O,) or None.
         projection_weight: (C, O, 1, 1), with bias (C,) or None.
         approximate: as `pointwise_conv_gelu`'s.
@@ -163,7 +181,7 @@ def convnext_block(
     )
     wide = _check_depthwise("depthwise_weight", depthwise_weight, channels)
     _check_vector("depthwise_bias", depthwise_bias, wide)
-    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, wide)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, wide, process_group)
     hidden = _check_pointwise("pointwise_weight", pointwise_weight, wide)
     _check_vector("pointwise_bias", pointwise_bias, hidden)
     outputs = _check_pointwise("projection_weight", projection_weight, hidden)
@@ -196,6 +214,7 @@ def layer_norm(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: ProcessGroup | str | None = None,
     _unseen: bool = False,
 ) -> Tensor:
     """Layer norm of maps (N, C, H, W), with the arguments, errors and format of `depthwise_conv_layer_norm`.
@@ -204,7 +223,7 @@ def layer_norm(
     GPUs, and it keeps the residual stream of the lecture's classifier in float32.
     """
     _, channels, _, _ = _check_maps(x)
-    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, channels)
+    normed = _checked_norm(x, norm, eps, norm_weight, norm_bias, channels, process_group)
     return _run("layer_norm", x, normed, autocast_dtype=torch.float32, unseen=_unseen)
 
 
@@ -336,7 +355,13 @@ def _check_pointwise(name: str, weight: Tensor, inputs: int) -> int:
 
 
 def _checked_norm(
-    x: Tensor, over: str, eps: float, weight: Tensor | None, bias: Tensor | None, channels: int
+    x: Tensor,
+    over: str,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channels: int,
+    process_group: ProcessGroup | str | None,
 ) -> Norm:
     """The norm, with parameters in the dtype of `x`; or, if one has another, in that in which `x` is summed."""
     check_norm(over, eps)
@@ -349,8 +374,19 @@ def _checked_norm(
             raise TypeError(f"{name} has dtype {vector.dtype}; expected floating point: convert it with .float()")
         _check_vector(name, vector, channels)
         dtypes.add(vector.dtype)
-    norm = Norm(over, eps, weight, bias)
+    norm = Norm(over, eps, weight, bias, name_of_group(process_group) if spans_images(over) else None)
     return norm if len(dtypes) == 1 else map_tensors(lambda vector: vector.to(accumulator(x)), norm)[0]
+
+
+def name_of_group(group: ProcessGroup | str | None) -> str | None:
+    """The name by which functional collectives, and values that can be copied, know a process group."""
+    name = group if group is None or isinstance(group, str) else getattr(group, "group_name", group)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"process_group is {group!r}; expected a ProcessGroup of torch.distributed that this process is in, "
+            "such as torch.distributed.group.WORLD after init_process_group, or None"
+        )
+    return name
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

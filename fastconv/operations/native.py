@@ -42,7 +42,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.over not in NORMS or not _counts(x):
+    if norm.over not in NORMS or norm.group is not None or not _counts(x):
         return portable.layer_norm(x, norm)
     return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
 
@@ -64,8 +64,10 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
 
 def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     """Whether a kernel computes the convolution and its norm."""
+    if norm.over not in NORMS or norm.group is not None:
+        return False
     # The norm of a single value is constant: its gradient is 0, and not almost.
-    if norm.over not in NORMS or depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:
         return False
     return _forced() or decisions.native_convolution(x)
 

@@ -79,7 +79,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 @of_maps
 def _layer_norm_of_columns(x: Tensor, norm: Norm, form: Form) -> Tensor:
     batch_last = form == "batch last"
-    y = autograd.LayerNorm.apply(x, norm.over, norm.eps, batch_last)
+    y = autograd.LayerNorm.apply(x, norm.over, norm.eps, norm.group, batch_last)
     return norm.affine(_maps(x, y, batch_last))
 
 
@@ -94,7 +94,7 @@ def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> 
             return _convolve_and_norm_pixels(x, depthwise, norm, form).permute(0, 3, 1, 2)
         case "batch last" | "channels last":
             batch_last = form == "batch last"
-            y = autograd.DepthwiseConvLayerNorm.apply(x, *depthwise, norm.over, norm.eps, batch_last)
+            y = autograd.DepthwiseConvLayerNorm.apply(x, *depthwise, norm.over, norm.eps, norm.group, batch_last)
             return norm.affine(_maps(x, y, batch_last))
 
 
@@ -120,7 +120,9 @@ def convnext_block(
         case "batch last" | "channels last":
             batch_last = form == "batch last"
             parameters = *depthwise, *_matrix(norm.fold_into(pointwise)), *_matrix(projection)
-            y = autograd.ConvNextBlock.apply(x, *parameters, norm.over, norm.eps, approximate, batch_last)
+            y = autograd.ConvNextBlock.apply(
+                x, *parameters, norm.over, norm.eps, norm.group, approximate, batch_last
+            )
             return _maps(x, y, batch_last)
 
 

@@ -7,6 +7,7 @@ public operations, composed of PyTorch's own; `fastconv.functional` documents th
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,20 @@ def layer_norm(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: str | None = None,
 ) -> Tensor:
     # A symbolic trace knows no dtypes.
     if isinstance(x, Tensor):
         for parameter in (norm_weight, norm_bias):
             if parameter is not None and parameter.dtype != x.dtype:
-                return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias)
+                return _mixed_layer_norm(x, norm, eps, norm_weight, norm_bias, process_group)
     if norm == "channel":
         # Tracers take the shape of a parameter for a constant.
         channels = x.shape[1:2] if norm_weight is None else norm_weight.shape
         y = F.layer_norm(x.permute(0, 2, 3, 1), channels, norm_weight, norm_bias, eps)
         return y.permute(0, 3, 1, 2)
     if norm == "tensor":
-        x = F.layer_norm(x, x.shape, eps=eps)
+        x = F.layer_norm(x, x.shape, eps=eps) if process_group is None else _norm_ranks(x, eps, process_group)
     elif norm == "sample":
         x = F.layer_norm(x, x.shape[1:], eps=eps)
     else:
@@ -45,13 +47,69 @@ def layer_norm(
 
 
 def _mixed_layer_norm(
-    x: Tensor, norm: str, eps: float, norm_weight: Tensor | None, norm_bias: Tensor | None
+    x: Tensor,
+    norm: str,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    process_group: str | None,
 ) -> Tensor:
     """The norm in the widest dtype of maps and parameters, rounded once."""
     dtypes = [each.dtype for each in (x, norm_weight, norm_bias) if each is not None]
     dtype = functools.reduce(torch.promote_types, dtypes)
     weight, bias = (None if each is None else each.to(dtype) for each in (norm_weight, norm_bias))
-    return layer_norm(x.to(dtype), norm=norm, eps=eps, norm_weight=weight, norm_bias=bias).to(x.dtype)
+    options: dict[str, Any] = {"norm_weight": weight, "norm_bias": bias, "process_group": process_group}
+    return layer_norm(x.to(dtype), norm=norm, eps=eps, **options).to(x.dtype)
+
+
+def _norm_ranks(x: Tensor, eps: float, process_group: str) -> Tensor:
+    """The norm of one tensor, of which each rank of a process group has some images, perhaps none."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = wide.new_full((), wide.numel(), dtype=torch.float64)
+    total = SumOverRanks.apply(torch.stack([count, wide.sum(dtype=torch.float64)]), process_group)
+    centred = wide - (total[1] / total[0]).to(wide.dtype)
+    squares = SumOverRanks.apply(centred.square().sum(dtype=torch.float64), process_group)
+    return (centred * (squares / total[0] + eps).rsqrt().to(wide.dtype)).to(x.dtype)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over the ranks of a process group.
+
+    Its gradient is that of the sum of all ranks' losses: the sum over ranks again. So are further derivatives.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, process_group: str) -> Tensor:
+        return all_reduce(x, process_group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        _, ctx.process_group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return SumOverRanks.apply(grad, ctx.process_group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        total: Tensor = SumOverRanks.apply(tangent, ctx.process_group)
+        return total
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, None], x: Tensor, process_group: str
+    ) -> tuple[Tensor, int | None]:
+        return SumOverRanks.apply(x, process_group), in_dims[0]
+
+
+def all_reduce(x: Tensor, process_group: str) -> Tensor:
+    """The sum of a tensor over the ranks of a process group, given by its name, outside of autograd.
+
+    By PyTorch's functional collectives, which torch.compile and CUDA graphs can hold.
+    """
+    collectives = torch.ops._c10d_functional
+    total: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", process_group))
+    return total
 
 
 def depthwise_conv_layer_norm(
@@ -63,9 +121,12 @@ def depthwise_conv_layer_norm(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: str | None = None,
 ) -> Tensor:
     x = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
-    return layer_norm(x, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias)
+    return layer_norm(
+        x, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, process_group=process_group
+    )
 
 
 def pointwise_conv_gelu(
@@ -87,6 +148,7 @@ def convnext_block(
     eps: float = 1e-5,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    process_group: str | None = None,
     approximate: str = "none",
 ) -> Tensor:
     y = depthwise_conv_layer_norm(
@@ -97,6 +159,7 @@ def convnext_block(
         eps=eps,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
+        process_group=process_group,
     )
     y = pointwise_conv_gelu(y, pointwise_weight, pointwise_bias, approximate=approximate)
     return F.conv2d(y, projection_weight, projection_bias) + x

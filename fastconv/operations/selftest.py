@@ -258,7 +258,9 @@ def sizes_of(subject: Subject, x: Tensor, values: tuple[Value, ...]) -> Sizes:
     if subject.norm is not None and math.prod(normed[dim] for dim in span(subject.norm)) < FEWEST_NORMED:
         return usual_sizes(subject)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return Sizes((images, channels, height, width), values, channels_last)
+    # The test is this process's own.
+    alone = tuple(value._replace(group=None) if isinstance(value, Norm) else value for value in values)
+    return Sizes((images, channels, height, width), alone, channels_last)
 
 
 def _convolution(outputs: int, inputs: int, side: int) -> Convolution:

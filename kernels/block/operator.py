@@ -28,21 +28,25 @@ class Inputs(NamedTuple):
     projection_bias: Tensor | None  # (C,)
     norm: str
     eps: float
+    group: str | None
     approximate: str
 
 
 class ForwardPlan:
-    """y like x, and for the backward: h [N, K, P], its moments, z [N, O, P]."""
+    """y like x, and for the backward: h [N, K, P], its moments, z [N, O, P].
+
+    The moments are those of all ranks if a process group has parts of h.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         x = flat_pixels(inputs.x)
-        self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
+        self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm, inputs.group)
         self.convolve = self.tiling.forward(x, inputs.depthwise_bias is not None)
-        self.collapse = self.tiling.collapse_moments(self.tiling.parts)
+        self.finish = self.tiling.finish_moments(self.tiling.parts)
         self.norm_mlp_residual = MlpTiling(self.tiling, inputs.weight, inputs.approximate).forward(
             x,
             new_like(x),
-            self.collapse.parts,
+            self.finish.parts,
             inputs.eps,
             inputs.bias is not None,
             inputs.projection_bias is not None,
@@ -50,23 +54,29 @@ class ForwardPlan:
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = flat_pixels(inputs.x)
-        y, h, moments, z = _results(x, inputs.weight, self.tiling)
+        y, h, z = _results(x, inputs.weight, self.tiling)
+        moments = self.tiling.new_moments(inputs.weight)
+        if x.numel() == 0 and inputs.group is None:
+            return y, h, moments, z
+        _, depthwise_weight, depthwise_bias, weight, bias, projection, projection_bias, *_ = inputs
         if x.numel() > 0:
-            _, depthwise_weight, depthwise_bias, weight, bias, projection, projection_bias, *_ = inputs
             self.convolve(x, depthwise_weight, depthwise_bias, h, moments)
-            merged = self.collapse(moments)
+        merged = self.finish(moments)
+        if x.numel() > 0:
             self.norm_mlp_residual(h, merged, x, weight, bias, projection, projection_bias, z, y)
-        return y, h, moments, z
+        return y, h, moments if inputs.group is None else merged, z
 
 
-def _results(x: Tensor, weight: Tensor, tiling: ToeplitzTiling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(x: Tensor, weight: Tensor, tiling: ToeplitzTiling) -> tuple[Tensor, Tensor, Tensor]:
     z = weight.new_empty(tiling.images, weight.shape[0], tiling.pixels)
-    return new_like(x), tiling.new_h(weight), tiling.new_moments(weight), z
+    return new_like(x), tiling.new_h(weight), z
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return _results(x, inputs.weight, ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm))
+    tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm, inputs.group)
+    y, h, z = _results(x, inputs.weight, tiling)
+    return y, h, tiling.new_kept_moments(inputs.weight), z
 
 
 class BackwardInputs(NamedTuple):
@@ -80,6 +90,7 @@ class BackwardInputs(NamedTuple):
     z: Tensor
     norm: str
     eps: float
+    group: str | None
     approximate: str
 
 
@@ -88,12 +99,12 @@ class BackwardPlan:
 
     def __init__(self, inputs: BackwardInputs) -> None:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
-        tiling = self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm)
+        tiling = self.tiling = ToeplitzTiling(x, inputs.depthwise_weight, inputs.norm, inputs.group)
         mlp = MlpTiling(tiling, inputs.weight, inputs.approximate)
         sizes = block_gradient_sizes(inputs)
         self.length, self.sum_parts, self.partials = sum(sizes), mlp.sum_parts, (mlp.partials, mlp.length)
         self.collapse_moments = tiling.collapse_moments(inputs.moments.shape[2])
-        self.collapse_sums = tiling.collapse_sums(self.sum_parts)
+        self.finish_sums = tiling.finish_sums(self.sum_parts, inputs.h.numel())
         self.norm_mlp_residual = mlp.backward(grad, self.collapse_moments.parts, inputs.eps)
         self.convolve = tiling.backward(
             (inputs.h.stride(0), inputs.h.stride(1), 1),
@@ -101,7 +112,7 @@ class BackwardPlan:
             grad,
             new_like(x),
             self.collapse_moments.parts,
-            self.collapse_sums.parts,
+            self.finish_sums.parts,
             inputs.eps,
         )
         self.reduce = tiling.reduce(*self.partials, self.convolve.partials)
@@ -109,16 +120,17 @@ class BackwardPlan:
     def __call__(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         grad, x, depthwise_weight, weight, projection, h, moments, z, *_ = inputs
         x, grad = flat_pixels(x), flat_pixels(grad)
-        grad_x = new_like(x)
+        grad_x, sums = new_like(x), moments.new_empty(self.tiling.groups, 2, self.sum_parts)
         if x.numel() == 0:
+            if inputs.group is not None:
+                self.finish_sums(sums, moments)
             return grad_x, moments.new_zeros(self.length)
         parameters = moments.new_empty(self.length)
         g = torch.empty_like(h)
-        sums = moments.new_empty(self.tiling.groups, 2, self.sum_parts)
         partials = moments.new_empty(*self.partials)
         moments = self.collapse_moments(moments)
         self.norm_mlp_residual(grad, h, moments, z, weight, projection, g, sums, partials)
-        sums = self.collapse_sums(sums)
+        sums = self.finish_sums(sums, moments)
         matrices, biases = self.convolve(g, h, x, grad, depthwise_weight, moments, sums, grad_x)
         self.reduce(partials, matrices, biases, parameters)
         return grad_x, parameters

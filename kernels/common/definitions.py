@@ -14,14 +14,15 @@ from .rules import gelu
 
 def convnext_block(inputs: Any) -> Tensor:
     x, *parameters = inputs[:7]
-    options = {"norm": inputs.norm, "eps": inputs.eps, "approximate": inputs.approximate}
-    return reference.convnext_block(x, *parameters, **options)
+    return reference.convnext_block(x, *parameters, **_norm(inputs), approximate=inputs.approximate)
+
+
+def _norm(inputs: Any) -> dict[str, Any]:
+    return {"norm": inputs.norm, "eps": inputs.eps, "process_group": getattr(inputs, "group", None)}
 
 
 def depthwise_conv_layer_norm(inputs: Any) -> Tensor:
-    return reference.depthwise_conv_layer_norm(
-        inputs.x, inputs.weight, inputs.bias, norm=inputs.norm, eps=inputs.eps
-    )
+    return reference.depthwise_conv_layer_norm(inputs.x, inputs.weight, inputs.bias, **_norm(inputs))
 
 
 def depthwise_conv(inputs: Any) -> Tensor:
@@ -41,7 +42,7 @@ def channel_norm(inputs: Any) -> Tensor:
 
 
 def layer_norm(inputs: Any) -> Tensor:
-    return reference.layer_norm(inputs.x, norm=inputs.norm, eps=inputs.eps)
+    return reference.layer_norm(inputs.x, **_norm(inputs))
 
 
 def pointwise_conv_gelu(inputs: Any) -> Tensor:

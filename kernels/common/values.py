@@ -39,19 +39,22 @@ class Norm(NamedTuple):
         over: what each mean and variance is computed over: "tensor", "sample" or "channel".
         eps: added to the variance.
         weight, bias: (C,), scale and shift the normalised maps; None is 1 and 0.
+        group: the name of the process group whose ranks each have a part of the maps that "tensor" spans; None if
+            all are here, and with the other norms, which span no two images.
     """
 
     over: str
     eps: float
     weight: Tensor | None
     bias: Tensor | None
+    group: str | None = None
 
     def contiguous(self) -> Norm:
-        over, eps, weight, bias = self
+        _, _, weight, bias, _ = self
         if weight is None and bias is None:
             return self
         weight = None if weight is None else weight.contiguous()
-        return Norm(over, eps, weight, None if bias is None else bias.contiguous())
+        return self._replace(weight=weight, bias=None if bias is None else bias.contiguous())
 
     def affine(self, x: Tensor) -> Tensor:
         """Normalised maps x (N, C, H, W), scaled and shifted, in their dtype."""
@@ -106,6 +109,11 @@ def span(norm: str) -> tuple[int, ...]:
     if norm not in SPANS:
         raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
     return SPANS[norm]
+
+
+def spans_images(norm: str) -> bool:
+    """Whether a norm takes its mean and variance over several images."""
+    return 0 in span(norm)
 
 
 def check_norm(norm: str, eps: float) -> None:

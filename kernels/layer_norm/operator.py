@@ -16,30 +16,35 @@ class Inputs(NamedTuple):
     x: Tensor  # (N, C, H, W)
     norm: str
     eps: float
+    group: str | None
 
 
 class ForwardPlan:
-    """y like x, and for the backward the moments of x."""
+    """y like x, and for the backward the moments of x, of all ranks if a process group has parts of it."""
 
     def __init__(self, inputs: Inputs) -> None:
         x = flat_pixels(inputs.x)
-        self.tiling = LayerNormTiling(x, inputs.norm)
+        self.tiling = LayerNormTiling(x, inputs.norm, inputs.group)
         self.moments = self.tiling.moments(x)
-        self.collapse = self.tiling.collapse_moments(self.tiling.parts)
-        self.normalise = self.tiling.normalise(strides(x), self.collapse.parts, inputs.eps, new_like(x))
+        self.finish = self.tiling.finish_moments(self.tiling.parts)
+        self.normalise = self.tiling.normalise(strides(x), self.finish.parts, inputs.eps, new_like(x))
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         x = flat_pixels(inputs.x)
         y, moments = new_like(x), self.tiling.new_moments(x)
+        if x.numel() == 0 and inputs.group is None:
+            return y, moments
         if x.numel() > 0:
             self.moments(x, moments)
-            self.normalise(x, self.collapse(moments), y)
-        return y, moments
+        merged = self.finish(moments)
+        if x.numel() > 0:
+            self.normalise(x, merged, y)
+        return y, moments if inputs.group is None else merged
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor]:
     x = flat_pixels(inputs.x)
-    return new_like(x), LayerNormTiling(x, inputs.norm).new_moments(x)
+    return new_like(x), LayerNormTiling(x, inputs.norm, inputs.group).new_kept_moments(x)
 
 
 class BackwardInputs(NamedTuple):
@@ -48,6 +53,7 @@ class BackwardInputs(NamedTuple):
     moments: Tensor
     norm: str
     eps: float
+    group: str | None
 
 
 class BackwardPlan:
@@ -55,20 +61,24 @@ class BackwardPlan:
 
     def __init__(self, inputs: BackwardInputs) -> None:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
-        tiling = self.tiling = LayerNormTiling(x, inputs.norm)
+        tiling = self.tiling = LayerNormTiling(x, inputs.norm, inputs.group)
         self.collapse_moments = tiling.collapse_moments(inputs.moments.shape[2])
-        self.collapse_sums = tiling.collapse_sums(tiling.parts)
-        moment_parts, sum_parts = self.collapse_moments.parts, self.collapse_sums.parts
+        self.finish_sums = tiling.finish_sums(tiling.parts, x.numel())
+        moment_parts, sum_parts = self.collapse_moments.parts, self.finish_sums.parts
         self.sums = tiling.sums(grad, strides(x), moment_parts, inputs.eps)
         self.backward = tiling.backward(grad, x, moment_parts, sum_parts, inputs.eps, new_like(x))
 
     def __call__(self, inputs: BackwardInputs) -> Tensor:
         x, grad = flat_pixels(inputs.x), flat_pixels(inputs.grad)
         grad_x = new_like(x)
+        if x.numel() == 0 and inputs.group is None:
+            return grad_x
+        moments, sums = self.collapse_moments(inputs.moments), self.tiling.new_sums(inputs.moments)
         if x.numel() > 0:
-            moments, sums = self.collapse_moments(inputs.moments), self.tiling.new_sums(inputs.moments)
             self.sums(grad, x, moments, sums)
-            self.backward(grad, x, moments, self.collapse_sums(sums), grad_x)
+        sums = self.finish_sums(sums, moments)
+        if x.numel() > 0:
+            self.backward(grad, x, moments, sums, grad_x)
         return grad_x
 
 

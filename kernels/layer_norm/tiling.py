@@ -18,8 +18,8 @@ class LayerNormTiling(NormGroups):
     What is normalised may lie in memory otherwise than `x`: launches are given its strides.
     """
 
-    def __init__(self, x: Tensor, norm: str) -> None:
-        super().__init__(norm, x.shape[0])
+    def __init__(self, x: Tensor, norm: str, ranks_group: str | None = None) -> None:
+        super().__init__(norm, x.shape[0], ranks_group)
         pixels = x.shape[2] * x.shape[3]
         length = x.shape[1] * pixels
         block = min(2048, next_power_of_2(length))

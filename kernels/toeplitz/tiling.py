@@ -25,11 +25,11 @@ class ToeplitzTiling(NormGroups):
     Args:
         x: (N, C, H, W)
         weight: (K, 1, kh, kw)
-        norm: the norm of the convolution's result.
+        norm, ranks_group: of the convolution's result, as `NormGroups`'s.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, norm: str) -> None:
-        super().__init__(norm, x.shape[0])
+    def __init__(self, x: Tensor, weight: Tensor, norm: str, ranks_group: str | None = None) -> None:
+        super().__init__(norm, x.shape[0], ranks_group)
         self.channels, height, width = x.shape[1:]
         self.outputs, _, *kernel = weight.shape
         self.pixels = height * width

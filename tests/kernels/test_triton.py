@@ -292,10 +292,10 @@ def registered(device):
     ).values()
     rest = pointwise.flatten(1), pointwise_bias, projection.flatten(1), projection_bias
     return {
-        "layer_norm": (x, "tensor", 1e-5),
+        "layer_norm": (x, "tensor", 1e-5, None),
         "pointwise_conv_gelu": (x, projection.flatten(1), None, "tanh", True),
-        "depthwise_conv_layer_norm": (x, weight, bias, "sample", 1e-5),
-        "convnext_block": (x, weight, bias, *rest, "tensor", 1e-5, "none"),
+        "depthwise_conv_layer_norm": (x, weight, bias, "sample", 1e-5, None),
+        "convnext_block": (x, weight, bias, *rest, "tensor", 1e-5, None, "none"),
     }
 
 
