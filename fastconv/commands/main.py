@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,9 +29,12 @@ from fastconv.commands import (
 from fastconv.extras import MissingPackage
 from fastconv.graphs import CaptureError
 from fastconv.operations import backends
-from fastconv.training import checkpoint, data, folder, loop
+from fastconv.training import checkpoint, data, folder, loop, ranks
 from fastconv.training.inputs import printable
 from fastconv.training.stepper import NonFinite
+
+# Typer's, of which it exports only this kind.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Train the lecture's CIFAR-10 classifier with fused convolution modules, and use the result.",
@@ -64,19 +67,41 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         with termination():
-            app()
+            run()
+    except ranks.RankFailed:
+        sys.exit(2)
+    except ranks.RankLost as error:
+        fail(error, 2, lost=True)
     except known as error:
         fail(error, 2)
     except NonFinite as error:
         fail(error, 1)
     except (MemoryError, RuntimeError) as error:
+        if ranks.is_lost(error) and ranks.are_joined():
+            fail(ranks.lost(error), 2, lost=True)
         if not machine.is_out_of_memory(error):
             raise
         fail("out of memory; give a smaller --batch-size, --width or --depth, or smaller images", 2)
 
 
-def fail(reason: object, code: int) -> NoReturn:
-    print(f"fastconv: {printable(str(reason))}", file=sys.stderr)
+def run() -> None:
+    """Let Typer run the command. Its own errors are printed once, however many processes meet them."""
+    if ranks.is_first():
+        app()
+        return
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        # One that the first process must have met too, if none has joined the others yet.
+        if ranks.are_joined():
+            fail(error.format_message(), 2)
+        sys.exit(2)
+    sys.exit(code)
+
+
+def fail(reason: object, code: int, lost: bool = False) -> NoReturn:
+    """Print an error as `ranks.say` does, and end."""
+    ranks.say(printable(str(reason)), lost)
     sys.exit(code)
 
 

@@ -19,7 +19,6 @@ from fastconv.commands.options import (
     JsonOption,
     RecipeOption,
     TensorBoardOption,
-    choose,
     chosen_recipe,
     is_typed,
     load_data,
@@ -31,7 +30,8 @@ from fastconv.commands.options import (
 from fastconv.console import console
 from fastconv.files import WriteError
 from fastconv.graphs import CaptureError
-from fastconv.training import checkpoint, folder, graphed, labels, loop, runs
+from fastconv.operations import backends
+from fastconv.training import checkpoint, folder, graphed, labels, loop, ranks, runs
 from fastconv.training.display import Display
 from fastconv.training.recipe import Recipe
 from fastconv.training.schedule import has_schedule
@@ -77,39 +77,51 @@ def train(
     Saves checkpoint.pt, config.json, metrics.jsonl and curves.png. Ctrl-C, SIGTERM and a closed terminal save too,
     and so does a run that is killed, every half minute: [bold]fastconv train --out DIR --resume[/bold] goes on
     from there.
+
+    Several processes, as [bold]torchrun --nproc-per-node 4 -m fastconv train[/bold] starts them, share each
+    batch, and train what one would.
     """
-    shown = console(stderr=json_output)
+    shown = console(stderr=json_output, quiet=not ranks.is_first())
     runs.check_packages(tensorboard)
-    resumed = None
-    if resume:
-        if out is None:
-            raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
-        resumed = checkpoint.load(out / folder.CHECKPOINT)
-    elif out is not None:
-        folder.check_new(out)
+    if resume and out is None:
+        raise typer.BadParameter("--resume goes on with the run in a directory; name it with --out DIR")
+    with usage_errors():
+        mine, place = ranks.start(device)
+        backends.force(backend, place)
+
+    def saved_run() -> checkpoint.Checkpoint | None:
+        if resume:
+            assert out is not None
+            return checkpoint.load(out / folder.CHECKPOINT)
+        if out is not None:
+            folder.check_new(out)
+        return None
+
+    resumed = mine.share(saved_run)
     with usage_errors():
         chosen = chosen_recipe(context, recipe, options) if resumed is None else resumed_recipe(context, resumed)
-    place = choose(device, backend)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    dataset = load_data(data_directory, resumed)
+    dataset = mine.in_turn(lambda: load_data(data_directory, resumed))
     shown.print(f"Data: {dataset.source}", soft_wrap=True)
     image_size, classes = dataset.train.images.shape[1:], len(dataset.classes)
     with usage_errors():
-        runs.check(chosen, dataset, place)
+        runs.check(chosen, dataset, place, mine.count)
         graphed.check(graph, place)
-    if resumed is not None and (changed := runs.go_on_as_before(resumed.environment, place)):
+        mine.check_alike(recipe=str(chosen), data=dataset.checksum, PyTorch=torch.__version__)
+    if resumed is not None and (changed := runs.go_on_as_before(resumed.environment, place, mine)):
         shown.print(changed, soft_wrap=True)
-    state = loop.prepare(chosen, dataset, place, resumed)
+    state = loop.prepare(chosen, dataset, place, resumed, mine)
     shown.print(model_summary(chosen, image_size, classes, depth=2), soft_wrap=True)
 
     # Nothing has been written so far.
-    out = folder.make(out)
+    out = mine.share(lambda: folder.make(out))
     path = out / folder.CHECKPOINT
-    display = Display(shown, chosen, out, json_output)
-    how_to_resume = f"go on with:\n  {resume_command(context, 'train', out, RESUMED)}"
+    display = Display(shown, chosen, out, json_output and mine.is_first)
+    launcher = f"torchrun --nproc-per-node {mine.on_machine} -m " if mine.count > 1 else ""
+    how_to_resume = f"go on with:\n  {launcher}{resume_command(context, 'train', out, RESUMED)}"
     try:
         with display.bar:
             runs.go_on(state, out, resumed, display, graph, tensorboard)
@@ -130,6 +142,11 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if mine.count == 1 or not ranks.is_lost(error):
+            raise
+        raise ranks.RankLost(f"{ranks.lost(error)}; {how_to_resume}") from error
+    mine.end()
 
 
 def resumed_recipe(context: typer.Context, resumed: checkpoint.Checkpoint) -> Recipe:

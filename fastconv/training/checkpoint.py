@@ -22,7 +22,7 @@ from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
 from fastconv.training.recipe import Recipe
 
-FORMAT = 4
+FORMAT = 5
 
 
 class CheckpointError(Exception):

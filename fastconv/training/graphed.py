@@ -21,10 +21,14 @@ def check(graph: Graph, device: torch.device) -> None:
         raise ValueError(f"--graph is on, and {device.type} has no CUDA graphs; leave --graph out")
 
 
+# Steps that DistributedDataParallel wants before a capture: in the first ten it measures itself.
+STEPS_OF_RANKS = 11
+
+
 class GraphedStepper:
     """Another stepper's steps as CUDA graphs, one for each kind of step and each number of images.
 
-    The first step of its kind runs as it is, which compiles kernels and allocates what lasts. The second is
+    The first steps of a kind run as they are, which compiles kernels and allocates what lasts. The next is
     captured, which runs nothing, and replayed, as are those after it. So each step computes what it would without.
 
     Args:
@@ -37,7 +41,9 @@ class GraphedStepper:
         self.batches, self.trained, self.evaluated = stepper.batches, stepper.trained, stepper.evaluated
         self._device = stepper.batches.position.device
         self._pool: Any = None
-        # How to do a step of a kind that has been done once.
+        self._before = 1 if stepper.batches.ranks.count == 1 else STEPS_OF_RANKS
+        # How many steps of a kind have been done, and how to do those after the first ones.
+        self._done: dict[tuple[str, int], int] = {}
         self._steps: dict[tuple[str, int], Callable[[], None]] = {}
         self._can_capture = True
 
@@ -51,9 +57,11 @@ class GraphedStepper:
         key = kind, size
         if key in self._steps:
             self._steps[key]()
-        else:
-            with on_side_stream(self._device):
-                step(size)
+            return
+        with on_side_stream(self._device):
+            step(size)
+        self._done[key] = self._done.get(key, 0) + 1
+        if self._done[key] >= self._before:
             self._steps[key] = partial(self._capture, key, partial(step, size))
 
     def _capture(self, key: tuple[str, int], step: Callable[[], None]) -> None:
@@ -90,5 +98,9 @@ def graphed(stepper: Stepper, graph: Graph, note: Callable[[str], None]) -> Step
         return stepper
     if device.type != "cuda":
         failed(f"{device.type} has none")
+        return stepper
+    ranks = stepper.batches.ranks
+    if ranks.count > 1 and ranks.backend != "nccl":
+        failed(f"messages between the processes go by {ranks.backend}, which takes them through the CPU")
         return stepper
     return GraphedStepper(stepper, failed)

@@ -15,6 +15,7 @@ from fastconv.machine import keep_freed_memory
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
 from fastconv.training.graphed import Graph
+from fastconv.training.ranks import ALONE, Ranks
 from fastconv.training.recipe import Recipe
 from fastconv.training.sets import make_sets
 from fastconv.training.state import State
@@ -100,11 +101,19 @@ def train(
     return go_on(prepare(recipe, dataset, device, resumed), path, observer, graph)
 
 
-def prepare(recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Checkpoint | None) -> State:
+def prepare(
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    resumed: Checkpoint | None,
+    ranks: Ranks = ALONE,
+) -> State:
     """Return a run before its first step, or where it was saved. Nothing is written.
 
     Args:
-        resumed: a checkpoint to go on from, of the same recipe but for the number of epochs.
+        resumed: a checkpoint to go on from, of the same recipe but for the number of epochs. Any number of
+            processes may have written it.
+        ranks: the processes of the run, all of which prepare it.
 
     Raises:
         DataError: there are too few images.
@@ -114,7 +123,7 @@ def prepare(recipe: Recipe, dataset: Dataset, device: torch.device, resumed: Che
     # Before the clock starts: it belongs to reading the data.
     _ = dataset.checksum
     started = time.monotonic()
-    return State(recipe, dataset, make_sets(dataset, recipe, device), started, resumed)
+    return State(recipe, dataset, make_sets(dataset, recipe, device), started, resumed, ranks)
 
 
 def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -> Checkpoint:
@@ -150,39 +159,96 @@ def go_on(state: State, path: Path, observer: Observer, graph: Graph = "auto") -
     return final
 
 
+class Lookout:
+    """When the host looks up from its steps: to note a signal, to report and to save.
+
+    All processes of a run do it after the same step, and find the same. To agree takes them a message; so several
+    do it only about as often as there is something to report.
+
+    Args:
+        interrupted: returns the number of a signal that has come, or 0.
+
+    Attributes:
+        reports, saves: whether it is time to.
+    """
+
+    def __init__(self, ranks: Ranks, interrupted: Callable[[], int]) -> None:
+        self._ranks, self._interrupted = ranks, interrupted
+        self._signal, self.reports, self.saves = 0, False, False
+        self._reported = self._saved = self._looked = time.monotonic()
+        self._steps, self._pause = 0, 1
+
+    def looks_up(self, needed: bool = False) -> bool:
+        """Whether to look up after a step; `needed` says that it must be."""
+        self._steps += 1
+        if self._steps < self._pause and not needed:
+            return False
+        now = time.monotonic()
+        reports, saves = now - self._reported > REPORT_SECONDS, now - self._saved > SAVE_SECONDS
+        pause = 1
+        if self._ranks.count > 1:
+            pause = max(1, int(REPORT_SECONDS * self._steps / max(now - self._looked, 1e-6)))
+        if not self._ranks.is_first:
+            # It has the clock.
+            reports, saves, pause = False, False, 0
+        found = self._ranks.largest(self._interrupted(), reports, saves, pause)
+        self._signal, self.reports, self.saves, self._pause = found[0], bool(found[1]), bool(found[2]), found[3]
+        self._looked, self._steps = now, 0
+        return True
+
+    @property
+    def signal(self) -> int:
+        """The number of a signal that has come: to any process, when they last looked up; or 0."""
+        return self._interrupted() if self._ranks.count == 1 else self._signal
+
+    def begin(self) -> None:
+        """Report after the next step."""
+        self._reported = 0.0
+
+    def reported(self) -> None:
+        self._reported = time.monotonic()
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+
 class _Run:
     """What `go_on` does, and what it looks at a few times per second meanwhile."""
 
     def __init__(self, state: State, path: Path, observer: Observer, interrupted: Callable[[], int]) -> None:
-        self.state, self.path, self.observer, self.interrupted = state, path, observer, interrupted
-        self.saved = self.reported = 0.0
+        self.state, self.path, self.observer = state, path, observer
+        self.lookout = Lookout(state.ranks, interrupted)
 
     def save(self) -> Checkpoint:
         checkpoint = self.state.save(self.path)
-        self.saved = time.monotonic()
+        self.lookout.saved()
         return checkpoint
 
     def save_if_needed(self, where: str) -> None:
         """Save every half minute; and if a signal has come, and then raise Interrupted."""
-        if number := self.interrupted():
+        if number := self.lookout.signal:
             self.save()
             raise Interrupted(f"interrupted {where}", number)
-        if time.monotonic() - self.saved > SAVE_SECONDS:
+        if self.lookout.saves:
             self.save()
 
     def train_epoch(self) -> None:
         """Do the steps of the epoch that are still to come."""
         state, epoch = self.state, self.state.epoch + 1
-        started, first_step, self.reported = time.monotonic(), state.step, 0.0
+        started, first_step = time.monotonic(), state.step
+        self.lookout.begin()
         for size in state.rest_of_epoch():
             state.train(size)
-            now = time.monotonic()
-            if now - self.reported > REPORT_SECONDS or state.step == state.steps:
+            is_last = state.step == state.steps
+            if not self.lookout.looks_up(needed=is_last):
+                continue
+            if self.lookout.reports or is_last:
+                state.gather()
                 state.check_finite()
-                speed = (state.step - first_step) * state.recipe.batch_size / (now - started)
+                speed = (state.step - first_step) * state.recipe.batch_size / (time.monotonic() - started)
                 loss = state.losses[state.step - 1].item()
                 self.observer.step(epoch, state.step, state.steps, loss, speed)
-                self.reported = now
+                self.lookout.reported()
             self.save_if_needed(f"in epoch {epoch}, after step {state.step} of {state.steps}")
 
     def evaluate_epoch(self) -> None:
@@ -195,7 +261,8 @@ class _Run:
         state.end_epoch(train, validation)
         self.save()
         self.observer.epoch(state.history)
-        if (number := self.interrupted()) and state.epoch < state.recipe.epochs:
+        self.lookout.looks_up(needed=True)
+        if (number := self.lookout.signal) and state.epoch < state.recipe.epochs:
             raise Interrupted(f"interrupted after epoch {state.epoch}", number)
 
     def test(self) -> Checkpoint:
@@ -209,10 +276,11 @@ class _Run:
         epoch = min(self.state.epoch + 1, self.state.recipe.epochs)
 
         def advanced(done: int) -> None:
-            now = time.monotonic()
-            if now - self.reported > REPORT_SECONDS:
+            if not self.lookout.looks_up():
+                return
+            if self.lookout.reports:
                 self.observer.evaluation(epoch, before + done, total)
-                self.reported = now
+                self.lookout.reported()
             self.save_if_needed(f"in epoch {epoch}, in its evaluation")
 
         return self.state.evaluate(images, advanced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,17 +15,20 @@ BYTES_PER_PARAMETER = 16
 GIB = 2**30
 
 
-def check(recipe: Recipe, image_size: Sequence[int], classes: int, images: int, device: torch.device) -> None:
+def check(
+    recipe: Recipe, image_size: Sequence[int], classes: int, images: int, device: torch.device, processes: int = 1
+) -> None:
     """Raise ValueError if a device cannot hold the training of a model.
 
     Args:
         image_size: channels, height and width.
         images: how many the data set has to train and validate on.
+        processes: how many share each batch.
     """
     available = machine.memory(device)
     parameters = sum(each.numel() for each in shape_of_model(recipe, image_size, classes).parameters())
     # A fifth of the images is for validation.
-    batch = min(recipe.batch_size, images * 4 // 5, recipe.limit or images)
+    batch = math.ceil(min(recipe.batch_size, images * 4 // 5, recipe.limit or images) / processes)
     needed = BYTES_PER_PARAMETER * parameters + activations(recipe, image_size, batch)
     if available is not None and needed > available:
         raise ValueError(

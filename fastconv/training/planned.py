@@ -70,6 +70,9 @@ def planned(stepper: AutogradStepper, size: int, note: Callable[[str], None]) ->
         note: called with the reason if kernels that should be able to are not.
     """
     device, dtype = stepper.batches.position.device, DTYPES[stepper.recipe.precision]
+    # A plan knows no other process's gradients.
+    if stepper.batches.ranks.count > 1:
+        return stepper
     if backends.select("convnext_block", device, dtype) != "triton" or not fits(stepper):
         return stepper
     found = PlannedStepper(stepper)

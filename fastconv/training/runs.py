@@ -13,6 +13,7 @@ from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment, restore_threads
 from fastconv.training.graphed import Graph
+from fastconv.training.ranks import ALONE, Ranks
 from fastconv.training.recipe import Recipe, check_images
 from fastconv.training.records import Records
 from fastconv.training.sets import check_count
@@ -26,8 +27,11 @@ def check_packages(tensorboard: bool) -> None:
         import_extra(package)
 
 
-def check(recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+def check(recipe: Recipe, dataset: Dataset, device: torch.device, processes: int = 1) -> None:
     """Raise ValueError if a recipe's classifier does not suit the images, or its training the device's memory.
+
+    Args:
+        processes: how many share each batch.
 
     Raises:
         DataError: there are too few images.
@@ -35,13 +39,14 @@ def check(recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
     check_count(dataset)
     image_size = dataset.train.images.shape[1:]
     check_images(recipe, image_size)
-    memory.check(recipe, image_size, len(dataset.classes), len(dataset.train), device)
+    memory.check(recipe, image_size, len(dataset.classes), len(dataset.train), device, processes)
 
 
-def go_on_as_before(before: Environment, device: torch.device) -> str | None:
+def go_on_as_before(before: Environment, device: torch.device, ranks: Ranks = ALONE) -> str | None:
     """Compute with a run's number of threads; return one line on what else has changed since it was saved."""
-    restore_threads(before.threads, device)
-    if not (changes := before.changes(Environment.now(device))):
+    if ranks.count == before.processes:
+        restore_threads(before.threads, ranks.on_machine, device)
+    if not (changes := before.changes(Environment.now(device, ranks.count))):
         return None
     return (
         f"Changed since the run was saved: {', '.join(changes)}. Its weights may differ in the last bits from "
@@ -57,7 +62,7 @@ def go_on(
     graph: Graph = "auto",
     tensorboard: bool = False,
 ) -> Checkpoint:
-    """Do a run in its folder, as the only process there, and write its records: `loop.go_on` says what it raises.
+    """Do a run in its folder, as the only one there, and write its records: `loop.go_on` says what it raises.
 
     Args:
         out: the folder, which exists.
@@ -67,8 +72,10 @@ def go_on(
     Raises:
         FolderError: another process is in the folder, or was there since `resumed` was read.
     """
+    path = out / folder.CHECKPOINT
+    if not state.ranks.is_first:
+        return loop.go_on(state, path, loop.Observer(), graph)
     with folder.locked(out), ExitStack() as stack:
-        path = out / folder.CHECKPOINT
         if resumed is None:
             folder.check_new(out)
         elif checkpoint.load(path).seconds != resumed.seconds:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastconv.training.data import DataError, Dataset, ImageSet, split_indices
+from fastconv.training.ranks import ALONE, Ranks
 from fastconv.training.recipe import Recipe
 
 
@@ -78,15 +79,16 @@ class Batches:
     Args:
         images: all that batches may hold.
         batch_size: images of each batch but the last one of an order, which holds what is left.
+        ranks: the processes of the run, each of which gets its part of every batch, perhaps an empty one.
 
     Attributes:
         order: int64 [at most len(images)], which images to visit.
         position: int64 [1], how many of them have been visited.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
+    def __init__(self, images: ImageSet, batch_size: int, ranks: Ranks = ALONE) -> None:
         device = images.images.device
-        self.images, self.batch_size = images, batch_size
+        self.images, self.batch_size, self.ranks = images, batch_size, ranks
         self.order = torch.zeros(len(images), dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self._offsets = torch.arange(batch_size, device=device)
@@ -102,13 +104,22 @@ class Batches:
         self.position.fill_(position)
         return [min(self.batch_size, count - start) for start in range(position, count, self.batch_size)]
 
+    def example(self) -> Tensor:
+        """Return black images, as many as this process has of a whole batch."""
+        size = min(self.batch_size, len(self.images))
+        count = len(range(size)[self.ranks.part(size)])
+        return torch.zeros(count, *self.images.images.shape[1:], device=self.order.device)
+
     def next(self, size: int, augment: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the next images, float32 [size, 3, height, width] in [0, 1], and their labels, int64 [size].
+        """Return this process's part of the next `size` images, and go on behind them all.
 
         Args:
             augment: changes the images, given their bytes and which they are.
+
+        Returns:
+            Images, float32 [n, 3, height, width] in [0, 1], and their labels, int64 [n].
         """
-        chosen = self.order[self.position + self._offsets[:size]]
+        chosen = self.order[self.position + self._offsets[self.ranks.part(size)]]
         self.position += size
         # On a CPU twice as fast as indexing.
         pixels = self.images.images.index_select(0, chosen)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from fastconv.synchronization import set_process_group
 from fastconv.training.checkpoint import Checkpoint
 from fastconv.training.data import Dataset
 from fastconv.training.environment import Environment
 from fastconv.training.graphed import Graph, graphed
 from fastconv.training.ingredients import Ingredients
 from fastconv.training.planned import planned
+from fastconv.training.ranks import Ranks
 from fastconv.training.recipe import Recipe, make_model, parameter_groups
 from fastconv.training.schedule import has_schedule
 from fastconv.training.sets import Batches, Sets, epoch_order
@@ -31,6 +33,7 @@ class State:
         sets: the images of the data set that the recipe takes.
         started: when the run began in this process, by `time.monotonic`.
         resumed: a checkpoint to go on from; without one a run begins.
+        ranks: the processes of the run, all of which do what is done with its state.
 
     Raises:
         ValueError: the images are too small for the recipe's patches, or huge.
@@ -38,19 +41,26 @@ class State:
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, sets: Sets, started: float, resumed: Checkpoint | None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        sets: Sets,
+        started: float,
+        resumed: Checkpoint | None,
+        ranks: Ranks,
     ) -> None:
-        self.recipe, self.dataset, self.sets = recipe, dataset, sets
+        self.recipe, self.dataset, self.sets, self.ranks = recipe, dataset, sets, ranks
         self.device = sets.images.images.device
         self.image_size = list(dataset.train.images.shape[1:])
         if resumed is not None:
             resumed.check_data(dataset, len(sets.train))
         self.data_checksum = dataset.checksum if resumed is None else resumed.data_checksum
-        self.environment = Environment.now(self.device)
+        self.environment = Environment.now(self.device, ranks.count)
         self.model = make_model(recipe, self.image_size, len(dataset.classes))
         if recipe.whiten and resumed is None:
             whiten(self.model.stem, sets.images.images[sets.train.start : sets.train.stop])
         self.model.to(self.device)
+        set_process_group(self.model, ranks.group)
         self.optimizer = make_optimizer(self.model, recipe)
         self.steps = math.ceil(len(sets.train) / recipe.batch_size)
         self.ingredients = Ingredients(
@@ -69,12 +79,11 @@ class State:
             self.epoch, self.step, self.history = resumed.epoch, resumed.step, list(resumed.history)
             self.started -= resumed.seconds
             self._evaluated = resumed.evaluation_seconds
-        batches = Batches(sets.images, recipe.batch_size)
+        batches = Batches(sets.images, recipe.batch_size, ranks)
         self._autograd = AutogradStepper(self.model, self.optimizer, recipe, batches, self.ingredients)
         self.stepper: Stepper = self._autograd
         if resumed is not None:
-            self.losses[: self.step] = resumed.losses
-            self.stepper.trained.correct += resumed.correct
+            self.stepper.trained.go_on(resumed.losses, resumed.correct)
 
     def choose_steps(self, graph: Graph, note: Callable[[str], None]) -> None:
         """Take the fastest way to do steps that runs here.
@@ -101,14 +110,15 @@ class State:
         return self._evaluated + (0.0 if self._evaluating is None else time.monotonic() - self._evaluating)
 
     def save(self, path: Path) -> Checkpoint:
-        """Write a checkpoint to `path`, and return it.
+        """Write a checkpoint to `path`, in the first process, and return it.
 
         Raises:
             NonFinite: nothing was written.
             WriteError: it cannot be written.
         """
         checkpoint = self.checkpoint()
-        checkpoint.save(path)
+        if self.ranks.is_first:
+            checkpoint.save(path)
         return checkpoint
 
     def checkpoint(self) -> Checkpoint:
@@ -117,6 +127,7 @@ class State:
         Raises:
             NonFinite: the state is of no use.
         """
+        self.gather()
         self.check_finite()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -143,6 +154,10 @@ class State:
             seconds=self.seconds,
             evaluation_seconds=self.evaluation_seconds,
         )
+
+    def gather(self) -> None:
+        """Make the losses and correct answers so far those of all processes."""
+        self.stepper.trained.gather(self.ranks, self.step)
 
     def check_finite(self) -> None:
         """Raise NonFinite, which names the step of the epoch, if a loss or a weight is not finite."""
@@ -173,6 +188,7 @@ class State:
 
     def running_metrics(self) -> tuple[float, float]:
         """Return loss and accuracy over the epoch's images, each as it was when its step began."""
+        self.gather()
         images, tally = len(self.sets.train), self.stepper.trained
         return mean_loss(self.losses, images, self.recipe.batch_size), tally.correct.item() / images
 

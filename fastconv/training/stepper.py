@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from fastconv.training.ingredients import Ingredients
+from fastconv.training.ranks import Ranks
 from fastconv.training.recipe import Recipe, autocast
 from fastconv.training.sets import Batches
 
@@ -27,6 +28,8 @@ class NonFinite(RuntimeError):
 class Tally:
     """What the steps of an epoch, or of an evaluation, came to; only to read it makes the host wait.
 
+    Of several processes, each enters what its part of a batch adds to these, until `gather` sums them up.
+
     Attributes:
         losses: float32 [steps], the mean loss of each step's images.
         correct: int64 [1], how many images were classified correctly.
@@ -35,10 +38,27 @@ class Tally:
     def __init__(self, steps: int, device: torch.device) -> None:
         self.losses = torch.zeros(steps, device=device)
         self.correct = torch.zeros(1, dtype=torch.int64, device=device)
+        # The first steps, and the correct answers in them, that are those of all processes.
+        self._gathered, self._known = 0, torch.zeros_like(self.correct)
 
     def clear(self) -> None:
-        self.losses.zero_()
-        self.correct.zero_()
+        self.go_on(self.losses[:0], 0)
+
+    def go_on(self, losses: Tensor, correct: int) -> None:
+        """Begin after these steps, of all processes."""
+        self._gathered = len(losses)
+        self.losses.zero_()[: len(losses)] = losses
+        self.correct.fill_(correct)
+        self._known.copy_(self.correct)
+
+    def gather(self, ranks: Ranks, steps: int) -> None:
+        """Make what was entered for the first `steps` steps that of all processes."""
+        if ranks.count == 1 or steps == self._gathered:
+            return
+        ranks.sum(self.losses[self._gathered : steps])
+        self._known += ranks.sum(self.correct - self._known)
+        self.correct.copy_(self._known)
+        self._gathered = steps
 
 
 class Stepper(Protocol):
@@ -74,19 +94,23 @@ class AutogradStepper:
         self.model, self.optimizer, self.recipe, self.batches = model, optimizer, recipe, batches
         self.ingredients = ingredients
         device = batches.position.device
+        self._trained_model = model
+        if optimizer is not None:
+            self._trained_model = batches.ranks.parallel(model, batches.example())
         steps = math.ceil(len(batches.images) / recipe.batch_size)
         self.trained, self.evaluated = Tally(steps, device), Tally(steps, device)
 
     def train(self, size: int) -> None:
         assert self.optimizer is not None
-        step = self._step()
+        step, ranks = self._step(), self.batches.ranks
         augment = None if self.ingredients is None else self.ingredients.augment
         images, labels = self.batches.next(size, augment)
-        loss = self._classify(self.model, images, labels, step, self.trained, self.recipe.label_smoothing)
+        loss = self._classify(self._trained_model, images, labels, step, self.trained, size, smooth=True)
         self.optimizer.zero_grad()
         # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
         with torch.autograd.set_multithreading_enabled(False):
-            loss.backward()
+            # The mean of the gradients of all processes is to be that of the whole batch's loss.
+            (loss if ranks.count == 1 else loss * ranks.count).backward()
         if self.ingredients is not None:
             self.ingredients.set_rate(step)
         self.optimizer.step()
@@ -97,7 +121,7 @@ class AutogradStepper:
     def evaluate(self, size: int) -> None:
         averaged = None if self.ingredients is None else self.ingredients.averaged
         step = self._step()
-        self._classify(averaged or self.model, *self.batches.next(size), step, self.evaluated)
+        self._classify(averaged or self.model, *self.batches.next(size), step, self.evaluated, size)
 
     def _step(self) -> Tensor:
         """The number of the step that comes next, int64 [1]."""
@@ -110,11 +134,18 @@ class AutogradStepper:
         labels: Tensor,
         step: Tensor,
         tally: Tally,
-        label_smoothing: float = 0.0,
+        size: int,
+        smooth: bool = False,
     ) -> Tensor:
+        """The loss: what this process's images add to the mean over all `size` of the batch."""
         with autocast(self.recipe, images.device):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        smoothing = self.recipe.label_smoothing if smooth else 0.0
+        if self.batches.ranks.count == 1:
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        else:
+            total = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+            loss = total / size
         tally.losses.index_copy_(0, step, loss.detach()[None])
         tally.correct += (logits.argmax(1) == labels).sum()
         return loss
@@ -139,6 +170,7 @@ def loss_and_accuracy(
         done += size
         advanced(done)
     steps = math.ceil(count / batch_size)
+    stepper.evaluated.gather(stepper.batches.ranks, steps)
     mean = mean_loss(stepper.evaluated.losses[:steps], count, batch_size)
     if not math.isfinite(mean):
         raise NonFinite(f"the loss of {count:,} images in evaluation is {mean}")

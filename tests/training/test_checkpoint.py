@@ -65,9 +65,9 @@ def test_a_failure_while_saving_leaves_the_old_one(tmp_path, monkeypatch, failin
     [
         ([1, 2], "was not written by fastconv; give the checkpoint.pt of a training run"),
         ({"state_dict": {}}, "was not written by fastconv"),
-        ({"format": 1}, "has format 1; this fastconv reads 4: use the version that wrote it"),
-        ({"format": 99}, "has format 99; this fastconv reads 4"),
-        ({"format": 4, "model": {}}, "cannot be used: the checkpoint lacks averaged, classes, correct"),
+        ({"format": 1}, "has format 1; this fastconv reads 5: use the version that wrote it"),
+        ({"format": 99}, "has format 99; this fastconv reads 5"),
+        ({"format": 5, "model": {}}, "cannot be used: the checkpoint lacks averaged, classes, correct"),
     ],
     ids=["list", "other program", "older", "newer", "incomplete"],
 )

@@ -20,7 +20,7 @@ from fastconv.training.folder import FolderError
 from fastconv.training.recipe import RECIPES, Recipe
 from fastconv.training.summary import multiplications
 
-ENVIRONMENT = Environment("cpu", "auto", 2, {"torch": "2.14"})
+ENVIRONMENT = Environment("cpu", "auto", 2, 1, {"torch": "2.14"})
 
 
 def make(recipe, accuracies, finished=True, **facts):
@@ -76,7 +76,7 @@ def test_a_repeated_seed_counts_once():
 
 
 def test_other_devices_precisions_and_data_are_other_rows_that_say_so():
-    gpu = Environment("NVIDIA H200", "auto", 64, {})
+    gpu = Environment("NVIDIA H200", "auto", 64, 1, {})
     run = make(Recipe(), [0.5])
     assert names(run, make(Recipe(), [0.5], environment=gpu)) == [
         "width 32, depth 5, patch 4, on cpu, threads 2",

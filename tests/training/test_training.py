@@ -466,10 +466,10 @@ def test_a_run_in_another_thread(dataset, tmp_path):
 
 
 def test_the_environment_names_what_changes_bits():
-    before = Environment("cpu", "auto", 8, {"torch": "2.13", "triton": "3.6"})
-    now = Environment("cpu", "reference", 2, {"torch": "2.14", "triton": "3.6"})
+    before = Environment("cpu", "auto", 8, 1, {"torch": "2.13", "triton": "3.6"})
+    now = Environment("cpu", "reference", 2, 1, {"torch": "2.14", "triton": "3.6"})
     assert before.changes(now) == ["backend auto, now reference", "threads 8, now 2", "torch 2.13, now 2.14"]
-    on_a_gpu = Environment("NVIDIA H200", "auto", 4, before.versions)
+    on_a_gpu = Environment("NVIDIA H200", "auto", 4, 1, before.versions)
     assert before.changes(on_a_gpu) == ["device cpu, now NVIDIA H200"]
     assert before.changes(before) == []
 
