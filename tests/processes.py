@@ -1,6 +1,7 @@
 """Python in a process of its own, for what an import, the environment or a driver decides."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -17,3 +18,28 @@ def printed_by(*arguments, **options):
     done = run_python(*arguments, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_ranks(count, *arguments, timeout=120, **environment):
+    """Run Python in so many processes that find each other as torchrun's do; return what each printed.
+
+    All have to succeed: the first that fails ends the others.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(count):
+        variables = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment
+        command = [sys.executable, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=variables, **pipes))
+    try:
+        done = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, done, strict=True):
+        assert process.returncode == 0, errors
+    return done

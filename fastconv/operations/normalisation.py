@@ -59,8 +59,11 @@ def centre(
     if bias is None:
         h.sub_(mean)
     else:
-        bias = bias - bias.mean()
-        h.add_((bias - bias.mean())[:, None, None] - mean)
+        first = bias.mean()
+        second = (bias - first).mean()
+        h.add_((bias - first - second)[:, None, None] - mean)
+        if group is not None:
+            level = first.double() + second
     square = mean_square(h, dims, geometry)
     count = None
     if group is not None:

@@ -132,7 +132,6 @@ class Ranks:
             parallel = nn.parallel.DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
             parallel(example).sum().backward()
@@ -140,7 +139,10 @@ class Ranks:
         return parallel
 
     def end(self) -> None:
+        """Part from the other processes."""
+        global _STORE
         if self.count > 1:
+            _STORE = None
             distributed.destroy_process_group()
 
 

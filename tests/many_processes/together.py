@@ -1,0 +1,182 @@
+"""What each of several processes does: python together.py FUNCTION, with the variables that torchrun sets."""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "training")]
+# As in the tests of one process.
+os.environ |= {"FASTCONV_SELFTEST": "0", "TRITON_INTERPRET": "1"}
+
+import interpreter
+
+interpreter.install()
+
+from cases import draw
+from oracle import assert_accurate
+from synthetic import CPU, Recorder, make_set
+
+import fastconv
+from fastconv import functional, reference
+from fastconv.checking.inputs import Sizes
+from fastconv.training import checkpoint, loop, ranks
+from fastconv.training.data import Dataset
+from fastconv.training.recipe import Recipe
+
+NORMED = ("convnext_block", "depthwise_conv_layer_norm", "layer_norm")
+# images, channels, height, width, multiplier, kernel. The parts of the first are unequal, one of the second is
+# empty, and the last has large maps.
+SIZES = Sizes(5, 2, 4, 4, 4, (7, 7)), Sizes(1, 3, 3, 2, 2, (3, 3)), Sizes(3, 2, 19, 17, 1, (3, 3))
+
+
+def part(x):
+    """This process's images of all."""
+    count, rank, ranks = len(x), distributed.get_rank(), distributed.get_world_size()
+    return x[count * rank // ranks : count * (rank + 1) // ranks]
+
+
+def results(call, tensors, grad, summed=lambda x: x):
+    leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in tensors.items()}
+    y = call(**leaves)
+    y.backward(grad)
+    grads = {name: x.grad for name, x in leaves.items() if x is not None}
+    return {"y": y.detach(), "x": grads.pop("x")} | {name: summed(x) for name, x in grads.items()}
+
+
+def sum_over_ranks(x):
+    distributed.all_reduce(x)
+    return x
+
+
+def compared(operation, sizes, offset, call):
+    """{name: (ours, PyTorch's, exact)}, of this process's images, and of the parameters of all processes."""
+    torch.manual_seed(0)
+    tensors = draw(operation, sizes)
+    tensors["x"] = tensors["x"] + offset
+    define = getattr(reference, operation)
+    grad = torch.randn_like(define(**tensors))
+    mine = results(call, tensors | {"x": part(tensors["x"])}, part(grad), sum_over_ranks)
+    doubles = {name: None if x is None else x.double() for name, x in tensors.items()}
+    pytorch, exact = results(define, tensors, grad), results(define, doubles, grad.double())
+    whole = {name: (mine[name], part(pytorch[name]), part(exact[name])) for name in ("y", "x")}
+    whole = {name: values for name, values in whole.items() if values[2].numel()}
+    return whole | {name: (mine[name], pytorch[name], exact[name]) for name in mine if name not in ("y", "x")}
+
+
+def operations():
+    """Parts of a batch have the results and gradients of the whole one, by every implementation."""
+    world = distributed.group.WORLD
+    for operation in NORMED:
+        call = partial(getattr(functional, operation), process_group=world)
+        for backend in ("reference", "portable", "native", "triton"):
+            for sizes in SIZES:
+                for offset in (0, 300):
+                    print(operation, backend, sizes, offset, file=sys.stderr)
+                    with fastconv.backend(backend):
+                        assert_accurate(partial(compared, operation, sizes, offset, call), samples=1)
+        # Each process may take what suits its part.
+        with fastconv.backend(["portable", "triton"][distributed.get_rank() % 2]):
+            assert_accurate(partial(compared, operation, SIZES[0], 0, call), samples=1)
+        for backend in ("portable", "triton"):
+            with fastconv.backend(backend):
+                compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+                assert_accurate(partial(compared, operation, SIZES[0], 0, compiled), samples=1)
+                torch.compiler.reset()
+
+
+def derivatives():
+    """A gradient penalty over parts of a batch is that over the whole one; so are the derivatives of torch.func."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.randn(8, 1, 3, 3, dtype=torch.float64)
+    x = x + 3
+
+    def penalty(images, weight, group):
+        images = images.clone().requires_grad_()
+        y = functional.depthwise_conv_layer_norm(images, weight, process_group=group)
+        (grad,) = torch.autograd.grad(y.pow(3).sum(), images, create_graph=True)
+        return grad.square().sum()
+
+    def loss(images, weight, group):
+        return functional.depthwise_conv_layer_norm(images, weight, process_group=group).pow(3).sum()
+
+    name = distributed.group.WORLD.group_name
+    weight.requires_grad_()
+    for backend in ("reference", "portable"):
+        with fastconv.backend(backend):
+            (mine,) = torch.autograd.grad(penalty(part(x), weight, name), weight)
+            (whole,) = torch.autograd.grad(penalty(x, weight, None), weight)
+            torch.testing.assert_close(sum_over_ranks(mine), whole)
+    weight = weight.detach()
+    mine = torch.func.grad(loss, argnums=1)(part(x), weight, name)
+    torch.testing.assert_close(sum_over_ranks(mine), torch.func.grad(loss, argnums=1)(x, weight, None))
+    tangent = torch.randn_like(x)
+    _, mine = torch.func.jvp(partial(loss, weight=weight, group=name), (part(x),), (part(tangent),))
+    _, whole = torch.func.jvp(partial(loss, weight=weight, group=None), (x,), (tangent,))
+    torch.testing.assert_close(sum_over_ranks(mine), whole)
+
+
+def others_pay_nothing():
+    """Norms that span no two images exchange nothing: a process may call them alone."""
+    if distributed.get_rank() == 0:
+        x = torch.randn(3, 4, 5, 5, requires_grad=True)
+        for norm in ("sample", "channel"):
+            functional.layer_norm(x, norm=norm, process_group=distributed.group.WORLD).square().sum().backward()
+    distributed.barrier()
+
+
+def numbers():
+    """All that concerns single operations."""
+    operations()
+    derivatives()
+    others_pay_nothing()
+
+
+def make_dataset():
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(make_set(100, generator), make_set(33, generator), ("red", "green", "blue"), "synthetic")
+
+
+def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
+    """Train by a recipe, from the folder's checkpoint if there is one, and return the losses of all steps.
+
+    Args:
+        stop: (epoch, step) after which SIGTERM comes.
+        neighbour: begin with weights that are moved to neighbouring floats.
+    """
+    loop.REPORT_SECONDS = -1.0
+    path = folder / "checkpoint.pt"
+    resumed = mine.share(lambda: checkpoint.load(path) if path.exists() else None)
+    observer = Recorder(stop, stop and partial(os.kill, os.getpid(), 15))
+    state = loop.prepare(recipe, make_dataset(), CPU, resumed, mine)
+    if neighbour:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in state.model.parameters():
+                p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, torch.inf, -torch.inf)))
+    try:
+        loop.go_on(state, path, observer)
+    except loop.Interrupted:
+        assert stop is not None
+    return torch.tensor([loss for *_, loss in observer.steps])
+
+
+def training():
+    """python together.py training FOLDER RECIPE [EPOCH STEP]"""
+    folder, options, *stop = sys.argv[2:]
+    losses = train(Recipe(**eval(options)), Path(folder), JOINED, tuple(map(int, stop)) or None)
+    # Every process knows the losses of the whole batches.
+    assert losses.allclose(JOINED.share(lambda: losses), rtol=0, atol=0)
+    if JOINED.is_first:
+        torch.save(losses, Path(folder) / "losses.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    JOINED, _ = ranks.start("cpu")
+    globals()[sys.argv[1]]()
+    JOINED.end()
