@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     replaced on the instance (as for offloaded weights) or in the class, and hooks (pruning, weight_norm), those of
     all modules included. Called for each part at each forward, it takes about a microsecond.
     """
-    # Attributes, and not the instance's dict, of which Dynamo would not notice a change.
-    forward = _FORWARDS.get(kind, kind.forward)
-    if type(part) is not kind or getattr(part.forward, "__func__", None) is not forward:
+    # Attributes, and not the instance's dict, of which Dynamo would not notice a change; and not getattr with a
+    # default, for which Dynamo of torch 2.14 takes the default of a method's `__func__`.
+    forward = part.forward
+    if type(part) is not kind or not isinstance(forward, MethodType):
+        return False
+    if forward.__func__ is not _FORWARDS.get(kind, kind.forward):
         return False
     if "_conv_forward" in part.__dict__:
         return False

@@ -154,6 +154,15 @@ def test_compile_without_graph_breaks(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_blocks_are_fused(monkeypatch):
+    """Which the numbers cannot show: a part that the compiler takes for a changed one is called."""
+    fused, block = [], functional.convnext_block
+    monkeypatch.setattr(functional, "convnext_block", lambda *args, **kw: fused.append(1) or block(*args, **kw))
+    torch.compiler.reset()
+    torch.compile(fastconv.ConvNextBlock(8), fullgraph=True, backend="eager")(torch.rand(4, 8, 6, 6))
+    assert fused == [1]
+
+
 def test_representations_tell_the_options():
     assert "norm=channel, eps=1e-06, affine=True" in repr(
         fastconv.DepthwiseConvLayerNorm(3, norm="channel", eps=1e-6, affine=True)
@@ -464,6 +473,8 @@ def test_distributed_data_parallel_takes_gradients_without_a_warning(weights, ba
 def test_compiled_results_have_the_lectures_strides(format):
     x = torch.rand(16, 8, 8, 8).contiguous(memory_format=format)
     lecture, ours = reference.ConvNextBlock(8), fastconv.ConvNextBlock(8)
+    # Of one forward only so many graphs are made.
+    torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert compiled(x).stride() == lecture(x).stride()
 

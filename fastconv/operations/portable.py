@@ -133,7 +133,8 @@ def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tenso
         return reference.pointwise_conv_gelu(x, *conv, approximate=approximate)
     geometry = geometry_of(x, form == "batch last")
     columns = mix_channels(conv.weight.flatten(1), to_columns(x, geometry), geometry, conv.bias)
-    return from_columns(gelu(columns, approximate), geometry)
+    # In this order the result is no view, of which FSDP warns.
+    return gelu(from_columns(columns, geometry), approximate)
 
 
 @of_maps

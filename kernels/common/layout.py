@@ -72,7 +72,7 @@ def with_own_strides(weight: Tensor, by_pytorch: bool = False) -> Tensor:
     _, _, height, width = weight.shape
     _, *strides = weight.stride()
     # Some of those who see each operation do not know a function of ours.
-    if (strides == [height * width, width, 1] and not by_pytorch) or rules.is_traced():
+    if (strides == [height * width, width, 1] and not by_pytorch) or rules.is_transformed():
         return weight
     return OwnStrides.apply(weight)
 

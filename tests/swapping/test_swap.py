@@ -747,14 +747,16 @@ def test_distributed_data_parallel(tmp_path, fused, calls):
 
 
 @pytest.mark.slow
-def test_compiled_without_breaks(fused):
+def test_compiled_without_breaks(fused, calls):
     for name, size in (("lecture/pairs", (2, 3, 9, 8)), ("block", (2, 6, 9, 8))):
         model = Block() if name == "block" else NETWORKS[name].create()
         x = torch.rand(size)
         before = model(x)
         swap_quietly(model)
         compiled = torch.compile(model, fullgraph=True)
+        calls.clear()
         torch.testing.assert_close(compiled(x), before, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1
         gradients = torch.autograd.grad(compiled(x).sum(), list(model.parameters()))
         fastconv.unswap(model)
         expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
