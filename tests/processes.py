@@ -28,13 +28,18 @@ def run_ranks(count, *arguments, timeout=120, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = []
     for rank in range(count):
-        variables = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment
+        variables = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=variables, **pipes))
+        processes.append(subprocess.Popen(command, env=variables | environment, **pipes))
     try:
         done = [process.communicate(timeout=timeout) for process in processes]
     finally:

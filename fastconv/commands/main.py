@@ -59,6 +59,7 @@ def main() -> None:
         backends.BackendUnavailable,
         MissingPackage,
         CaptureError,
+        ranks.LaunchError,
         OSError,
     )
     for stream in (sys.stdout, sys.stderr):
@@ -86,15 +87,17 @@ def main() -> None:
 
 def run() -> None:
     """Let Typer run the command. Its own errors are printed once, however many processes meet them."""
-    if ranks.is_first():
+    if not ranks.are_launched():
         app()
         return
     try:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:
-        # One that the first process must have met too, if none has joined the others yet.
         if ranks.are_joined():
             fail(error.format_message(), 2)
+        # All have met it, since all have the same arguments.
+        if ranks.is_first():
+            error.show()
         sys.exit(2)
     sys.exit(code)
 

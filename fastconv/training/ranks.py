@@ -25,6 +25,10 @@ class RankLost(RuntimeError):
     """Another process of the run has ended, or cannot be reached. The message is one line."""
 
 
+class LaunchError(Exception):
+    """The environment of several processes is not what a launcher sets. The message is one line."""
+
+
 class RankFailed(Exception):
     """Another process of the run has failed, and says why."""
 
@@ -187,6 +191,11 @@ def start(device: str) -> tuple[Ranks, torch.device]:
     return Ranks(rank, count, on_machine, backend), place
 
 
+def are_launched() -> bool:
+    """Whether a launcher has started several processes."""
+    return _number("WORLD_SIZE", 1) > 1
+
+
 def are_joined() -> bool:
     """Whether this process is one of several that have joined."""
     return _STORE is not None
@@ -200,7 +209,7 @@ def is_first() -> bool:
 def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal():
-        raise ValueError(f"{variable} is {text!r}; expected a number, as torchrun sets it")
+        raise LaunchError(f"{variable} is {text!r}; expected a number, as torchrun sets it")
     return int(text)
 
 

@@ -1,10 +1,17 @@
 """Several processes compute what one does: operations on parts of a batch, whole trainings, and resumed ones."""
 
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_ranks
+from processes import run_python, run_ranks
 from together import train
 
 from fastconv.checking.divergence import FLOOR, MARGIN, largest_difference
@@ -12,23 +19,27 @@ from fastconv.training import checkpoint, loop
 from fastconv.training.recipe import Recipe
 
 TOGETHER = Path(__file__).with_name("together.py")
+TESTS = TOGETHER.parents[1]
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "training"), os.environ.get("PYTHONPATH", "")]),
+    "FASTCONV_SELFTEST": "0",
+    "TRITON_INTERPRET": "1",
+}
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_operations(count):
-    run_ranks(count, TOGETHER, "numbers", timeout=300)
+def test_operations():
+    run_ranks(2, TOGETHER, "numbers", timeout=300, **ENVIRONMENT)
 
 
 # The last batch of an epoch has two images: with more processes some have none.
 RECIPE = {"epochs": 8, "batch_size": 13, "width": 4, "depth": 1, "patch": 2, "seed": 7}
 MODERN = {"norm": "sample", "crop": 1, "flip": True, "label_smoothing": 0.1, "schedule": "linear", "ema": 0.9}
-COUNTS = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 
 
 def train_together(count, folder, recipe, *stop):
     """The checkpoint that so many processes leave in a folder, and the losses of their steps."""
     folder.mkdir(exist_ok=True)
-    run_ranks(count, TOGETHER, "training", folder, recipe, *stop)
+    run_ranks(count, TOGETHER, "training", folder, recipe, *stop, **ENVIRONMENT)
     return checkpoint.load(folder / "checkpoint.pt"), torch.load(folder / "losses.pt")
 
 
@@ -59,7 +70,7 @@ def alone(tmp_path_factory):
 def assert_same_run(found, losses, expected):
     """It differs from the run of one process by no more than MARGIN times what neighbouring weights do.
 
-    Each step changes each weight by the learning rate, whatever its gradient: where that is near 0 rounding decides.
+    Each step changes each weight by the learning rate, however small its gradient: near 0 rounding decides.
     """
     (one, steps), (neighbour, other_steps) = expected
     assert len(steps) >= 50
@@ -74,8 +85,121 @@ def assert_same_run(found, losses, expected):
     assert found.test["test_loss"] == pytest.approx(one.test["test_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lecture", "modern"])
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [
+        (2, "lecture"),
+        (2, "modern"),
+        pytest.param(3, "lecture", marks=pytest.mark.slow),
+        pytest.param(4, "lecture", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_is_that_of_one_process(tmp_path, alone, count, name):
     recipe = RECIPE if name == "lecture" else RECIPE | MODERN
     assert_same_run(*train_together(count, tmp_path / "run", recipe), alone[name])
+
+
+def test_resumed_by_other_numbers_of_processes_it_is_the_same_run(tmp_path, alone, report_every_step):
+    folder = tmp_path / "run"
+    first, losses = train_together(2, folder, RECIPE, 2, 3)
+    assert (first.epoch, first.environment.processes) == (1, 2)
+    second, more = train_together(3, folder, RECIPE, 5, 1)
+    assert (second.epoch, second.environment.processes) == (4, 3)
+    last = train(Recipe(**RECIPE), folder)
+    losses = torch.cat([losses, more, last])
+    assert_same_run(checkpoint.load(folder / "checkpoint.pt"), losses, alone["lecture"])
+
+
+@pytest.mark.slow
+def test_resumed_by_as_many_processes_it_is_the_same_to_the_last_bit(tmp_path):
+    """Three, whose sums depend on their order."""
+    unbroken, losses = train_together(3, tmp_path / "unbroken", RECIPE)
+    _, before = train_together(3, tmp_path / "run", RECIPE, 3, 4)
+    resumed, after = train_together(3, tmp_path / "run", RECIPE)
+    assert torch.equal(torch.cat([before, after]), losses)
+    assert torch.equal(flat(resumed), flat(unbroken))
+    assert resumed.test == unbroken.test
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastconv", "train"]
+SMALL = ["--batch-size", "8", "--width", "4", "--depth", "1", "--patch", "2"]
+
+
+@pytest.fixture
+def torchrun(folder, tmp_path):
+    """Starts `fastconv train` in two processes."""
+    started = []
+
+    def start(*options):
+        options = "--data", folder, "--out", tmp_path / "run", *SMALL, *options
+        command = [sys.executable, *TORCHRUN, *map(str, options)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def workers_of(process):
+    """The processes that torchrun has started, by their rank."""
+    ranks = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        for variable in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            if variable.startswith("RANK="):
+                ranks[int(variable.removeprefix("RANK="))] = int(pid)
+    return ranks
+
+
+def wait_for_an_epoch(process, folder):
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_all_and_the_run_goes_on(torchrun, tmp_path, killed):
+    process = torchrun("--epochs", "100000")
+    wait_for_an_epoch(process, tmp_path / "run")
+    os.kill(workers_of(process)[killed], signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert len(re.findall("fastconv: .*another rank has ended, or cannot be reached", errors)) == 1, errors
+    assert "torchrun --nproc-per-node 2 -m fastconv train --out" in errors
+    assert "Traceback (most recent call last):\n  File" not in errors.partition("elastic")[0]
+    saved = checkpoint.load(tmp_path / "run/checkpoint.pt")
+    assert saved.epoch + saved.step > 0
+
+
+def test_ctrl_c_saves_once_and_says_how_to_go_on(torchrun, tmp_path):
+    process = torchrun("--epochs", "100000")
+    wait_for_an_epoch(process, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=30)
+    assert printed.count("\ninterrupted ") == printed.count("go on with:\n") == 1, errors
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "fastconv", "train"]
+    assert "fastconv:" not in errors
+    saved = checkpoint.load(tmp_path / "run/checkpoint.pt")
+    # Once more, by one process, from there.
+    begun = saved.epoch + (saved.step > 0)
+    done = run_python("-m", *command[4:], "--epochs", begun)
+    assert "processes 2, now 1" in done.stdout
+    assert checkpoint.load(tmp_path / "run/checkpoint.pt").epoch == begun, done.stderr
+
+
+def test_an_error_is_said_once_by_who_meets_it(torchrun, tmp_path):
+    """All processes meet a wrong option, and one of them a file in its way."""
+    _, errors = torchrun("--patch", "9").communicate(timeout=60)
+    assert errors.count("patch is 9") == 1, errors
+    _, errors = torchrun("--patch", "x").communicate(timeout=60)
+    assert errors.count("Usage: ") == 1, errors
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pt").touch()
+    _, errors = torchrun().communicate(timeout=60)
+    assert errors.count("holds a run; go on with it by --resume") == errors.count("fastconv: ") == 1, errors

@@ -1,25 +1,17 @@
 """What each of several processes does: python together.py FUNCTION, with the variables that torchrun sets."""
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import distributed
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "training")]
-# As in the tests of one process.
-os.environ |= {"FASTCONV_SELFTEST": "0", "TRITON_INTERPRET": "1"}
-
 import interpreter
-
-interpreter.install()
-
+import torch
 from cases import draw
 from oracle import assert_accurate
 from synthetic import CPU, Recorder, make_set
+from torch import distributed
 
 import fastconv
 from fastconv import functional, reference
@@ -90,7 +82,7 @@ def operations():
 
 
 def derivatives():
-    """A gradient penalty over parts of a batch is that over the whole one; so are the derivatives of torch.func."""
+    """Gradient penalties over parts of a batch are those over the whole one; so are derivatives of torch.func."""
     torch.manual_seed(0)
     x, weight = torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.randn(8, 1, 3, 3, dtype=torch.float64)
     x = x + 3
@@ -131,6 +123,8 @@ def others_pay_nothing():
 
 def numbers():
     """All that concerns single operations."""
+    # Before any kernel is imported.
+    interpreter.install()
     operations()
     derivatives()
     others_pay_nothing()
@@ -145,13 +139,14 @@ def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
     """Train by a recipe, from the folder's checkpoint if there is one, and return the losses of all steps.
 
     Args:
-        stop: (epoch, step) after which SIGTERM comes.
+        stop: (epoch, step) after which SIGTERM comes to the last process.
         neighbour: begin with weights that are moved to neighbouring floats.
     """
     loop.REPORT_SECONDS = -1.0
     path = folder / "checkpoint.pt"
     resumed = mine.share(lambda: checkpoint.load(path) if path.exists() else None)
-    observer = Recorder(stop, stop and partial(os.kill, os.getpid(), 15))
+    is_last = mine.rank == mine.count - 1
+    observer = Recorder(stop, stop and (lambda: os.kill(os.getpid(), signal.SIGTERM) if is_last else None))
     state = loop.prepare(recipe, make_dataset(), CPU, resumed, mine)
     if neighbour:
         torch.manual_seed(0)
@@ -166,7 +161,7 @@ def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
 
 
 def training():
-    """python together.py training FOLDER RECIPE [EPOCH STEP]"""
+    """`python together.py training FOLDER RECIPE [EPOCH STEP]`, as `train` takes them."""
     folder, options, *stop = sys.argv[2:]
     losses = train(Recipe(**eval(options)), Path(folder), JOINED, tuple(map(int, stop)) or None)
     # Every process knows the losses of the whole batches.
