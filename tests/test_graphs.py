@@ -16,8 +16,8 @@ from fastconv.graphs import CaptureError, GraphedStep, step
 def rehearsed(monkeypatch):
     """A CPU in the place of a GPU, and a function in the place of its graph."""
 
-    def capture(function, device):
-        for _ in range(3):
+    def capture(function, device, warm_ups):
+        for _ in range(warm_ups):
             function()
         return function
 
@@ -301,7 +301,7 @@ def assert_refused(message, optimizer=adamw, model=None, loss=F.cross_entropy, d
 
 
 def test_a_failing_capture_leaves_everything_as_it_was(rehearsed, monkeypatch):
-    def capture(function, device):
+    def capture(function, device, warm_ups):
         function()
         raise CaptureError("CUDA refuses")
 
@@ -405,13 +405,40 @@ def test_several_devices_are_refused(rehearsed, monkeypatch):
         GraphedStep(model, F.cross_entropy, torch.optim.SGD(model.parameters()), (torch.ones(1, 2),))
 
 
-def test_distributed_data_parallel_is_refused(rehearsed, tmp_path):
+@pytest.fixture
+def parallel(tmp_path):
+    """A DistributedDataParallel of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        with pytest.raises(CaptureError, match="DistributedDataParallel; expected one that runs on one device"):
-            make(model=nn.parallel.DistributedDataParallel(Net()))
-    finally:
-        torch.distributed.destroy_process_group()
+    yield nn.parallel.DistributedDataParallel(Net())
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_over_gloo_is_refused(rehearsed, parallel):
+    with pytest.raises(CaptureError, match="averaged by gloo, which takes them through the CPU; expected"):
+        make(model=parallel)
+
+
+def test_steps_of_distributed_data_parallel_equal_eager_ones(rehearsed, parallel, monkeypatch):
+    """Rehearsed over gloo: its messages are as NCCL's."""
+    counts = []
+
+    def capture(function, device, warm_ups):
+        counts.append(warm_ups)
+        for _ in range(warm_ups):
+            function()
+        return function
+
+    monkeypatch.setattr(step, "capture", capture)
+    monkeypatch.setattr(step, "_check_messages", lambda *_: None)
+    other = copy.deepcopy(parallel.module)
+    optimizer, others = adamw(parallel.parameters()), adamw(other.parameters())
+    torch.manual_seed(3)
+    expected = [eager(other, others, *batch) for batch in batches(4)]
+    torch.manual_seed(3)
+    graphed = GraphedStep(parallel, F.cross_entropy, optimizer, next(batches(1)))
+    assert [graphed(*batch) for batch in batches(4)] == expected
+    assert_equal(tensors(parallel.module, optimizer), tensors(other, others))
+    assert counts == [11]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 cannot hold (`waiting`), captures it (`capturing`), and checks at each call that it still fits (`constants`).
 """
 
-from fastconv.graphs.capturing import CaptureError, capture, on_side_stream
+from fastconv.graphs.capturing import WARM_UPS_OF_RANKS, CaptureError, capture, on_side_stream
 from fastconv.graphs.step import GraphedStep
 
-__all__ = ["CaptureError", "GraphedStep", "capture", "on_side_stream"]
+__all__ = ["WARM_UPS_OF_RANKS", "CaptureError", "GraphedStep", "capture", "on_side_stream"]

@@ -12,6 +12,8 @@ import torch
 T = TypeVar("T")
 
 WARM_UPS = 3
+# DistributedDataParallel measures its first ten steps, by events of which a capture could hold none.
+WARM_UPS_OF_RANKS = 11
 
 
 class CaptureError(RuntimeError):

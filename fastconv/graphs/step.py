@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastconv.graphs.before import Before
-from fastconv.graphs.capturing import CaptureError, capture
+from fastconv.graphs.capturing import WARM_UPS, WARM_UPS_OF_RANKS, CaptureError, capture
 from fastconv.graphs.constants import Structure
 from fastconv.graphs.waiting import RefuseWaiting
 
@@ -59,8 +59,12 @@ class GraphedStep:
 
         optimizer.register_step_pre_hook(clip)  # and then make the GraphedStep
 
-    Not supported: gradient accumulation, GradScaler, DistributedDataParallel, a model on several devices, and
-    optimizers that need a closure.
+    A DistributedDataParallel over NCCL is captured with its messages. Make it on a side stream, within `with
+    torch.cuda.stream(torch.cuda.Stream())`, and set TORCH_NCCL_ASYNC_ERROR_HANDLING=0 in the environment before
+    `init_process_group`, as PyTorch's notes on CUDA graphs ask for. Every rank makes its GraphedStep and calls it.
+
+    Not supported: gradient accumulation, GradScaler, a model on several devices, and optimizers that need a
+    closure.
 
     Args:
         model: all its parameters and buffers are on one GPU.
@@ -86,14 +90,16 @@ class GraphedStep:
         for i, x in enumerate(batch):
             if not isinstance(x, Tensor):
                 raise TypeError(f"batch[{i}] is {_describe(x)}; expected a tensor")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise CaptureError("the model is a DistributedDataParallel; expected one that runs on one device")
         structure = Structure(
             {"model": model, **({"loss": loss} if isinstance(loss, nn.Module) else {})}, optimizer
         )
         examples = {x: f"batch[{i}]" for i, x in enumerate(batch)}
         self._device = _common_device({**structure.parameters, **structure.buffers, **examples})
         _check_groups(optimizer, self._device)
+        warm_ups = WARM_UPS
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            _check_messages(model, self._device)
+            warm_ups = WARM_UPS_OF_RANKS
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._parameters = list(structure.parameters)
         self._batch = [x.detach().clone() for x in batch]
@@ -104,7 +110,7 @@ class GraphedStep:
         before = Before(structure.registries, self._parameters, optimizer, self._device)
         try:
             self._rehearse(before)
-            self._replay = capture(self._step, self._device)
+            self._replay = capture(self._step, self._device, warm_ups=warm_ups)
         except BaseException:
             before.restore()
             raise
@@ -203,6 +209,16 @@ def _common_device(tensors: dict[Tensor, str]) -> torch.device:
     if len(devices) > 1:
         raise CaptureError(f"{places}; expected all on one GPU")
     return next(iter(devices))
+
+
+def _check_messages(model: nn.parallel.DistributedDataParallel, device: torch.device) -> None:
+    """Refuse messages between processes that a graph cannot hold."""
+    name = model.process_group._get_backend(device).name()
+    if name != "nccl":
+        raise CaptureError(
+            f"the gradients of the DistributedDataParallel are averaged by {name}, which takes them through the "
+            "CPU; expected a process group over nccl"
+        )
 
 
 def _check_groups(optimizer: Optimizer, device: torch.device) -> None:

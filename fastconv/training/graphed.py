@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastconv.graphs import CaptureError, capture, on_side_stream
+from fastconv.graphs import WARM_UPS_OF_RANKS, CaptureError, capture, on_side_stream
 from fastconv.training.stepper import Stepper
 
 # What `fastconv train --graph` takes.
@@ -19,10 +19,6 @@ def check(graph: Graph, device: torch.device) -> None:
     """Raise ValueError if graphs are asked for on a device that has none."""
     if graph == "on" and device.type != "cuda":
         raise ValueError(f"--graph is on, and {device.type} has no CUDA graphs; leave --graph out")
-
-
-# Steps that DistributedDataParallel wants before a capture: in the first ten it measures itself.
-STEPS_OF_RANKS = 11
 
 
 class GraphedStepper:
@@ -41,7 +37,7 @@ class GraphedStepper:
         self.batches, self.trained, self.evaluated = stepper.batches, stepper.trained, stepper.evaluated
         self._device = stepper.batches.position.device
         self._pool: Any = None
-        self._before = 1 if stepper.batches.ranks.count == 1 else STEPS_OF_RANKS
+        self._before = 1 if stepper.batches.ranks.count == 1 else WARM_UPS_OF_RANKS
         # How many steps of a kind have been done, and how to do those after the first ones.
         self._done: dict[tuple[str, int], int] = {}
         self._steps: dict[tuple[str, int], Callable[[], None]] = {}

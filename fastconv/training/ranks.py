@@ -183,6 +183,9 @@ def start(device: str) -> tuple[Ranks, torch.device]:
         # NCCL refuses a GPU that two processes share.
         if on_machine <= gpus:
             backend = "nccl"
+            # As PyTorch's notes on CUDA graphs ask for. A process that waits for one that has ended is ended by
+            # torchrun.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # Not at the top: not every build of PyTorch has it.
     from torch.distributed.rendezvous import rendezvous
 
