@@ -78,7 +78,7 @@ def compare(runs: Iterable[Run]) -> list[Row]:
 def _all_but_seed(run: Run) -> Any:
     recipe, environment = replace(run.recipe, seed=0), run.environment
     epochs = None if run.test is not None else run.epoch
-    place = environment.device, environment.backend, _threads(run)
+    place = environment.device, environment.backend, _threads(run), environment.processes
     return recipe, place, run.data_checksum, epochs
 
 
@@ -97,6 +97,7 @@ def _names(firsts: list[Run]) -> list[str]:
         [f"on {run.environment.device}" for run in firsts],
         [f"backend {run.environment.backend}" for run in firsts],
         [f"threads {_threads(run)}" if _threads(run) else "" for run in firsts],
+        [f"processes {run.environment.processes}" for run in firsts],
         # The same data may lie elsewhere, and other data may have come to the same place.
         [f"data {Path(run.data).name}, {run.data_checksum[:8]}" if len(checksums) > 1 else "" for run in firsts],
     ):

@@ -83,7 +83,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def _place(run: Run) -> str:
     environment = run.environment
     threads = f", threads: {environment.threads}" if environment.device == "cpu" else ""
-    return f"{environment.device}{threads}; with {run.train_images:,} images of {run.data}"
+    processes = f", processes: {environment.processes}" if environment.processes > 1 else ""
+    return f"{environment.device}{threads}{processes}; with {run.train_images:,} images of {run.data}"
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -137,6 +138,7 @@ def record(row: Row, run: Run) -> dict[str, Any]:
         "device": run.environment.device,
         "backend": run.environment.backend,
         "threads": run.environment.threads,
+        "processes": run.environment.processes,
         "torch": run.environment.versions.get("torch"),
         "data": run.data,
         "data_checksum": run.data_checksum,
