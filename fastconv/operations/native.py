@@ -31,20 +31,22 @@ def convnext_block(
         return portable.convnext_block(x, depthwise, pointwise, projection, norm, approximate)
     pointwise = norm.contiguous().fold_into(pointwise.contiguous())
     parameters = *depthwise.contiguous(), *pointwise, *projection.contiguous()
-    return block.convnext_block(x, *parameters, norm.over, norm.eps, approximate, needs_grad(x, *parameters))
+    keep = needs_grad(x, *parameters)
+    return block.convnext_block(x, *parameters, norm.over, norm.eps, norm.group, approximate, keep)
 
 
 def depthwise_conv_layer_norm(x: Tensor, depthwise: Convolution, norm: Norm) -> Tensor:
     if not (_convolves(x, depthwise, norm) and _counts(x, depthwise)):
         return portable.depthwise_conv_layer_norm(x, depthwise, norm)
-    y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *depthwise.contiguous(), norm.over, norm.eps)
+    parameters = depthwise.contiguous()
+    y = depthwise_layer_norm.depthwise_conv_layer_norm(x, *parameters, norm.over, norm.eps, norm.group)
     return norm.affine(y)
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.over not in NORMS or norm.group is not None or not _counts(x):
+    if norm.over not in NORMS or not _counts(x):
         return portable.layer_norm(x, norm)
-    return norm.affine(norms.layer_norm(x, norm.over, norm.eps))
+    return norm.affine(norms.layer_norm(x, norm.over, norm.eps, norm.group))
 
 
 def pointwise_conv_gelu(x: Tensor, conv: Convolution, approximate: str) -> Tensor:
@@ -64,7 +66,7 @@ def patch_conv(x: Tensor, conv: Convolution) -> Tensor:
 
 def _convolves(x: Tensor, depthwise: Convolution, norm: Norm) -> bool:
     """Whether a kernel computes the convolution and its norm."""
-    if norm.over not in NORMS or norm.group is not None:
+    if norm.over not in NORMS:
         return False
     # The norm of a single value is constant: its gradient is 0, and not almost.
     if depthwise.weight.shape[0] * x.shape[2] * x.shape[3] == 1:

@@ -18,7 +18,7 @@ def convnext_block(inputs: Any) -> Tensor:
 
 
 def _norm(inputs: Any) -> dict[str, Any]:
-    return {"norm": inputs.norm, "eps": inputs.eps, "process_group": getattr(inputs, "group", None)}
+    return {"norm": inputs.norm, "eps": inputs.eps, "process_group": inputs.group}
 
 
 def depthwise_conv_layer_norm(inputs: Any) -> Tensor:

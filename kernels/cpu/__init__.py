@@ -4,7 +4,8 @@
 keeps what it made, and `openmp.py` gives it torch's threads.
 
 PyTorch sees the operators in `block.py`, `depthwise_layer_norm.py`, `layer_norm.py` and `patches.py`, that has the
-pointwise convolution too; they share `chunks.py`. The C++ of each has its name in `sources/`, made of
+pointwise convolution too; they share `chunks.py`, and those with a norm `exchange.py`. The C++ of each has
+its name in `sources/`, made of
 
 | source | what it has |
 |---|---|

@@ -12,6 +12,7 @@ from ..common import definitions
 from ..common.layout import block_gradient_sizes, gradient_like
 from ..common.registration import DifferentiableOperator, Forward, Operator
 from ..common.values import APPROXIMATIONS
+from . import exchange
 from .chunks import (
     Chunks,
     address,
@@ -31,7 +32,7 @@ _Arguments = structure(
     "over_sample tanh",
     numbers="eps",
     pointers="x taps shift w bias projection offset y h product scale workspace "
-    "gy gx gtaps gshift gw gbias gprojection goffset",
+    "gy gx gtaps gshift gw gbias gprojection goffset shared exchange",
 )
 
 
@@ -45,43 +46,48 @@ class Inputs(NamedTuple):
     projection_bias: Tensor | None  # (C,)
     norm: str
     eps: float
+    group: str | None
     approximate: str
     keep: bool  # what the backward needs
 
 
 class ForwardPlan:
-    """y; for the backward h [chunks, K, row], W h [chunks, O, row], the scales."""
+    """y; for the backward h [chunks, K, row], W h [chunks, O, row], the scales, and all ranks' moments, if any."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.chunks = divide(inputs.x, inputs.depthwise_weight)
 
-    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        results = _results(inputs, self.chunks)
-        if inputs.x.numel() > 0 and not inputs.x.is_meta:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        results = y, *saved, moments = _results(inputs, self.chunks)
+        if inputs.x.is_meta:
+            return results
+        with_ranks = exchange.of_moments(moments, inputs.group)
+        if inputs.x.numel() > 0:
             x = batch_last(inputs.x)
             arguments = _arguments(x, inputs, self.chunks)
             _, _, shift, _, bias, _, offset, *_ = inputs
             arguments.shift, arguments.bias, arguments.offset = address(shift), address(bias), address(offset)
-            y, *saved = results
             if inputs.keep:
                 arguments.h, arguments.product, arguments.scale = map(address, saved)
             with written_batch_last(y) as maps:
                 arguments.y = address(maps)
-                call("fastconv_block_forward", arguments)
+                call("fastconv_block_forward", arguments, with_ranks)
+        elif with_ranks is not None:
+            with_ranks.run_empty()
         return results
 
 
-def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, outputs, hidden = inputs.x, inputs.depthwise_weight.shape[0], inputs.weight.shape[0]
     _, channels, height, width = x.shape
     count = chunks.count if inputs.keep else 0
     row = (height * width + 1) * chunks.width
     shapes = (count, outputs, row), (count, hidden, row), (count, chunks.width)
     h, product, scale = map(x.new_empty, shapes)
-    return new_maps(x, channels), h, product, scale
+    return new_maps(x, channels), h, product, scale, exchange.new_moments(x, inputs.group)
 
 
-def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _results(inputs, divide(inputs.x, inputs.depthwise_weight))
 
 
@@ -107,8 +113,10 @@ class BackwardInputs(NamedTuple):
     h: Tensor
     product: Tensor
     scale: Tensor
+    moments: Tensor
     norm: str
     eps: float
+    group: str | None
     approximate: str
     needs_x: bool
     needs_depthwise: bool
@@ -128,7 +136,10 @@ class BackwardPlan:
         gx, parameters = _fake_backward(inputs)
         if inputs.x.is_meta:
             return gx, parameters
+        with_ranks = exchange.of_sums(inputs.moments, inputs.group)
         if inputs.x.numel() == 0:
+            if with_ranks is not None:
+                with_ranks.run_empty()
             return gx, parameters.zero_()
         x, gy = batch_last(inputs.x), batch_last(inputs.grad)
         arguments = _arguments(x, inputs, self.chunks)
@@ -141,7 +152,7 @@ class BackwardPlan:
             arguments.gtaps, arguments.gshift = gtaps, gshift
         with written_batch_last(gx) if inputs.needs_x else nullcontext() as maps:
             arguments.gx = address(maps)
-            call("fastconv_block_backward", arguments)
+            call("fastconv_block_backward", arguments, with_ranks)
         return gx, parameters
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .exchange import Exchange
 
 # Images of a chunk fill a line of cache, and more vectors while there are so many chunks for the threads, and a
 # chunk's widest maps fit the cache of a core.
@@ -152,12 +153,15 @@ def aligned(x: Tensor) -> Tensor:
 _Transposition = structure("Transposition", integers="rows columns slots", pointers="x y")
 
 
-def call(function: str, arguments: ctypes.Structure) -> None:
-    """Call a kernel with a workspace of the size that it asks for."""
+def call(function: str, arguments: ctypes.Structure, exchange: Exchange | None = None) -> None:
+    """Call a kernel with a workspace of the size that it asks for, and its exchange with other ranks, if any."""
     run, workspace_size = _functions(function)
     workspace = torch.empty(workspace_size(ctypes.byref(arguments)), dtype=torch.uint8, device="cpu")
     arguments.workspace = workspace.data_ptr()
-    run(ctypes.byref(arguments))
+    if exchange is None:
+        run(ctypes.byref(arguments))
+    else:
+        exchange.run(run, arguments)
 
 
 @functools.cache

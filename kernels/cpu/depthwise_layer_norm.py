@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common import definitions
 from ..common.layout import gradient_like
 from ..common.registration import DifferentiableOperator, Forward, Operator
+from . import exchange
 from .chunks import (
     Chunks,
     address,
@@ -28,7 +29,7 @@ _Arguments = structure(
     integers="images channels outputs height width kernel_height kernel_width vectors slots "
     "over_sample contiguous",
     numbers="eps",
-    pointers="x taps shift y h scale workspace gy gx gtaps gshift",
+    pointers="x taps shift y h scale workspace gy gx gtaps gshift shared exchange",
 )
 
 
@@ -38,33 +39,42 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # (K,)
     norm: str
     eps: float
+    group: str | None
 
 
 class ForwardPlan:
-    """y, contiguous if x is, else with images side by side; for the backward h [chunks, K, row] and the scales."""
+    """y, contiguous if x is, else with images side by side.
+
+    For the backward h [chunks, K, row], the scales, and all ranks' moments, if any.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.chunks = divide(inputs.x, inputs.weight)
 
-    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        results = y, h, scale = _results(inputs, self.chunks)
-        if inputs.x.numel() > 0 and not inputs.x.is_meta:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        results = y, h, scale, moments = _results(inputs, self.chunks)
+        if inputs.x.is_meta:
+            return results
+        with_ranks = exchange.of_moments(moments, inputs.group)
+        if inputs.x.numel() > 0:
             x = batch_last(inputs.x)
             arguments = _arguments(x, inputs.weight, inputs.norm, h, scale, self.chunks)
             arguments.shift, arguments.eps = address(inputs.bias), inputs.eps
             arguments.contiguous, arguments.y = y.is_contiguous(), address(y)
-            call("fastconv_depthwise_forward", arguments)
+            call("fastconv_depthwise_forward", arguments, with_ranks)
+        elif with_ranks is not None:
+            with_ranks.run_empty()
         return results
 
 
-def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+def _results(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, outputs = inputs.x, inputs.weight.shape[0]
     row = (x.shape[2] * x.shape[3] + 1) * chunks.width
-    h = x.new_empty(chunks.count, outputs, row)
-    return new_maps(x, outputs), h, x.new_empty(chunks.count, chunks.width)
+    h, scale = x.new_empty(chunks.count, outputs, row), x.new_empty(chunks.count, chunks.width)
+    return new_maps(x, outputs), h, scale, exchange.new_moments(x, inputs.group)
 
 
-def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _results(inputs, divide(inputs.x, inputs.weight))
 
 
@@ -80,7 +90,9 @@ class BackwardInputs(NamedTuple):
     weight: Tensor
     h: Tensor
     scale: Tensor
+    moments: Tensor
     norm: str
+    group: str | None
     needs_x: bool
     needs_weight: bool
 
@@ -95,7 +107,10 @@ class BackwardPlan:
         results = gx, weight, bias = _fake_backward(inputs)
         if inputs.x.is_meta:
             return results
+        with_ranks = exchange.of_sums(inputs.moments, inputs.group)
         if inputs.x.numel() == 0:
+            if with_ranks is not None:
+                with_ranks.run_empty()
             return gx, weight.zero_(), bias.zero_()
         x = batch_last(inputs.x)
         contiguous = inputs.grad.is_contiguous()
@@ -107,7 +122,7 @@ class BackwardPlan:
             arguments.gtaps = address(weight)
         with written_batch_last(gx) if inputs.needs_x else nullcontext() as maps:
             arguments.gx = address(maps)
-            call("fastconv_depthwise_backward", arguments)
+            call("fastconv_depthwise_backward", arguments, with_ranks)
         return results
 
 
@@ -119,9 +134,9 @@ def _fake_backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
     needs_x, needs_weight, needs_bias, *_ = forward.needs
-    x, weight, _, norm, _ = forward.inputs
-    h, scale = forward.kept
-    inputs = BackwardInputs(grad, x, weight, h, scale, norm, needs_x, needs_weight)
+    x, weight, _, norm, _, group = forward.inputs
+    h, scale, moments = forward.kept
+    inputs = BackwardInputs(grad, x, weight, h, scale, moments, norm, group, needs_x, needs_weight)
     gx, taps, bias = depthwise_conv_layer_norm_backward(inputs, forward)
     return {
         "x": gx if needs_x else None,

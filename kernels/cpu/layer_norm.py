@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..common import definitions
 from ..common.registration import DifferentiableOperator, Forward, Operator
+from . import exchange
 from .chunks import SLOT_ELEMENTS, address, call, structure
 
 _Arguments = structure(
     "LayerNorm",
     integers="groups length interleaved slots",
     numbers="eps",
-    pointers="x y statistics workspace gy gx",
+    pointers="x y statistics workspace gy gx shared exchange",
 )
 
 # The orders of the dimensions (N, C, H, W) in memory: contiguous, channels_last, and images side by side.
@@ -30,28 +31,36 @@ class Inputs(NamedTuple):
     x: Tensor  # (N, C, H, W)
     norm: str
     eps: float
+    group: str | None
 
 
 class ForwardPlan:
-    """Normalised maps, and the statistics (3, groups)."""
+    """Normalised maps; for the backward the statistics (3, groups), and all ranks' moments, if any."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.order = _order(inputs.x)
 
-    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        y, statistics = _results(inputs, self.order)
-        if inputs.x.numel() > 0 and not inputs.x.is_meta:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        results = y, statistics, moments = _results(inputs, self.order)
+        if inputs.x.is_meta:
+            return results
+        with_ranks = exchange.of_moments(moments, inputs.group)
+        if inputs.x.numel() > 0:
             x = _in_order(inputs.x, self.order)
             arguments = _arguments(x, statistics, self.order)
             arguments.eps, arguments.y = inputs.eps, address(y)
-            call("fastconv_layer_norm_forward", arguments)
-        return y, statistics
+            call("fastconv_layer_norm_forward", arguments, with_ranks)
+        elif with_ranks is not None:
+            with_ranks.run_empty()
+        return results
 
 
 class BackwardInputs(NamedTuple):
     grad: Tensor
     x: Tensor
     statistics: Tensor
+    moments: Tensor
+    group: str | None
 
 
 class BackwardPlan:
@@ -62,11 +71,16 @@ class BackwardPlan:
 
     def __call__(self, inputs: BackwardInputs) -> Tensor:
         gx = _new_maps(inputs.x, self.order)
-        if gx.numel() > 0 and not gx.is_meta:
+        if gx.is_meta:
+            return gx
+        with_ranks = exchange.of_sums(inputs.moments, inputs.group)
+        if gx.numel() > 0:
             x, gy = _in_order(inputs.x, self.order), _in_order(inputs.grad, self.order)
             arguments = _arguments(x, inputs.statistics, self.order)
             arguments.gy, arguments.gx = address(gy), address(gx)
-            call("fastconv_layer_norm_backward", arguments)
+            call("fastconv_layer_norm_backward", arguments, with_ranks)
+        elif with_ranks is not None:
+            with_ranks.run_empty()
         return gx
 
 
@@ -100,12 +114,13 @@ def _arguments(x: Tensor, statistics: Tensor, order: tuple[int, ...]) -> Any:
     )
 
 
-def _results(inputs: Inputs, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _results(inputs: Inputs, order: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     x = inputs.x
-    return _new_maps(x, order), x.new_empty(3, x.shape[0] if inputs.norm == "sample" else 1)
+    statistics = x.new_empty(3, x.shape[0] if inputs.norm == "sample" else 1)
+    return _new_maps(x, order), statistics, exchange.new_moments(x, inputs.group)
 
 
-def _fake(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return _results(inputs, _order(inputs.x))
 
 
@@ -114,7 +129,9 @@ def _fake_backward(inputs: BackwardInputs) -> Tensor:
 
 
 def _gradients(forward: Forward, grad: Tensor) -> dict[str, Tensor | None]:
-    return {"x": layer_norm_backward(BackwardInputs(grad, forward.inputs.x, *forward.kept), forward)}
+    x, _, _, group = forward.inputs
+    statistics, moments = forward.kept
+    return {"x": layer_norm_backward(BackwardInputs(grad, x, statistics, moments, group), forward)}
 
 
 layer_norm_backward = Operator(

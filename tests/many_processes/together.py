@@ -72,9 +72,9 @@ def operations():
                     with fastconv.backend(backend):
                         assert_accurate(partial(compared, operation, sizes, offset, call), samples=1)
         # Each process may take what suits its part.
-        with fastconv.backend(["portable", "triton"][distributed.get_rank() % 2]):
+        with fastconv.backend(["native", "triton", "portable"][distributed.get_rank() % 3]):
             assert_accurate(partial(compared, operation, SIZES[0], 0, call), samples=1)
-        for backend in ("portable", "triton"):
+        for backend in ("portable", "native", "triton"):
             with fastconv.backend(backend):
                 compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
                 assert_accurate(partial(compared, operation, SIZES[0], 0, compiled), samples=1)

@@ -26,6 +26,8 @@ struct Block {
     void* workspace;
     const float* gy;
     float *gx, *gtaps, *gshift, *gw, *gbias, *gprojection, *goffset;  // null: not needed
+    double* shared;  // see `Ranks`
+    Exchange* exchange;
 };
 
 namespace {
@@ -83,7 +85,7 @@ void forward(const Block& k) {
         Vector* product = products + s.stride * O * chunk;
         multiply(work.w, O, K, h, s.stride, s.columns, product, s.stride);
     });
-    statistics.finish(s.chunks, s.count(), k.over_sample, k.eps);
+    statistics.finish(s.chunks, s.count(), k.over_sample, k.eps, s.ranks);
 
     in_chunks<ForwardScratch>(s, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
         Vector* h = keeps ? k.h + s.stride * K * chunk : scratch.h;
@@ -282,7 +284,7 @@ void backward(const Block& k) {
     in_chunks<BackwardScratch>(s, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
         backward_of_product(k, s, chunk, work, scratch, partial(slot));
     });
-    finish_gradient(s.chunks, s.count(), s.over_sample, k.scale, work.g_sums, work.slopes);
+    finish_gradient(s.chunks, s.count(), s.over_sample, s.ranks, k.scale, work.g_sums, work.slopes);
     if (k.gx || k.gtaps || k.gshift)
         in_chunks<BackwardScratch>(s, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
             backward_of_convolution(k, s, chunk, work, scratch, partial(slot));

@@ -14,6 +14,7 @@ struct Depthwise {
     size_t stride;  // of rows, in vectors; first in products with chunks, which are then of 64 bits
     const float *x, *taps, *shift;  // [C][pixels][images], [K][kernel], [K] or null
     bool over_sample;
+    Ranks ranks;
 
     // From the arguments of an operation, which have these names.
     template <class Arguments>
@@ -30,7 +31,8 @@ struct Depthwise {
           x(k.x),
           taps(k.taps),
           shift(k.shift),
-          over_sample(k.over_sample) {}
+          over_sample(k.over_sample),
+          ranks{k.shared, k.exchange} {}
     size_t lanes() const { return (size_t)chunks.count() * chunks.lanes(); }
     const float* channel(const float* maps, int c) const { return maps + (size_t)c * pixels * chunks.images; }
     float* channel(float* maps, int c) const { return maps + (size_t)c * pixels * chunks.images; }

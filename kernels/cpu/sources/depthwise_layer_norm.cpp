@@ -21,6 +21,8 @@ struct DepthwiseLayerNorm {
     void* workspace;
     const float* gy;
     float *gx, *gtaps, *gshift;  // null: not needed
+    double* shared;  // see `Ranks`
+    Exchange* exchange;
 };
 
 namespace {
@@ -76,7 +78,7 @@ void forward(const DepthwiseLayerNorm& k) {
         Vector* means = work.means + (size_t)chunk * K * d.chunks.vectors;
         convolve_chunk(d, chunk, k.h + d.stride * K * chunk, means, scratch.convolution, statistics);
     });
-    statistics.finish(d.chunks, d.count(), d.over_sample, k.eps);
+    statistics.finish(d.chunks, d.count(), d.over_sample, k.eps, d.ranks);
     in_chunks<ForwardScratch>(d, scratches, [&](int, int chunk, const ForwardScratch& scratch) {
         Vector* h = k.h + d.stride * K * chunk;
         deviations_of_means(d, chunk, work.means + (size_t)chunk * K * d.chunks.vectors, statistics, h);
@@ -179,7 +181,7 @@ void backward(const DepthwiseLayerNorm& k) {
     in_chunks<BackwardScratch>(d, scratches, [&](int, int chunk, const BackwardScratch& scratch) {
         add_up(k, d, chunk, work, scratch);
     });
-    finish_gradient(d.chunks, d.count(), d.over_sample, k.scale, work.levels, work.slopes);
+    finish_gradient(d.chunks, d.count(), d.over_sample, d.ranks, k.scale, work.levels, work.slopes);
     in_chunks<BackwardScratch>(d, scratches, [&](int slot, int chunk, const BackwardScratch& scratch) {
         gradients(k, d, chunk, work, scratch, partial(slot));
     });

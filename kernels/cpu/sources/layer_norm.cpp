@@ -15,6 +15,8 @@ struct LayerNorm {
     void* workspace;
     const float* gy;
     float* gx;
+    double* shared;  // see `Ranks`; then there is one group
+    Exchange* exchange;
 };
 
 namespace {
@@ -116,9 +118,12 @@ void add_up(const LayerNorm& k, const Pieces& pieces, int item, const Sums& sums
     keep(pieces, item, squares, sums.second);
 }
 
+// Call use(g) for each group; for one that has values elsewhere by the calling thread, which can wait for them.
+template <class Use> void each_group(const LayerNorm& k, Use use) { each_of(k.groups, k.shared ? 1 : k.slots, use); }
+
 void finish(const LayerNorm& k, const Pieces& pieces, const Sums& sums) {
     const int G = pieces.groups;
-    each_of(pieces.groups, k.slots, [&](int g) {
+    each_group(k, [&](int g) {
         double total = 0, squares = 0;
         // From here on the first of the two is a piece's mean.
         for (int i = 0; i < pieces.count; ++i) {
@@ -130,13 +135,18 @@ void finish(const LayerNorm& k, const Pieces& pieces, const Sums& sums) {
             sums.first[at] = start + deviation;
             total += n * sums.first[at];
         }
-        const double mean = total / pieces.length;
+        double mean = total / pieces.length, count = pieces.length;
         for (int i = 0; i < pieces.count; ++i) {
             const double deviation = sums.first[(size_t)i * G + g] - mean;
             squares += pieces.values(i) * deviation * deviation;
         }
+        if (double* numbers = k.shared) {
+            numbers[0] = count, numbers[1] = mean, numbers[2] = squares;
+            k.exchange();
+            count = numbers[0], mean = numbers[1], squares = numbers[2];
+        }
         split(mean, k.statistics + g, k.statistics + G + g);
-        k.statistics[2 * G + g] = (float)(1 / std::sqrt((squares < 0 ? 0 : squares) / pieces.length + k.eps));
+        k.statistics[2 * G + g] = (float)(1 / std::sqrt((squares < 0 ? 0 : squares) / count + k.eps));
     });
 }
 
@@ -178,14 +188,19 @@ void backward(const LayerNorm& k) {
         keep(pieces, item, total, sums.first);
         keep(pieces, item, product, sums.second);
     });
-    each_of(pieces.groups, k.slots, [&](int g) {
-        double total = 0, product = 0;
+    each_group(k, [&](int g) {
+        double total = 0, product = 0, count = pieces.length;
         for (int i = 0; i < pieces.count; ++i) {
             total += sums.first[(size_t)i * G + g];
             product += sums.second[(size_t)i * G + g];
         }
-        split(total / pieces.length, means.of + g, means.of + G + g);
-        means.of[2 * G + g] = (float)(product / pieces.length);
+        if (double* numbers = k.shared) {
+            numbers[1] = total, numbers[2] = product;
+            k.exchange();
+            count = numbers[0], total = numbers[1], product = numbers[2];
+        }
+        split(total / count, means.of + g, means.of + G + g);
+        means.of[2 * G + g] = (float)(product / count);
     });
     each_of(pieces.items(), k.slots, [&](int item) {
         const Normalisation normalise(pieces, k.statistics, item);

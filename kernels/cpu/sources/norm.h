@@ -3,6 +3,14 @@
 #include <cmath>
 #include "chunks.h"
 
+// What a norm needs of other processes that have values of it. Between its passes a kernel writes its own numbers and
+// calls `exchange`, by the thread that called it: then they are those of all. Both are null if all values are here.
+using Exchange = void();
+struct Ranks {
+    double* numbers;  // forward: count, mean, sum of squared deviations; backward: count, of all, and two sums
+    Exchange* exchange;
+};
+
 // Subtract from a vector's maps h [pixels] their means, total / pixels, and return them; h plus its mean is what it
 // was. A mean is rounded, and what that leaves counts where it is large: `exact` is what the mean would have been, and
 // `squares` the sum of squared deviations from it.
@@ -27,14 +35,19 @@ struct Statistics {
     float* scale;  // 1 / sqrt(variance + eps); 0 in lanes without an image
 
     // From the sums of each image, with `count` values each; over all images together unless `over_sample`.
-    void finish(const Chunks& chunks, double count, bool over_sample, double eps) {
+    void finish(const Chunks& chunks, double count, bool over_sample, double eps, const Ranks& ranks) {
         const int images = chunks.images;
         if (!over_sample) {
             double total = 0, deviations = 0;
             for (int n = 0; n < images; ++n) total += mean[n];
-            const double centre = total / images;
+            double centre = total / images, values = count * images;
             for (int n = 0; n < images; ++n) deviations += squares[n] + count * (mean[n] - centre) * (mean[n] - centre);
-            for (int n = 0; n < images; ++n) mean[n] = centre, squares[n] = deviations / images;
+            if (double* numbers = ranks.numbers) {
+                numbers[0] = values, numbers[1] = centre, numbers[2] = deviations;
+                ranks.exchange();
+                values = numbers[0], centre = numbers[1], deviations = numbers[2];
+            }
+            for (int n = 0; n < images; ++n) mean[n] = centre, squares[n] = deviations / (values / count);
         }
         // The sum of no deviations may be rounded to less than 0.
         for (int n = 0; n < chunks.count() * chunks.lanes(); ++n)
@@ -44,12 +57,18 @@ struct Statistics {
 
 // From the sums over each image of the gradient g of x^ and of g (h - mean), both scaled, to the level and the slope of
 // the gradient of h, scale g + level + slope x^. In lanes without an image they are 0.
-inline void finish_gradient(const Chunks& chunks, double count, bool over_sample, const float* scale, double* levels, double* slopes) {
+inline void finish_gradient(const Chunks& chunks, double count, bool over_sample, const Ranks& ranks, const float* scale, double* levels, double* slopes) {
     const int images = chunks.images;
     double level = 0, slope = 0;
     if (!over_sample) {
         for (int n = 0; n < images; ++n) level += levels[n], slope += slopes[n];
         count *= images;
+        if (double* numbers = ranks.numbers) {
+            // The sum of g itself, as it is exchanged: images of one norm have one scale.
+            numbers[1] = level / scale[0], numbers[2] = slope;
+            ranks.exchange();
+            count = numbers[0], level = numbers[1] * scale[0], slope = numbers[2];
+        }
     }
     for (int n = 0; n < chunks.count() * chunks.lanes(); ++n) {
         const bool there = n < images;

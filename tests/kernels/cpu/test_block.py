@@ -117,5 +117,5 @@ def test_operators_keep_the_rules_of_pytorch():
         x, taps, shift, weight, bias, projection, offset, *_ = draw_leaves(
             "convnext_block", SIZES["lecture 4x4"]
         ).values()
-    arguments = x, taps, shift, weight, bias, projection, offset, "tensor", 1e-5, "none", True
+    arguments = x, taps, shift, weight, bias, projection, offset, "tensor", 1e-5, None, "none", True
     torch.library.opcheck(block.convnext_block._registered, arguments)
