@@ -70,7 +70,7 @@ def main() -> None:
         with termination():
             run()
     except ranks.RankFailed:
-        sys.exit(2)
+        ranks.leave(2)
     except ranks.RankLost as error:
         fail(error, 2, lost=True)
     except known as error:
@@ -105,7 +105,7 @@ def run() -> None:
 def fail(reason: object, code: int, lost: bool = False) -> NoReturn:
     """Print an error as `ranks.say` does, and end."""
     ranks.say(printable(str(reason)), lost)
-    sys.exit(code)
+    ranks.leave(code)
 
 
 @contextmanager

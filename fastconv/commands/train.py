@@ -129,6 +129,9 @@ def train(
         shown.print(f"\n{str(error) or 'stopped at once'}", soft_wrap=True)
         if path.exists():
             shown.print(how_to_resume, soft_wrap=True)
+        if isinstance(error, loop.Interrupted):
+            # All processes were.
+            mine.end()
         number = error.signal if isinstance(error, loop.Interrupted) else signal.SIGINT
         raise typer.Exit(128 + number) from error
     except (WriteError, CaptureError):
@@ -141,6 +144,7 @@ def train(
             style="red",
             soft_wrap=True,
         )
+        mine.end()
         raise typer.Exit(1) from error
     except RuntimeError as error:
         if mine.count == 1 or not ranks.is_lost(error):

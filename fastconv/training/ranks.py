@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -225,6 +225,16 @@ def lost(error: BaseException) -> str:
     """The line that says so."""
     reason = str(error).partition("\n")[0]
     return f"another rank has ended, or cannot be reached ({reason})"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, whether others still wait for it or not."""
+    if are_joined():
+        # An orderly end may wait for them, or abort in a thread of gloo's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def say(text: str, lost: bool = False) -> None:
