@@ -1,4 +1,7 @@
-"""What each of several processes does: python together.py FUNCTION, with the variables that torchrun sets."""
+"""What each of several processes does: `python together.py FUNCTION`, with the variables that torchrun sets.
+
+And DEVICE, if it is not a CPU: several processes share one GPU.
+"""
 
 import os
 import signal
@@ -12,6 +15,7 @@ from cases import draw
 from oracle import assert_accurate
 from synthetic import CPU, Recorder, make_set
 from torch import distributed
+from torch.profiler import profile
 
 import fastconv
 from fastconv import functional, reference
@@ -48,7 +52,7 @@ def sum_over_ranks(x):
 def compared(operation, sizes, offset, call):
     """{name: (ours, PyTorch's, exact)}, of this process's images, and of the parameters of all processes."""
     torch.manual_seed(0)
-    tensors = draw(operation, sizes)
+    tensors = draw(operation, sizes, device=PLACE)
     tensors["x"] = tensors["x"] + offset
     define = getattr(reference, operation)
     grad = torch.randn_like(define(**tensors))
@@ -62,19 +66,22 @@ def compared(operation, sizes, offset, call):
 
 def operations():
     """Parts of a batch have the results and gradients of the whole one, by every implementation."""
-    world = distributed.group.WORLD
+    world, rank = distributed.group.WORLD, distributed.get_rank()
+    kernels = ["triton", "portable", *(["native"] if PLACE.type == "cpu" else [])]
     for operation in NORMED:
         call = partial(getattr(functional, operation), process_group=world)
-        for backend in ("reference", "portable", "native", "triton"):
+        for backend in ("reference", *kernels):
             for sizes in SIZES:
                 for offset in (0, 300):
                     print(operation, backend, sizes, offset, file=sys.stderr)
                     with fastconv.backend(backend):
                         assert_accurate(partial(compared, operation, sizes, offset, call), samples=1)
-        # Each process may take what suits its part.
-        with fastconv.backend(["native", "triton", "portable"][distributed.get_rank() % 3]):
-            assert_accurate(partial(compared, operation, SIZES[0], 0, call), samples=1)
-        for backend in ("portable", "native", "triton"):
+        for first, backend in enumerate(kernels):
+            # Each process may take what suits its part.
+            print(operation, "mixed", kernels[first:], file=sys.stderr)
+            with fastconv.backend(kernels[(first + rank) % len(kernels)]):
+                assert_accurate(partial(compared, operation, SIZES[0], 0, call), samples=1)
+            print(operation, backend, "compiled", file=sys.stderr)
             with fastconv.backend(backend):
                 compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
                 assert_accurate(partial(compared, operation, SIZES[0], 0, compiled), samples=1)
@@ -112,22 +119,26 @@ def derivatives():
     torch.testing.assert_close(sum_over_ranks(mine), whole)
 
 
-def others_pay_nothing():
-    """Norms that span no two images exchange nothing: a process may call them alone."""
-    if distributed.get_rank() == 0:
-        x = torch.randn(3, 4, 5, 5, requires_grad=True)
-        for norm in ("sample", "channel"):
-            functional.layer_norm(x, norm=norm, process_group=distributed.group.WORLD).square().sum().backward()
-    distributed.barrier()
+def messages():
+    """A step sends one message for each norm "tensor" and direction, and one with all gradients."""
+    for norm, expected in (("tensor", 2 * (2 + 2) + 1), ("sample", 1)):
+        recipe = Recipe(batch_size=13, width=4, depth=1, patch=2, norm=norm)
+        state = loop.prepare(recipe, make_dataset(), PLACE, None, JOINED)
+        size, *_ = state.rest_of_epoch()
+        state.train(size)
+        with profile() as profiled:
+            state.train(size)
+        assert sum(event.name == "c10d::allreduce_" for event in profiled.events()) == expected
 
 
 def numbers():
     """All that concerns single operations."""
-    # Before any kernel is imported.
-    interpreter.install()
+    if PLACE.type == "cpu":
+        # Before any kernel is imported.
+        interpreter.install()
     operations()
     derivatives()
-    others_pay_nothing()
+    messages()
 
 
 def make_dataset():
@@ -135,7 +146,7 @@ def make_dataset():
     return Dataset(make_set(100, generator), make_set(33, generator), ("red", "green", "blue"), "synthetic")
 
 
-def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
+def train(recipe, folder, mine=ranks.ALONE, device=CPU, stop=None, neighbour=False):
     """Train by a recipe, from the folder's checkpoint if there is one, and return the losses of all steps.
 
     Args:
@@ -147,7 +158,7 @@ def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
     resumed = mine.share(lambda: checkpoint.load(path) if path.exists() else None)
     is_last = mine.rank == mine.count - 1
     observer = Recorder(stop, stop and (lambda: os.kill(os.getpid(), signal.SIGTERM) if is_last else None))
-    state = loop.prepare(recipe, make_dataset(), CPU, resumed, mine)
+    state = loop.prepare(recipe, make_dataset(), device, resumed, mine)
     if neighbour:
         torch.manual_seed(0)
         with torch.no_grad():
@@ -163,7 +174,7 @@ def train(recipe, folder, mine=ranks.ALONE, stop=None, neighbour=False):
 def training():
     """`python together.py training FOLDER RECIPE [EPOCH STEP]`, as `train` takes them."""
     folder, options, *stop = sys.argv[2:]
-    losses = train(Recipe(**eval(options)), Path(folder), JOINED, tuple(map(int, stop)) or None)
+    losses = train(Recipe(**eval(options)), Path(folder), JOINED, PLACE, tuple(map(int, stop)) or None)
     # Every process knows the losses of the whole batches.
     assert losses.allclose(JOINED.share(lambda: losses), rtol=0, atol=0)
     if JOINED.is_first:
@@ -172,6 +183,7 @@ def training():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    JOINED, _ = ranks.start("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    JOINED, PLACE = ranks.start(os.environ.get("DEVICE", "cpu"))
     globals()[sys.argv[1]]()
     JOINED.end()
