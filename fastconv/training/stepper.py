@@ -105,7 +105,8 @@ class AutogradStepper:
         step, ranks = self._step(), self.batches.ranks
         augment = None if self.ingredients is None else self.ingredients.augment
         images, labels = self.batches.next(size, augment)
-        loss = self._classify(self._trained_model, images, labels, step, self.trained, size, smooth=True)
+        smoothing = self.recipe.label_smoothing
+        loss = self._classify(self._trained_model, images, labels, step, self.trained, size, smoothing)
         self.optimizer.zero_grad()
         # Here, not in autograd's thread for a GPU, where the host is slower: bench/NOTES.md.
         with torch.autograd.set_multithreading_enabled(False):
@@ -135,17 +136,15 @@ class AutogradStepper:
         step: Tensor,
         tally: Tally,
         size: int,
-        smooth: bool = False,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """The loss: what this process's images add to the mean over all `size` of the batch."""
         with autocast(self.recipe, images.device):
             logits = model(images)
-        smoothing = self.recipe.label_smoothing if smooth else 0.0
         if self.batches.ranks.count == 1:
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         else:
-            total = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
-            loss = total / size
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum") / size
         tally.losses.index_copy_(0, step, loss.detach()[None])
         tally.correct += (logits.argmax(1) == labels).sum()
         return loss
