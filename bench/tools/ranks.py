@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from fastconv.checking.divergence import FLOOR, MARGIN, largest_difference
+from fastconv.checking.divergence import FLOOR, MARGIN, largest_difference, move_to_neighbours
 from fastconv.training import data, loop, ranks
 from fastconv.training.recipe import RECIPES, Recipe
 
@@ -83,9 +83,7 @@ def train(directory: Path | None, recipe: Recipe, result: Path, neighbour: bool)
     state = loop.prepare(recipe, data.load(directory), device, None, mine)
     if neighbour:
         torch.manual_seed(0)
-        with torch.no_grad():
-            for p in state.model.parameters():
-                p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, torch.inf, -torch.inf)))
+        move_to_neighbours(state.model)
     first = weights(state.model)
     sizes = state.rest_of_epoch()[: STEPS + 1]
     started = time.perf_counter()

@@ -80,10 +80,15 @@ def measure(device: torch.device, size: Size, stepped: Callable[[], None]) -> Di
     fused = Classifier(size.width, size.depth, size.patch)
     fused.load_state_dict(plain.state_dict())
     neighbour = copy.deepcopy(plain)
-    with torch.no_grad():
-        for p in neighbour.parameters():
-            p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, torch.inf, -torch.inf)))
+    move_to_neighbours(neighbour)
     return Divergence(*(train(model.to(device), size, stepped) for model in (fused, plain, neighbour)))
+
+
+@torch.no_grad()
+def move_to_neighbours(model: nn.Module) -> None:
+    """Move each weight to the next float above or below, as the random state decides."""
+    for p in model.parameters():
+        p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, torch.inf, -torch.inf)))
 
 
 def train(model: nn.Module, size: Size, stepped: Callable[[], None]) -> Tensor:

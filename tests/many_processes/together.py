@@ -19,6 +19,7 @@ from torch.profiler import profile
 
 import fastconv
 from fastconv import functional, reference
+from fastconv.checking.divergence import move_to_neighbours
 from fastconv.checking.inputs import Sizes
 from fastconv.training import checkpoint, loop, ranks
 from fastconv.training.data import Dataset
@@ -161,9 +162,7 @@ def train(recipe, folder, mine=ranks.ALONE, device=CPU, stop=None, neighbour=Fal
     state = loop.prepare(recipe, make_dataset(), device, resumed, mine)
     if neighbour:
         torch.manual_seed(0)
-        with torch.no_grad():
-            for p in state.model.parameters():
-                p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, torch.inf, -torch.inf)))
+        move_to_neighbours(state.model)
     try:
         loop.go_on(state, path, observer)
     except loop.Interrupted:
