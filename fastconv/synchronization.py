@@ -31,7 +31,8 @@ def set_process_group(model: nn.Module, process_group: ProcessGroup | str | None
 
     Args:
         model: is changed.
-        process_group: the group, or its name; None undoes it.
+        process_group: the group, or its name; None undoes it. `torch.distributed.group.WORLD` is None before
+            `init_process_group`.
 
     Returns:
         The names of the modules in the model whose norm spans the group.

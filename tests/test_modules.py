@@ -163,6 +163,18 @@ def test_compiled_blocks_are_fused(monkeypatch):
     assert fused == [1]
 
 
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_compiled_for_maps_of_any_size(backend):
+    torch.compiler.reset()
+    model = fastconv.Classifier(4, 1, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with fastconv.backend(backend):
+        # The last are large maps.
+        for shape in ((4, 3, 8, 8), (6, 3, 12, 10), (2, 3, 40, 40)):
+            x = torch.rand(shape)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_representations_tell_the_options():
     assert "norm=channel, eps=1e-06, affine=True" in repr(
         fastconv.DepthwiseConvLayerNorm(3, norm="channel", eps=1e-6, affine=True)

@@ -91,7 +91,14 @@ def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     """The backend of an operation that torch.compile traces."""
     from fastconv.operations import tracing
 
-    operation, _, _, maps, dtype, _ = subject
+    operation, norm, large, maps, dtype, approximate = subject
     name = backends.select(operation, device, maps, dtype)
     tested = name in backends.TESTED and backends.current() == "auto"
-    return "portable" if tested and not tracing.trusts(name, device, *subject) else name
+    if not tested:
+        return name
+    # Of maps whose size is a symbol; the branch makes it that of a graph for large maps, or for others.
+    sized = False
+    if large:
+        sized = True
+    trusted = tracing.trusts(name, device, operation, norm, sized, maps, dtype, approximate)
+    return name if trusted else "portable"

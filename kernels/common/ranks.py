@@ -18,7 +18,11 @@ from fastconv.operations.reference import all_reduce
 
 
 def place_in(group: str) -> tuple[int, int]:
-    """This process's rank in a group of that name, and how many ranks there are."""
+    """This process's rank in a group of that name, and how many ranks there are.
+
+    Raises:
+        ValueError: there is no such group.
+    """
     if torch.compiler.is_compiling():
         # Not at the top: it imports the compiler.
         from . import tracing
@@ -27,7 +31,13 @@ def place_in(group: str) -> tuple[int, int]:
     # Nor this, which not every build of PyTorch has.
     from torch.distributed import distributed_c10d
 
-    found: Any = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
+    try:
+        found: Any = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no process group {group!r} in this process; call fastconv.set_process_group again, after "
+            "init_process_group, or with None"
+        ) from error
     return found.rank(), found.size()
 
 

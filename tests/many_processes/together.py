@@ -3,7 +3,9 @@
 And DEVICE, if it is not a CPU: several processes share one GPU.
 """
 
+import copy
 import os
+import pickle
 import signal
 import sys
 from functools import partial
@@ -16,9 +18,10 @@ from oracle import assert_accurate
 from synthetic import CPU, Recorder, make_set
 from torch import distributed
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import fastconv
-from fastconv import functional, reference
+from fastconv import functional, reference, set_process_group
 from fastconv.checking.divergence import move_to_neighbours
 from fastconv.checking.inputs import Sizes
 from fastconv.training import checkpoint, loop, ranks
@@ -132,6 +135,35 @@ def messages():
         assert sum(event.name == "c10d::allreduce_" for event in profiled.events()) == expected
 
 
+def modules():
+    """A classifier over ranks: copied, with a part that is called, recomputed, and without other ranks again."""
+    torch.manual_seed(0)
+    whole = fastconv.Classifier(4, 1, 2).to(PLACE)
+    x = torch.rand(5, 3, 8, 8, device=PLACE)
+    expected = part(whole(x))
+    model = copy.deepcopy(whole)
+    assert set_process_group(model, distributed.group.WORLD) == ["", "conv_block_1.0", "conv_block_2.0"]
+    called = copy.deepcopy(model)
+    called.conv_block_1[0].conv2.register_forward_hook(lambda *_: None)
+    for each in (
+        model,
+        pickle.loads(pickle.dumps(model)),
+        called,
+        partial(recomputed, model, use_reentrant=False),
+    ):
+        torch.testing.assert_close(each(part(x)), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(part(x)), expected, rtol=1e-4, atol=1e-5)
+    assert set_process_group(model, None) == []
+    assert not torch.allclose(model(part(x)), expected, rtol=1e-4, atol=1e-5)
+    try:
+        functional.layer_norm(x, process_group="another")
+    except ValueError as error:
+        assert "there is no process group 'another' in this process" in str(error)
+    else:
+        raise AssertionError("a group that there is not was taken")
+
+
 def numbers():
     """All that concerns single operations."""
     if PLACE.type == "cpu":
@@ -140,6 +172,7 @@ def numbers():
     operations()
     derivatives()
     messages()
+    modules()
 
 
 def make_dataset():
