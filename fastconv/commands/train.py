@@ -110,7 +110,7 @@ def train(
     with usage_errors():
         runs.check(chosen, dataset, place, mine.count)
         graphed.check(graph, place)
-        mine.check_alike(recipe=str(chosen), data=dataset.checksum, PyTorch=torch.__version__)
+        mine.check_alike(**asdict(chosen), data=dataset.checksum, PyTorch=torch.__version__)
     if resumed is not None and (changed := runs.go_on_as_before(resumed.environment, place, mine)):
         shown.print(changed, soft_wrap=True)
     state = loop.prepare(chosen, dataset, place, resumed, mine)

@@ -106,7 +106,7 @@ class Ranks:
         self.largest(0)
         return make() if made is None else made
 
-    def check_alike(self, **values: str) -> None:
+    def check_alike(self, **values: object) -> None:
         """Raise ValueError, in every process, if one has another value than the first."""
         if self.count == 1:
             return

@@ -161,6 +161,26 @@ def modules():
         functional.layer_norm(x, process_group="another")
 
 
+def agreement():
+    """What the first process makes all have, and all find the same fault."""
+    rank = distributed.get_rank()
+    assert JOINED.share(lambda: {"made by": rank}) == {"made by": 0}
+    with pytest.raises(
+        OSError if JOINED.is_first else ranks.RankFailed, match="full" if JOINED.is_first else None
+    ):
+        JOINED.share(partial(fail, OSError("full")))
+    with pytest.raises(
+        ValueError, match="rank 1 has another lr than rank 0: 2, expected 1; start every rank alike"
+    ):
+        JOINED.check_alike(width=3, lr=1 + rank)
+    assert JOINED.largest(rank, 5 - rank) == (JOINED.count - 1, 5)
+    assert [range(5)[ranks.Ranks(i, 3).part(5)] for i in range(3)] == [range(0, 1), range(1, 3), range(3, 5)]
+
+
+def fail(error):
+    raise error
+
+
 def numbers():
     """All that concerns single operations."""
     if PLACE.type == "cpu":
@@ -170,6 +190,7 @@ def numbers():
     derivatives()
     messages()
     modules()
+    agreement()
 
 
 def make_dataset():
