@@ -21,9 +21,9 @@ def set_process_group(model: nn.Module, process_group: ProcessGroup | str | None
     """Let each norm "tensor" of a model's fused modules span the images that all ranks of a process group have.
 
     Each rank then computes what one process would with the whole batch, gradients included: those of the sum of
-    all ranks' losses. Parts of a batch may be of any sizes, and empty. Each such norm takes one small all-reduce
-    in the forward and one in the backward, so every rank has to call both, also in evaluation. Other norms span
-    one image at most: they need none, and take none.
+    all ranks' losses. Parts of a batch may be of any sizes and, unless the model is compiled, empty. Each such norm
+    takes one small all-reduce in the forward and one in the backward, so every rank has to call both, also in
+    evaluation. Other norms span one image at most: they need none, and take none.
 
         model = fastconv.Classifier()
         fastconv.set_process_group(model, torch.distributed.group.WORLD)
@@ -45,13 +45,18 @@ def set_process_group(model: nn.Module, process_group: ProcessGroup | str | None
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
     name = name_of_group(process_group)
     modules = dict(model.named_modules())
+    if name is not None:
+        _check_swapped(modules)
+    normed = {path: module for path, module in modules.items() if isinstance(module, Normed)}
+    for module in normed.values():
+        module.process_group = name
+    return [path for path, module in normed.items() if name is not None and spans_images(module.norm)]
+
+
+def _check_swapped(modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
         if isinstance(module, Swapped) and isinstance(module.fastconv_fusion, (LectureBlock, LectureClassifier)):
             raise ValueError(
                 f"{path or 'the model'} is a swapped {module.fastconv_original.__name__}, whose norm keeps to its "
                 "own process; build a fastconv.Classifier or fastconv.ConvNextBlock and load its state_dict"
             )
-    normed = {path: module for path, module in modules.items() if isinstance(module, Normed)}
-    for module in normed.values():
-        module.process_group = name
-    return [path for path, module in normed.items() if name is not None and spans_images(module.norm)]

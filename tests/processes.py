@@ -20,17 +20,21 @@ def printed_by(*arguments, **options):
     return done.stdout
 
 
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(count, *arguments, timeout=120, **environment):
     """Run Python in so many processes that find each other as torchrun's do; return what each printed.
 
     All have to succeed: the first that fails ends the others.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import threading
@@ -95,8 +96,8 @@ def run() -> None:
     except USAGE_ERROR as error:
         if ranks.are_joined():
             fail(error.format_message(), 2)
-        # All have met it, since all have the same arguments.
-        if ranks.is_first():
+        # From torchrun all have the same arguments, and have met it.
+        if ranks.is_first() or "TORCHELASTIC_RUN_ID" not in os.environ:
             error.show()
         sys.exit(2)
     sys.exit(code)

@@ -29,7 +29,7 @@ from fastconv.commands.options import (
 )
 from fastconv.console import console
 from fastconv.files import WriteError, remove_partial
-from fastconv.training import checkpoint, folder, graphed, runs
+from fastconv.training import checkpoint, folder, graphed, ranks, runs
 from fastconv.training.checkpoint import CheckpointError
 from fastconv.training.comparison import files, reading, tables
 from fastconv.training.comparison.rows import compare
@@ -101,6 +101,11 @@ def sweep(
     Ctrl-C, SIGTERM and a closed terminal save all runs: [bold]fastconv sweep --out DIR --resume[/bold] goes on
     from there, and tries again what has failed.
     """
+    if ranks.are_launched():
+        raise typer.BadParameter(
+            "several processes were started, which fastconv train shares its batches among; start one, which may "
+            "do a run on each device: --device cuda:0,cuda:1"
+        )
     shown = console(stderr=json_output)
     runs.check_packages(tensorboard)
     if not resume:

@@ -110,7 +110,8 @@ def train(
     with usage_errors():
         runs.check(chosen, dataset, place, mine.count)
         graphed.check(graph, place)
-        mine.check_alike(**asdict(chosen), data=dataset.checksum, PyTorch=torch.__version__)
+        machine = {"PyTorch": torch.__version__, "backend": backends.current()}
+        mine.check_alike(**asdict(chosen), **machine, data=dataset.checksum)
     if resumed is not None and (changed := runs.go_on_as_before(resumed.environment, place, mine)):
         shown.print(changed, soft_wrap=True)
     state = loop.prepare(chosen, dataset, place, resumed, mine)
@@ -149,7 +150,8 @@ def train(
     except RuntimeError as error:
         if mine.count == 1 or not ranks.is_lost(error):
             raise
-        raise ranks.RankLost(f"{ranks.lost(error)}; {how_to_resume}") from error
+        line = " ".join(how_to_resume.split())
+        raise ranks.RankLost(f"{ranks.lost(error)}; {line}") from error
     mine.end()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -165,6 +168,8 @@ def start(device: str) -> tuple[Ranks, torch.device]:
     """
     global _STORE
     count, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if count > 1 and rank >= count:
+        raise LaunchError(f"RANK is {rank}, of {count} processes; expected less than WORLD_SIZE")
     place = machine.choose_device(device)
     if count == 1:
         return ALONE, place
@@ -189,9 +194,29 @@ def start(device: str) -> tuple[Ranks, torch.device]:
     # Not at the top: not every build of PyTorch has it.
     from torch.distributed.rendezvous import rendezvous
 
-    _STORE, _, _ = next(rendezvous("env://", rank, count))
-    distributed.init_process_group(f"cpu:gloo,cuda:{backend}", store=_STORE, rank=rank, world_size=count)
+    with _default_signals():
+        try:
+            _STORE, _, _ = next(rendezvous("env://", rank, count))
+        except ValueError as error:
+            reason = f"{count} processes cannot find each other ({error})"
+            raise LaunchError(f"{reason}; start them with torchrun, which sets what they need") from error
+        distributed.init_process_group(f"cpu:gloo,cuda:{backend}", store=_STORE, rank=rank, world_size=count)
     return Ranks(rank, count, on_machine, backend), place
+
+
+@contextmanager
+def _default_signals() -> Iterator[None]:
+    """Let signals end this process, which waits for others where no handler of Python's can run."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def are_launched() -> bool:
@@ -206,7 +231,7 @@ def are_joined() -> bool:
 
 def is_first() -> bool:
     """Whether this process is the one that prints."""
-    return _number("RANK", 0) == 0
+    return not are_launched() or _number("RANK", 0) == 0
 
 
 def _number(variable: str, default: int) -> int:
@@ -223,7 +248,8 @@ def is_lost(error: BaseException) -> bool:
 
 def lost(error: BaseException) -> str:
     """The line that says so."""
-    reason = str(error).partition("\n")[0]
+    # Without the place in gloo's sources, and what may have been the cause.
+    reason = re.sub(r"^\[[^]]*\] *", "", str(error).partition("\n")[0]).partition(". ")[0]
     return f"another rank has ended, or cannot be reached ({reason})"
 
 

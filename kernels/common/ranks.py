@@ -2,8 +2,8 @@
 
 In the forward the moments of each rank's part, merged as those of the parts of one tensor are (Chan, Golub and
 LeVeque: see `statistics.py`); in the backward the two sums of its gradient. Each is one all-reduce. All
-implementations exchange the same numbers in float64, so ranks may run different ones: those of a small part, say.
-An empty part takes part with zeros.
+implementations but the definition exchange the same numbers in float64, so ranks may run different ones: those
+of a small part, say. An empty part takes part with zeros.
 """
 
 from __future__ import annotations

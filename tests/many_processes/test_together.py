@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_python, run_ranks
+from processes import free_port, run_python, run_ranks
 from together import train
 
 from fastconv.checking.divergence import FLOOR, MARGIN, largest_difference
@@ -203,3 +203,34 @@ def test_an_error_is_said_once_by_who_meets_it(torchrun, tmp_path):
     (tmp_path / "run/checkpoint.pt").touch()
     _, errors = torchrun().communicate(timeout=60)
     assert errors.count("holds a run; go on with it by --resume") == errors.count("fastconv: ") == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; expected a number, as torchrun sets it"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK is 5, of 2 processes; expected less than WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": None}, "2 processes cannot find each other"),
+    ],
+)
+def test_wrong_environments_are_clear_errors(monkeypatch, run, environment, message):
+    for name, value in environment.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    code, _, errors = run("train", *SMALL)
+    assert (code, message in errors) == (2, True), errors
+
+
+def test_a_sweep_is_for_one_process(monkeypatch, run):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = run("sweep", "--width", "4")
+    assert (code, "several processes were started" in " ".join(errors.split())) == (2, True), errors
+
+
+def test_a_process_that_waits_for_others_can_be_ended(tmp_path):
+    command = [sys.executable, "-m", "fastconv", "train", "--out", str(tmp_path / "run")]
+    others = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(command, env=os.environ | others, stderr=subprocess.DEVNULL)
+    time.sleep(6)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
