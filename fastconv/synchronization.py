@@ -21,8 +21,8 @@ def set_process_group(model: nn.Module, process_group: ProcessGroup | str | None
     """Let each norm "tensor" of a model's fused modules span the images that all ranks of a process group have.
 
     Each rank then computes what one process would with the whole batch, gradients included: those of the sum of
-    all ranks' losses. Parts of a batch may be of any sizes and, unless the model is compiled, empty. Each such norm
-    takes one small all-reduce in the forward and one in the backward, so every rank has to call both, also in
+    all ranks' losses. Parts of a batch may be of any sizes and, unless the model is compiled, empty. Each such
+    norm takes one small all-reduce in the forward and one in the backward, so every rank has to call both, also in
     evaluation. Other norms span one image at most: they need none, and take none.
 
         model = fastconv.Classifier()
