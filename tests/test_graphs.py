@@ -14,15 +14,18 @@ from fastconv.graphs import CaptureError, GraphedStep, step
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    """A CPU in the place of a GPU, and a function in the place of its graph."""
+    """A CPU in the place of a GPU, and a function in the place of its graph; the warm-ups of each capture."""
+    counts = []
 
     def capture(function, device, warm_ups):
+        counts.append(warm_ups)
         for _ in range(warm_ups):
             function()
         return function
 
     monkeypatch.setattr(step, "GRAPHABLE", "cpu")
     monkeypatch.setattr(step, "capture", capture)
+    return counts
 
 
 class Net(nn.Module):
@@ -420,15 +423,6 @@ def test_distributed_data_parallel_over_gloo_is_refused(rehearsed, parallel):
 
 def test_steps_of_distributed_data_parallel_equal_eager_ones(rehearsed, parallel, monkeypatch):
     """Rehearsed over gloo: its messages are as NCCL's."""
-    counts = []
-
-    def capture(function, device, warm_ups):
-        counts.append(warm_ups)
-        for _ in range(warm_ups):
-            function()
-        return function
-
-    monkeypatch.setattr(step, "capture", capture)
     monkeypatch.setattr(step, "_check_messages", lambda *_: None)
     other = copy.deepcopy(parallel.module)
     optimizer, others = adamw(parallel.parameters()), adamw(other.parameters())
@@ -438,7 +432,7 @@ def test_steps_of_distributed_data_parallel_equal_eager_ones(rehearsed, parallel
     graphed = GraphedStep(parallel, F.cross_entropy, optimizer, next(batches(1)))
     assert [graphed(*batch) for batch in batches(4)] == expected
     assert_equal(tensors(parallel.module, optimizer), tensors(other, others))
-    assert counts == [11]
+    assert rehearsed == [11]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
 from fastconv.checking.divergence import FLOOR, MARGIN, largest_difference, move_to_neighbours
@@ -29,7 +29,7 @@ from fastconv.training import data, loop, ranks
 from fastconv.training.recipe import RECIPES, Recipe
 
 STEPS = 50
-PROCESSES = (1, 2, 3, 4)
+SEVERAL = (2, 3, 4)
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def compare(directory: Path | None, recipe: str) -> None:
         show("neighbour", neighbour, one)
         loss_bound = max(FLOOR, MARGIN * largest_difference(neighbour["losses"], one["losses"]))
         print(f"{'bound':>12} {loss_bound:10.1e} {MARGIN * distance(neighbour, one):10.1e}")
-        for processes in PROCESSES[1:]:
+        for processes in SEVERAL:
             show(str(processes), run(processes), one)
 
 
@@ -107,8 +107,8 @@ def train(directory: Path | None, recipe: Recipe, result: Path, neighbour: bool)
     mine.end()
 
 
-def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+def weights(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().double()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _backend_for_graph(subject: tuple[Any, ...], device: torch.device) -> str:
     tested = name in backends.TESTED and backends.current() == "auto"
     if not tested:
         return name
-    # Of maps whose size is a symbol; the branch makes it that of a graph for large maps, or for others.
+    # The maps' size may be a symbol; the branch makes the graph one for large maps, or one for others.
     sized = False
     if large:
         sized = True

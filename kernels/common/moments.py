@@ -69,14 +69,16 @@ class NormGroups:
 
 
 class CollapseParts:
-    """Merges the parts of each group, [groups, ..., parts], into one where there are too many for every reader.
+    """Merges the parts of each group, [groups, ..., parts], into one where there are more than `most`.
+
+    The default is too many for every reader to merge.
 
     Attributes:
         parts: how many are left.
     """
 
-    def __init__(self, kernel: Any, groups: int, parts: int) -> None:
-        self._launch = Launch(kernel, groups, parts, BLOCK_PARTS=512) if parts > MAX_PARTS else None
+    def __init__(self, kernel: Any, groups: int, parts: int, most: int = MAX_PARTS) -> None:
+        self._launch = Launch(kernel, groups, parts, BLOCK_PARTS=512) if parts > most else None
         self.parts = parts if self._launch is None else 1
 
     def __call__(self, values: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -95,11 +97,11 @@ class GatherMoments:
     """
 
     def __init__(self, parts: int, group: str) -> None:
-        self._collapse, self._group = Collapse(collapse_moments, parts), group
+        self._collapse, self._group = CollapseParts(collapse_moments, 1, parts, most=1), group
         _, self.parts = ranks.place_in(group)
 
     def __call__(self, moments: Tensor) -> Tensor:
-        own = self._collapse(moments)
+        own = _one_part(self._collapse(moments))
         if own.is_meta:
             return own.new_empty(1, 3, self.parts)
         return ranks.gather_moments(own.flatten(), self._group).to(own.dtype)[None]
@@ -114,11 +116,12 @@ class AddRanks:
     parts = 1
 
     def __init__(self, parts: int, values: int, group: str) -> None:
-        self._collapse, self._values, self._group = Collapse(collapse_sums, parts), values, group
+        self._collapse = CollapseParts(collapse_sums, 1, parts, most=1)
+        self._values, self._group = values, group
 
     def __call__(self, sums: Tensor, moments: Tensor) -> Tensor:
         """Args: moments: of all ranks, [1, 3, ranks]."""
-        own = self._collapse(sums)
+        own = _one_part(self._collapse(sums))
         if own.is_meta:
             return own
         merged = ranks.merge_sums(own[0, 0, 0], own[0, 1, 0], self._group)
@@ -126,14 +129,6 @@ class AddRanks:
         return (merged * share).to(own.dtype).view(1, 2, 1)
 
 
-class Collapse:
-    """Merges the parts of one group, [1, n, parts], of which an empty tensor has none, into one."""
-
-    def __init__(self, kernel: Any, parts: int) -> None:
-        self._launch = Launch(kernel, 1, parts, BLOCK_PARTS=512) if parts > 0 else None
-
-    def __call__(self, values: Tensor) -> Tensor:
-        own = values.new_zeros(1, values.shape[1], 1)
-        if self._launch is not None:
-            self._launch(values, own)
-        return own
+def _one_part(values: Tensor) -> Tensor:
+    """Values [1, n, parts] of at most one part, as one; an empty tensor has none."""
+    return values if values.shape[2] else values.new_zeros(1, values.shape[1], 1)

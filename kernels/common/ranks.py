@@ -27,8 +27,13 @@ def place_in(group: str) -> tuple[int, int]:
         # Not at the top: it imports the compiler.
         from . import tracing
 
-        return tracing.place_in(group)
-    # Nor this, which not every build of PyTorch has.
+        return tracing.look_up(group)
+    return look_up(group)
+
+
+def look_up(group: str) -> tuple[int, int]:
+    """As `place_in`, for code that torch.compile does not trace."""
+    # Not at the top: not every build of PyTorch has it.
     from torch.distributed import distributed_c10d
 
     try:

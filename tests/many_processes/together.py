@@ -205,7 +205,6 @@ def train(recipe, folder, mine=ranks.ALONE, device=CPU, stop=None, neighbour=Fal
         stop: (epoch, step) after which SIGTERM comes to the last process.
         neighbour: begin with weights that are moved to neighbouring floats.
     """
-    loop.REPORT_SECONDS = -1.0
     path = folder / "checkpoint.pt"
     resumed = mine.share(lambda: checkpoint.load(path) if path.exists() else None)
     is_last = mine.rank == mine.count - 1
@@ -224,6 +223,8 @@ def train(recipe, folder, mine=ranks.ALONE, device=CPU, stop=None, neighbour=Fal
 def training():
     """`python together.py training FOLDER RECIPE [EPOCH STEP]`, as `train` takes them."""
     folder, options, *stop = sys.argv[2:]
+    # All look up after each step.
+    loop.REPORT_SECONDS = -1.0
     losses = train(Recipe(**eval(options)), Path(folder), JOINED, PLACE, tuple(map(int, stop)) or None)
     # Every process knows the losses of the whole batches.
     assert losses.allclose(JOINED.share(lambda: losses), rtol=0, atol=0)
